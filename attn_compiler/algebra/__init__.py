@@ -1,0 +1,1 @@
+"""The language in which attention is defined; plain Python, imports no framework."""

@@ -1,0 +1,1 @@
+"""Sites, policies, plans and schedules: values, no graph."""

@@ -1,0 +1,71 @@
+"""One attention of a model: where it stands and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from attn_compiler.algebra.expr import Expr, Sort, i
+from attn_compiler.algebra.variant import Variant
+
+
+class Kind(Enum):
+    SELF = "self"
+    CROSS = "cross"
+    JOINT = "joint"  # several streams of tokens, concatenated, attend to each other
+    POOL = "pool"  # learned queries
+
+
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    TRAIN = "train"
+
+
+Length = int | str  # a number, or the symbol of a dynamic length
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where queries stand among the keys: the position of query `i`, and how that was found.
+
+    A key's position is its place along the key axis. `first_key` is the first visible place of a row that is padded on
+    the left: words that speak of absolute positions count from there.
+    """
+
+    position: Expr = i
+    because: str = "given"
+    first_key: Expr | None = None
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """What is known of a run-time table."""
+
+    shape: tuple[Length, ...]
+    sort: Sort
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention in a graph. `computes` says all it does as a variant over (b, h, q, k); its tables are `tables`."""
+
+    name: str
+    kind: Kind
+    phase: Phase
+    layer: int | None
+    layers: int | None
+    batch: Length
+    heads: int
+    kv_heads: int
+    q_len: Length
+    k_len: Length
+    head_dim: int
+    value_dim: int
+    dtype: str
+    computes: Variant
+    frame: Frame | None  # None: nobody knows where the queries stand, so rules that speak of distances are refused
+    tables: Mapping[str, TableShape] = field(default_factory=dict, hash=False)
+    idiom: str = ""
+    where: str = ""  # file and line of the model's source

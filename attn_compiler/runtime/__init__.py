@@ -1,0 +1,1 @@
+"""Attention that runs, outside of any graph."""
