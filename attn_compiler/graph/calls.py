@@ -125,10 +125,16 @@ def _aten(node: fx.Node, target: torch._ops.OpOverload) -> Call:
     arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     arguments.update(zip((a.name for a in schema.arguments), node.args, strict=False))
     arguments.update(node.kwargs)
+    return Call(canonical(target), arguments, schema.is_mutable)
+
+
+def canonical(target: torch._ops.OpOverload) -> str:
+    """The one name for all spellings of an ATen operation, in place or not."""
+    schema = target._schema
     name = schema.name.split("::")[-1]
     if schema.is_mutable and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    return Call(_SYNONYMS.get(name, name), arguments, schema.is_mutable)
+    return _SYNONYMS.get(name, name)
 
 
 def value(x: Argument) -> Any:
