@@ -1,0 +1,190 @@
+"""Everything that touches torch's private interfaces: a new torch release is this file's work, and no other's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+from torch._functorch._aot_autograd.frontend_utils import process_inputs
+from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils import _pytree as pytree
+
+FakeMode = FakeTensorMode | None
+Traced = Any  # whatever flows along an edge of a graph: tensors, symbolic numbers, containers of those
+RETRACE_FAILURES = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
+DYNAMO_CONTROL_FLOW = TorchDynamoException  # restarts of its analysis come as exceptions: they must pass
+
+_OPENS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_func_increment_nesting")
+_CLOSES = ("_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_func_decrement_nesting")
+_REGION = ("lazy_load_decompositions", "_add_batch_dim", "_remove_batch_dim", "_enter_dual_level", "_exit_dual_level")
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+_EFFECTS = frozenset((*_OPENS, *_CLOSES, *_REGION, *_MODES))
+
+
+@contextlib.contextmanager
+def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Traced] | None) -> Iterator[tuple[FakeMode, list[Traced]]]:
+    """Lend a fake mode of our own, which shares Dynamo's symbols, and the graph's inputs in it.
+
+    Dynamo's fakes belong to a mode that is retired when a backend runs. AOTAutograd's must not be borrowed either: what a
+    retrace writes in place would stay in its memo.
+    """
+    context = TracingContext.try_get()
+    inputs = list(example_inputs) if example_inputs is not None else _known_values(gm)
+    if any(isinstance(x, FakeTensor) for x in inputs):
+        theirs = detect_fake_mode(inputs)
+        ours = FakeTensorMode(shape_env=theirs.shape_env if theirs else None)
+        yield ours, [fake_like(x, ours) for x in inputs]
+    elif context is None or context.fake_mode is None:
+        ours = FakeTensorMode(shape_env=None)
+        yield ours, [ours.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    else:
+        dynamo = context.fake_mode
+        context.fake_mode = ours = FakeTensorMode(shape_env=dynamo.shape_env)
+        try:
+            config: Any = SimpleNamespace(is_export=False, num_params_buffers=0, dynamic_shapes=True)
+            yield ours, list(process_inputs(inputs, config, ours, ours.shape_env)[0])
+        finally:
+            context.fake_mode = dynamo
+
+
+def _known_values(gm: fx.GraphModule) -> list[Traced]:
+    return [known_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def known_value(node: fx.Node) -> Traced:
+    """What Dynamo or a retrace knows of a node's value."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def fake_like(x: Traced, mode: FakeMode) -> Traced:
+    """The same tensor in `mode`, its symbolic sizes kept, without leaving a trace of making it."""
+    if not isinstance(x, FakeTensor) or mode is None or x.fake_mode is mode:
+        return x
+    with disable_proxy_modes_tracing(), mode:
+        made = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    return made.requires_grad_(x.requires_grad)
+
+
+def trace(run: Callable[..., Traced], mode: FakeMode, args: Sequence[Traced]) -> fx.GraphModule:
+    """Record the ATen operators that `run` calls, before autograd, autocast and functionalization see them."""
+    with traceback.preserve_node_meta(), mode or contextlib.nullcontext():
+        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
+
+
+def provenance(node: fx.Node) -> contextlib.AbstractContextManager[None]:
+    """Give what is recorded inside the metadata of `node`."""
+    return traceback.set_current_meta(node)
+
+
+def copy_node(node: fx.Node, args: Traced, kwargs: Traced) -> fx.Proxy:
+    """Put `node` as it is into the graph that is being recorded."""
+    tracer = _tracer()
+
+    def proxied(x: Traced) -> Traced:
+        if isinstance(x, fx.Proxy):
+            return x
+        if isinstance(x, fx.GraphModule):
+            _register(tracer.root, x)
+            return x
+        return tracer.unwrap_proxy(x)
+
+    new_args, new_kwargs = pytree.tree_map(proxied, (args, kwargs))
+    proxy: fx.Proxy = tracer.create_proxy(node.op, node.target, new_args, new_kwargs, name=node.name)
+    proxy.node.meta["example_value"] = known_value(node)
+    return proxy
+
+
+def _tracer() -> Any:
+    proxy_mode = get_proxy_mode()
+    assert proxy_mode is not None, "nothing is being recorded"
+    return proxy_mode.tracer
+
+
+def _register(root: torch.nn.Module, body: fx.GraphModule) -> None:
+    if not any(body is module for module in root.children()):
+        root.register_module(f"body_{len(list(root.children()))}", body)
+
+
+def follow(proxy: fx.Proxy, value: Traced, mode: FakeMode) -> Traced:
+    """Let the recording know that `proxy` stands for `value`."""
+    known = pytree.tree_map(lambda x: fake_like(x, mode), value)
+    proxy.node.meta["val"] = known
+    return track_tensor_tree(known, proxy, constant=None, tracer=_tracer())
+
+
+def is_fake(x: Traced) -> bool:
+    return isinstance(x, FakeTensor)
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator)
+
+
+def nesting(node: fx.Node) -> int:
+    """How much deeper into a functorch transform (vmap, grad) `node` leads: 1, 0 or -1."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return (name in _OPENS) - (name in _CLOSES)
+
+
+def leaves_region(node: fx.Node) -> bool:
+    """Whether `node` hands a value of a vmapped region to the outside."""
+    return getattr(node.target, "__name__", "") == "_remove_batch_dim"
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether `node` must stay although nobody reads it. torch's own test misses what is written in place by a method."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable or bool(node.is_impure())
+    return getattr(node.target, "__name__", "") in _EFFECTS or "out" in node.kwargs or bool(node.is_impure())
+
+
+def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:
+    """Carry over what Dynamo, AOTAutograd and Inductor know a graph and its inputs by."""
+    copy.meta.update(source.meta)
+    for name in ("_param_name_to_source", "_backend_id"):
+        if name in vars(source):
+            setattr(copy, name, vars(source)[name])
+    placeholders = ([node for node in gm.graph.nodes if node.op == "placeholder"] for gm in (source, copy))
+    for old, new in zip(*placeholders, strict=True):
+        new.meta = {**{key: value for key, value in old.meta.items() if key != "val"}, **new.meta}
+        new.target, new.name = old.target, old.name
+        if "_dynamo_source" in vars(old):
+            new._dynamo_source = vars(old)["_dynamo_source"]
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether `node` is a parameter of the model, in Dynamo's graphs and in exported ones."""
+    if node.op == "get_attr":
+        return True
+    seen = (node.meta.get("example_value"), node.meta.get("val"))
+    exported = node.op == "placeholder" and str(node.target).startswith("p_") and "tensor_dict" not in node.meta
+    return node.op == "placeholder" and (exported or any(isinstance(x, torch.nn.Parameter) for x in seen))
+
+
+def forget_values(gm: fx.GraphModule) -> None:
+    """Drop what the retrace knew of every node: AOTAutograd finds it out again, in a mode of its own."""
+    for node in gm.graph.nodes:
+        node.meta.pop("val", None)
+
+
+def inductor() -> Callable[..., Any]:
+    """Inductor's entry, imported late: it is slow to load."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
