@@ -1,0 +1,54 @@
+"""Takes the graphs that Dynamo makes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from zoo.entry import Inputs
+
+Example = Tensor | int | torch.SymInt
+Graph = tuple[fx.GraphModule, list[Example]]
+Visit = Callable[[fx.GraphModule, Sequence[Example]], None]
+
+
+def visit_graphs(
+    model: nn.Module,
+    inputs: Inputs,
+    visit: Visit,
+    *,
+    grad: bool = False,
+    dynamic: bool | None = False,
+    train: bool | None = None,
+) -> object:
+    """Run `model` compiled, handing every graph to `visit` while Dynamo's tracing context is alive; return the output."""
+
+    def backend(graph: fx.GraphModule, example_inputs: Sequence[Example]) -> Callable[..., object]:
+        visit(graph, example_inputs)
+        return graph.forward
+
+    if train is not None:
+        model.train(train)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(grad):
+        return torch.compile(model, backend=backend, dynamic=dynamic)(**inputs)
+
+
+def capture_dynamo(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    grad: bool = False,
+    dynamic: bool | None = False,
+    train: bool | None = None,
+) -> list[Graph]:
+    """Return every graph that Dynamo makes of `model`, with the inputs it was made for."""
+    graphs: list[Graph] = []
+
+    def record(graph: fx.GraphModule, example_inputs: Sequence[Example]) -> None:
+        graphs.append((graph, list(example_inputs)))
+
+    visit_graphs(model, inputs, record, grad=grad, dynamic=dynamic, train=train)
+    return graphs
