@@ -1,0 +1,115 @@
+"""Attention that runs outside of any graph: `attend`, and `reference`, which is its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.runtime.call import Positions, operands_of
+from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
+from attn_compiler.targets.operands import PLACE, Operands
+from attn_compiler.targets.reference import attend_reference
+from attn_compiler.targets.torch_target import Result, attend_torch, refuse
+
+Target = Literal["auto", "torch", "reference"]
+Attended = Tensor | tuple[Tensor, Tensor]
+SITE_BIAS = "site.bias"  # the name under which `bias=` is read
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: VariantLike,
+    *,
+    scale: float | Expr | str | None = None,
+    bias: Tensor | None = None,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int | float] | None = None,
+    q_positions: Positions = None,
+    k_positions: Positions = None,
+    layer: int = 0,
+    layers: int = 1,
+    return_lse: bool = False,
+    target: Target = "auto",
+    training: bool = False,
+) -> Attended:
+    """Attend with `q`, `k`, `v` as [batch, heads, tokens, dim]; key and value heads may be fewer (GQA). Differentiable.
+
+    Positions are the first one's number, one such number per row, or all of them; without, the last query meets the last key.
+    `training` activates the variant's dropout.
+    """
+    place = e.k if k_positions is None else PLACE
+    site = _with_site(variant if isinstance(variant, Variant) else Variant(), scale, bias, place)
+    meaning = site if isinstance(variant, Variant) else read_variant(variant, site, q, k, v, values, layer, layers)
+    given = dict(tables or {}) if bias is None else {**(tables or {}), SITE_BIAS: bias}
+    operands = operands_of(q, k, v, meaning, given, q_positions, k_positions, layer, layers, training)
+    return _attended(_carried(operands, meaning, return_lse, target), return_lse)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: VariantLike,
+    *,
+    scale: float | Expr | str | None = None,
+    bias: Tensor | None = None,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int | float] | None = None,
+    q_positions: Positions = None,
+    k_positions: Positions = None,
+    layer: int = 0,
+    layers: int = 1,
+    return_lse: bool = False,
+    training: bool = False,
+) -> Attended:
+    """Attend as `attend` does, densely and in float64: the meaning of a variant."""
+    return attend(
+        q, k, v, variant, scale=scale, bias=bias, tables=tables, values=values, q_positions=q_positions, k_positions=k_positions,
+        layer=layer, layers=layers, return_lse=return_lse, target="reference", training=training,
+    )  # fmt: skip
+
+
+def _carried(operands: Operands, variant: Variant, lse: bool, target: Target) -> Result:
+    reason = refuse(variant, lse=lse)
+    if reason:
+        raise ShapeError(reason)
+    match target:
+        case "reference":
+            return attend_reference(operands, variant, lse=lse)
+        case "auto" | "torch":
+            return attend_torch(operands, variant, lse=lse)
+    raise ShapeError(f'no target "{target}" here; known: auto, reference, torch')
+
+
+def _attended(result: Result, lse: bool) -> Attended:
+    out, totals = result
+    if not lse:
+        return out
+    assert totals is not None
+    return out, totals.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _with_site(variant: Variant, scale: float | Expr | str | None, bias: Tensor | None, place: Expr) -> Variant:
+    """The variant where the site scales by `scale` and adds `bias`, which its own score then changes further."""
+    if scale is None and bias is None:
+        return variant
+    added = e.table(SITE_BIAS, e.b, e.h, e.i, place, sort=Sort.REAL)
+
+    def change(one: Variant) -> Variant:
+        if scale is not None:
+            one = replace(one, scale=read_scale(scale))
+        if bias is not None:
+            one = replace(one, score=one.score.substitute({e.score: e.score + added}))
+        return one
+
+    return replace(change(variant), groups=tuple((heads, change(of_group)) for heads, of_group in variant.groups))

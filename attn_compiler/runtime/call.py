@@ -1,0 +1,129 @@
+"""Checks the arguments of one call and brings them into the form that targets take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.variant import DerivedTable, Variant
+from attn_compiler.errors import ShapeError, TableError, did_you_mean
+from attn_compiler.targets.operands import Operands
+
+Positions = int | Tensor | None
+
+
+def operands_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: Variant,
+    tables: Mapping[str, Tensor],
+    q_positions: Positions,
+    k_positions: Positions,
+    layer: int,
+    layers: int,
+    training: bool,
+) -> Operands:
+    """The operands of one call, after everything that can be wrong with them has been looked at."""
+    _check_shapes(q, k, v)
+    batch, heads, q_len, _ = q.shape
+    read = {**tables, **derived_tables(variant, k.shape[-2], q.device)}
+    for expression in variant.expressions():
+        _check_tables(expression, read, q.device)
+    return Operands(
+        q=q,
+        k=k,
+        v=v,
+        tables=read,
+        q_positions=None if q_positions is None else _positions(q_positions, batch, q_len, "q_positions"),
+        k_positions=_positions(0 if k_positions is None else k_positions, batch, k.shape[-2], "k_positions"),
+        head_numbers=tuple(range(heads)),
+        heads=heads,
+        kv_heads=k.shape[1],
+        layer=layer,
+        layers=layers,
+        training=training,
+    )
+
+
+def derived_tables(variant: Variant, length: int, device: torch.device) -> dict[str, Tensor]:
+    """The tables that follow from the number of keys, made once for each."""
+    parts = (variant, *(of_group for _, of_group in variant.groups))
+    return {table.name: _derived(table, int(length), device) for part in parts for table in part.derived}
+
+
+@lru_cache(maxsize=64)
+def _derived(table: DerivedTable, length: int, device: torch.device) -> Tensor:
+    return torch.as_tensor(list(table.make(length)), dtype=torch.int64, device=device)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ShapeError(f"q, k and v are [batch, heads, tokens, dim]; found {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q, k and v must have one dtype; found {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype.is_floating_point:
+        raise ShapeError(f"q, k and v must be real numbers; found {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"q, k and v must be on one device; found {q.device}, {k.device}, {v.device}")
+    if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
+        raise ShapeError(f"q, k and v must have the same number of rows (axis 0); found {shapes}")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise ShapeError(f"k and v must have the same heads and tokens (axes 1 and 2); found {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q and k must have the same dim (axis 3); found {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v (axis 1)")
+
+
+def _check_tables(expression: Expr, tables: Mapping[str, Tensor], device: torch.device) -> None:
+    for node in expression.walk():
+        if node.op != "table":
+            continue
+        name, given = str(node.value), sorted(tables)
+        if name not in tables:
+            known = did_you_mean(name, given) if given else "; none were given"
+            raise TableError(f'the variant reads a table "{name}" that is not in `tables`{known}')
+        stored = tables[name]
+        if stored.device != device:
+            raise TableError(f'the table "{name}" is on {stored.device}, q, k and v are on {device}')
+        if stored.ndim > len(node.args):
+            raise TableError(
+                f'the table "{name}" has {stored.ndim} axes, {list(stored.shape)}, but is read at {len(node.args)} coordinates'
+            )
+        if 0 in stored.shape and stored.ndim:
+            raise TableError(f'the table "{name}" is empty: {list(stored.shape)}')
+        _check_dtype(name, stored.dtype, node.sort)
+
+
+def _check_dtype(name: str, dtype: torch.dtype, sort: Sort) -> None:
+    real = dtype.is_floating_point
+    fits = {Sort.BOOL: dtype == torch.bool, Sort.INDEX: not real and dtype != torch.bool, Sort.REAL: dtype != torch.bool}[sort]
+    if not fits or dtype.is_complex:
+        wanted = {Sort.BOOL: "torch.bool", Sort.INDEX: "an integer dtype", Sort.REAL: "a floating dtype"}[sort]
+        raise TableError(f'the table "{name}" must have {wanted}; found {dtype}')
+
+
+def _positions(given: int | Tensor, batch: int, length: int, name: str) -> int | Tensor:
+    """A first position, or a tensor [1 or batch, 1, length]."""
+    if not isinstance(given, Tensor):
+        return given
+    if given.dtype.is_floating_point or given.dtype == torch.bool:
+        raise ShapeError(f"{name} must be integers; found {given.dtype}")
+    shape, given = tuple(given.shape), given.to(torch.int64)
+    if shape == () or (shape == (batch,) and batch != length):
+        return given.reshape(-1, 1, 1) + torch.arange(length, device=given.device)
+    if shape == (length,) and (batch != length or length == 1):
+        return given.reshape(1, 1, length)
+    if shape in ((batch, length), (1, length)):
+        return given[:, None]
+    if shape == (length,):
+        raise ShapeError(f"{name} of shape {list(shape)} could be one per row or one per token: give [batch, tokens]")
+    raise ShapeError(
+        f"{name} is a number, [{batch}] (each row's first), [{length}] or [{batch}, {length}] (all of them); found {list(shape)}"
+    )

@@ -1,0 +1,33 @@
+"""Reads the variant of a call: a mask text or a mapping of slots means what it means in a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from attn_compiler.algebra.expr import Expr, const
+from attn_compiler.algebra.variant import Variant
+
+VariantLike = Variant | str | Mapping[str, object]
+
+
+def read_variant(
+    variant: str | Mapping[str, object],
+    base: Variant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: Mapping[str, int | float] | None,
+    layer: int,
+    layers: int,
+) -> Variant:
+    """What `variant` makes of an attention that computes `base` by itself."""
+    raise NotImplementedError
+
+
+def read_scale(scale: float | Expr | str) -> Expr:
+    """A site's scale, given as a number, an expression or its text."""
+    if isinstance(scale, str):
+        raise NotImplementedError
+    return scale if isinstance(scale, Expr) else const(float(scale))

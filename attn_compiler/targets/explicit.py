@@ -1,0 +1,90 @@
+"""The formula of attention, written out: scores, visible keys, weights, output. For every variant; scores are materialized."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.targets.arrays import Arrays
+
+
+def explicit(
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, visible: Tensor, arrays: Arrays, *, dropout: float = 0.0, lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with [..., heads, tokens, dim] operands of the dtype `arrays.real`, and keys that `visible` shows.
+
+    Gradients stay finite where a row sees nothing: what is not visible is replaced before it is computed with.
+    """
+    scores = _scores(q, k, variant, arrays)
+    shape = scores.shape
+    visible = visible & (scores != -math.inf)
+    sees = visible.any(dim=-1, keepdim=True)
+    if variant.empty_rows is EmptyRows.UNMASKED:
+        visible = visible | ~sees
+        sees = torch.ones_like(sees) if _has_keys(k) else sees
+    peak = _peak(torch.where(visible, scores, -math.inf).detach(), sees)
+    scores = torch.where(visible, scores, peak)
+    weights = arrays.tensor(arrays.read(variant.normalizer.weight, {e.score: scores, e.peak: peak}), Sort.REAL)
+    weights = torch.where(visible, weights, 0.0).expand(shape)
+    mass = torch.where(sees, weights.sum(dim=-1, keepdim=True), 1.0)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
+    known = {e.acc: per_kv_head(weights, v), e.mass: mass, e.peak: peak}
+    out = arrays.tensor(arrays.read(variant.normalizer.output, known), Sort.REAL)
+    out = torch.where(sees, out, empty_row(v, shape[-3], variant.empty_rows))
+    return out, _log_sum_exp(variant, arrays, peak, mass, sees) if lse else None
+
+
+def empty_row(v: Tensor, heads: int, rule: EmptyRows) -> Tensor:
+    """What a query that sees no key gets, to broadcast over [..., heads, queries, dim]."""
+    if rule is EmptyRows.ZERO or not _has_keys(v):
+        return v.new_zeros(())
+    return v.mean(dim=-2, keepdim=True).repeat_interleave(heads // v.shape[-3], dim=-3)
+
+
+def per_kv_head(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, where several heads of `left` share one of `right`, which is not repeated."""
+    heads, rows = left.shape[-3], left.shape[-2]
+    kv_heads = right.shape[-3]
+    if heads == kv_heads:
+        return left @ right
+    folded = left.reshape(*left.shape[:-3], kv_heads, heads // kv_heads * rows, left.shape[-1])
+    return (folded @ right).reshape(*left.shape[:-3], heads, rows, right.shape[-1])
+
+
+def _scores(q: Tensor, k: Tensor, variant: Variant, arrays: Arrays) -> Tensor:
+    products = per_kv_head(q, k.transpose(-2, -1))
+    computed = variant.score.substitute({e.score: e.dot * variant.scale})
+    known = {e.dot: products}
+    if computed.mentions(e.q_norm):
+        known[e.q_norm] = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    if computed.mentions(e.k_norm):
+        norms = torch.linalg.vector_norm(k, dim=-1).unsqueeze(-2)
+        known[e.k_norm] = norms.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    return arrays.tensor(arrays.read(computed, known), Sort.REAL).expand(products.shape)
+
+
+def _has_keys(k: Tensor) -> bool:
+    return not (isinstance(k.shape[-2], int) and k.shape[-2] == 0)
+
+
+def _peak(scores: Tensor, sees: Tensor) -> Tensor:
+    if not _has_keys(scores.mT):
+        return scores.new_zeros(sees.shape)
+    return torch.where(sees, scores.amax(dim=-1, keepdim=True), 0.0)
+
+
+def _log_sum_exp(variant: Variant, arrays: Arrays, peak: Tensor, mass: Tensor, sees: Tensor) -> Tensor:
+    total = variant.normalizer.total
+    if total is None:
+        raise ShapeError(f"the rows of `{variant.normalizer.name}` are not normalized, so they have no log-sum-exp")
+    mass = torch.where(sees, mass, 0.0)
+    amount = arrays.tensor(arrays.read(total, {e.mass: mass, e.peak: peak}), Sort.REAL).expand(peak.shape)
+    return torch.where(amount > 0, torch.log(torch.where(amount > 0, amount, 1.0)) + peak, -math.inf).squeeze(-1)

@@ -1,0 +1,153 @@
+"""The tensors of one call and where they stand: what every form of attention starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr, Sort, symbol
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.targets.arrays import Arrays, Value
+
+# A key's place along its axis, where its position is another: what a bias given as a tensor is read at.
+PLACE = symbol("place", Sort.INDEX)
+
+Positions = int | torch.SymInt | Tensor | None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """`q`, `k` and `v` as [batch, heads, tokens, dim]; `head_numbers` are the model's own numbers of the query heads.
+
+    Positions are the number of the first one, a tensor [1 or batch, 1 or heads, tokens], or, for queries, None: the last
+    query meets the last key.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Mapping[str, Tensor]
+    q_positions: Positions
+    k_positions: int | torch.SymInt | Tensor
+    head_numbers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    layer: int
+    layers: int
+    training: bool = False  # whether dropout is active
+
+    @property
+    def q_len(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def k_len(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def first_query(self) -> int | torch.SymInt | None:
+        """The position of the first of the queries, where these follow each other."""
+        if self.q_positions is None:
+            return None if isinstance(self.k_positions, Tensor) else self.k_positions + self.k_len - self.q_len
+        return None if isinstance(self.q_positions, Tensor) else self.q_positions
+
+    def counts_from_zero(self) -> bool:
+        """Whether a key's position is its place along the key axis."""
+        return isinstance(self.k_positions, int) and self.k_positions == 0
+
+    def take(self, heads: Sequence[int]) -> Operands:
+        """The same call for some of the query heads, which keep their numbers."""
+        ratio = self.heads // self.kv_heads
+        owners = [head // ratio for head in heads]
+        kv = sorted(set(owners))
+        if len(heads) % len(kv) or owners != [x for x in kv for _ in range(len(heads) // len(kv))]:
+            kv = owners
+        q_at, k_at = self.q_positions, self.k_positions
+        return replace(
+            self,
+            q=_pick(self.q, heads),
+            k=_pick(self.k, kv),
+            v=_pick(self.v, kv),
+            q_positions=_pick_rows(q_at, heads) if isinstance(q_at, Tensor) else q_at,
+            k_positions=_pick_rows(k_at, heads) if isinstance(k_at, Tensor) else k_at,
+            head_numbers=tuple(self.head_numbers[head] for head in heads),
+        )
+
+    def arrays(self, real: torch.dtype) -> Arrays:
+        """All that expressions may speak of, with axes [batch, heads, queries, keys]."""
+        device = self.q.device
+        i = torch.arange(self.q_len, device=device)[:, None]
+        place = torch.arange(self.k_len, device=device)
+        q_positions = self.q_positions[..., None] if isinstance(self.q_positions, Tensor) else None
+        k_positions = self.k_positions
+        at: dict[Expr, Value] = {
+            **self.numbers(),
+            e.b: torch.arange(self.q.shape[0], device=device)[:, None, None, None],
+            e.i: i,
+            e.q: i + self.first_query if q_positions is None and self.first_query is not None else self._given(q_positions),
+            PLACE: place,
+            e.k: k_positions[..., None, :] if isinstance(k_positions, Tensor) else place + k_positions,
+            **self.head_coordinates(trailing=2),
+        }
+        whole = {e.b: 4, e.i: 2, PLACE: 1}
+        if self.counts_from_zero():
+            whole[e.k] = 1
+            if isinstance(self.first_query, int) and self.first_query == 0:
+                whole[e.q] = 2
+        if self.head_numbers == tuple(range(self.heads)):
+            whole[e.h] = 3
+        return Arrays(at, self.tables, real, device, whole)
+
+    def _given(self, q_positions: Tensor | None) -> Tensor:
+        """The queries' positions, or else those of the last keys."""
+        if q_positions is not None:
+            return q_positions
+        assert isinstance(self.k_positions, Tensor)
+        return self.k_positions[..., self.k_len - self.q_len :, None]
+
+    def numbers(self) -> dict[Expr, Value]:
+        """The sizes that expressions may speak of."""
+        return {
+            e.heads: self.heads,
+            e.q_len: self.q_len,
+            e.k_len: self.k_len,
+            e.dim: self.q.shape[-1],
+            e.layer: self.layer,
+            e.layers: self.layers,
+        }
+
+    def head_coordinates(self, trailing: int) -> dict[Expr, Value]:
+        """`h` and `kv` as tensors with `trailing` axes of one behind that of the heads."""
+        numbers = self.head_numbers
+        h = torch.arange(numbers[0], numbers[0] + len(numbers), device=self.q.device)
+        if numbers != tuple(range(numbers[0], numbers[0] + len(numbers))):
+            h = torch.tensor(numbers, device=self.q.device)
+        h = h.reshape(-1, *[1] * trailing)
+        return {e.h: h, e.kv: h // (self.heads // self.kv_heads)}
+
+
+def head_groups(variant: Variant, heads: int) -> tuple[tuple[tuple[int, ...], Variant], ...]:
+    """Which query heads compute which variant; heads that no group names compute `variant` itself."""
+    rest = set(range(heads))
+    groups: list[tuple[tuple[int, ...], Variant]] = []
+    for chosen, of_group in variant.groups:
+        members = tuple(sorted(chosen.members(heads)))
+        groups.append((members, of_group))
+        rest.difference_update(members)
+    groups.append((tuple(sorted(rest)), replace(variant, groups=())))
+    return tuple((members, of_group) for members, of_group in groups if members)
+
+
+def _pick(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of [batch, heads, tokens, dim]; a view where they follow each other."""
+    if list(heads) == list(range(heads[0], heads[0] + len(heads))):
+        return x.narrow(1, heads[0], len(heads))
+    return torch.stack([x[:, head] for head in heads], dim=1)
+
+
+def _pick_rows(positions: Tensor, heads: Sequence[int]) -> Tensor:
+    return positions if positions.shape[1] == 1 else positions[:, list(heads)]
