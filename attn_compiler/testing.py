@@ -1,4 +1,4 @@
-"""Checks a variant, yours too, against its meaning: random cases, error budgets that are derived, one call that sweeps a variant."""
+"""Checks a variant, yours too, against its meaning: random cases, derived error budgets, one call that sweeps a variant."""
 
 from __future__ import annotations
 
@@ -67,20 +67,23 @@ def plain(case: Case) -> Tensor:
     return by_group(operands, case.variant, written_out)[0]
 
 
-def budget(plain_result: Tensor, exact: Tensor) -> float:
-    """The largest error that a target may make: twice that of a plain implementation, and a few units in the last place."""
+def budget(plain_result: Tensor, exact: Tensor, magnitude: float = 0.0) -> float:
+    """The largest error that a target may make: twice that of a plain implementation, and a few units in the last place.
+
+    `magnitude` is that of what the result was computed from: a gradient that cancels to nothing keeps its terms' rounding.
+    """
     if not exact.numel():
         return 0.0
     error = (plain_result.double() - exact.double()).abs().max().item()
-    return 2 * error + 4 * torch.finfo(plain_result.dtype).eps * exact.double().abs().max().item()
+    return 2 * error + 4 * torch.finfo(plain_result.dtype).eps * max(magnitude, exact.double().abs().max().item())
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, plain_result: Tensor, where: str = "") -> None:
+def assert_within_budget(actual: Tensor, exact: Tensor, plain_result: Tensor, where: str = "", magnitude: float = 0.0) -> None:
     """Raise where `actual` is further from `exact` than the budget allows, or is not finite."""
     assert actual.shape == exact.shape, f"{where}: shape {list(actual.shape)} instead of {list(exact.shape)}"
     if not exact.numel():
         return
-    allowed, error = budget(plain_result, exact), (actual.double() - exact.double()).abs().max().item()
+    allowed, error = budget(plain_result, exact, magnitude), (actual.double() - exact.double()).abs().max().item()
     assert error <= allowed, f"{where}: the error is {error:.3g}, where {allowed:.3g} is allowed"
 
 
@@ -101,9 +104,12 @@ def assert_case(case: Case, dtype: torch.dtype, target: str = "torch") -> None:
     low = case.to(dtype)
     exact = with_gradients(on("reference"), low.to(torch.float64))
     expected, actual = with_gradients(plain, low), with_gradients(on(target), low)
-    names = ["output", *(f"gradient {n}" for n in range(len(exact) - 1))]
-    for name, a, x, p in zip(names, actual, exact, expected, strict=True):
-        assert_within_budget(a, x, p, f"{target}, {dtype}, {name}")
+    names = ["output", "gradient of q", "gradient of k", "gradient of v"] + ["gradient of a table"] * (len(exact) - 4)
+    magnitude = max((x.abs().max().item() for x in exact if x.numel()), default=0.0)
+    pairs = case.q.shape[:3].numel() * case.k.shape[2]
+    for name, a, x, p in zip(names, actual, exact, expected, strict=False):
+        terms = pairs / x.numel() if name == "gradient of a table" else 1  # each entry sums so many; roundings add like noise
+        assert_within_budget(a, x, p, f"{target}, {dtype}, {name}", magnitude * max(1.0, terms) ** 0.5)
 
 
 def check_variant(
@@ -146,7 +152,7 @@ def random_case(seed: int) -> Case:
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, kv_heads, ratio = draw.choice((1, 2)), draw.choice((1, 2)), draw.choice((1, 2, 3))
-    heads, k_len = kv_heads * ratio, draw.choice((0, 1, 2, 7, 16, 31, 67, 70))
+    heads, k_len = kv_heads * ratio, draw.choice((0, 1, 2, 7, 31, 67, 70, 97))
     q_len = draw.choice((k_len, k_len, 1, max(0, k_len // 2), 5))
     dim, value_dim = draw.choice((4, 8, 16)), draw.choice((4, 8, 16))
     shapes = ((batch, heads, q_len, dim), (batch, kv_heads, k_len, dim), (batch, kv_heads, k_len, value_dim))
@@ -181,7 +187,7 @@ def _random_variant(draw: random.Random) -> Variant:
 
 def _random_mask(draw: random.Random, depth: int) -> Expr:
     left, right = draw.randint(1, 9), draw.randint(1, 9)
-    if depth and draw.random() < 0.6:
+    if depth and draw.random() < 0.5:
         a, b = _random_mask(draw, depth - 1), _random_mask(draw, depth - 1)
         return draw.choice((a & b, a & b, a | b, a & ~b))
     return draw.choice(
@@ -191,6 +197,7 @@ def _random_mask(draw: random.Random, depth: int) -> Expr:
             e.k <= e.q,
             (e.q - e.k < left) & (e.k - e.q < right),
             (e.k <= e.q) & (e.q - e.k < left),
+            (e.k <= e.q) & ((e.q - e.k < left) | (e.k < right)),
             e.k < left,
             e.same((e.q - e.k) % left, 0),
             e.same(e.q // left, e.k // left),

@@ -16,7 +16,7 @@ from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reach import Reach, holds, reach
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 
 

@@ -57,16 +57,16 @@ def fused(
     rule: EmptyRows,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend with [..., heads, tokens, dim] operands; `causal` stands for the mask, else `visible` does (True: all keys)."""
+    """Attend with [..., heads, tokens, dim] operands; `causal` stands for mask and bias, else `visible` does (True: all keys)."""
     scale = arrays.read(variant.scale)
     if isinstance(scale, Tensor):
         q, scale = (q.to(arrays.real) * scale).to(q.dtype), 1.0
     bias = bias_of(variant.score)
     assert bias is not None
     added = None if bias == e.const(0) else arrays.tensor(arrays.read(bias), Sort.REAL)
-    mask, sees = (None, None) if causal and added is None else _mask(visible, added, rule, arrays)
+    mask, sees = (None, None) if causal else _mask(visible, added, rule, arrays)
     mask = mask.to(q.dtype) if mask is not None and mask.dtype != torch.bool else mask
-    out = _call(q, k, v, mask, causal=causal and added is None, scale=float(cast(float, scale)), dropout=dropout)
+    out = _call(q, k, v, mask, causal=causal, scale=float(cast(float, scale)), dropout=dropout)
     return out if sees is None else torch.where(sees, out, empty_row(v, q.shape[-3], rule))
 
 
@@ -87,13 +87,14 @@ def _mask(visible: Value, added: Tensor | None, rule: EmptyRows, arrays: Arrays)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float, dropout: float) -> Tensor:
-    grouped = q.shape[-3] != k.shape[-3]
+    grouped = bool(q.shape[-3] != k.shape[-3])
+    mask = mask if mask is None else torch.atleast_2d(mask)
     if q.ndim == 4:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     lead = q.shape[:2]
     if mask is not None:
-        mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, 1)
+        mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, 1) if mask.ndim > 2 else mask
     flat = _call(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, causal=causal, scale=scale, dropout=dropout)
     return flat.reshape(*lead, *flat.shape[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
@@ -84,7 +84,7 @@ def carry_out(arrangement: Arrangement, variant: Variant, *, dropout: float, lse
 
 def _is_causal(operands: Operands, variant: Variant) -> bool:
     first_query, first_key = operands.first_query, operands.k_positions
-    if first_query is None or isinstance(first_key, Tensor) or not is_causal(variant.mask):
+    if first_query is None or isinstance(first_key, Tensor) or variant.score != score or not is_causal(variant.mask):
         return False
     return statically_known_true(first_query == first_key) and statically_known_true(operands.q_len == operands.k_len)
 
