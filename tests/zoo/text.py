@@ -61,7 +61,7 @@ def decoder(
 
 def causal(name: str, model: str, config: str, implementations: tuple[str, ...] = BOTH, **settings: object) -> Entry:
     """A decoder whose configuration has names of its own."""
-    merged = {"vocab_size": VOCABULARY, "use_cache": False, **settings}
+    merged = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, **settings}
     return hugging_face(name, model, config, merged, only_tokens, implementations=implementations)
 
 
