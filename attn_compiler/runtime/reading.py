@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import LanguageError
 
 VariantLike = Variant | str | Mapping[str, object]
 
@@ -23,11 +24,11 @@ def read_variant(
     layers: int,
 ) -> Variant:
     """What `variant` makes of an attention that computes `base` by itself."""
-    raise NotImplementedError
+    raise LanguageError(f"only a Variant can be attended with here, not the text or mapping {variant!r}")
 
 
 def read_scale(scale: float | Expr | str) -> Expr:
     """A site's scale, given as a number, an expression or its text."""
     if isinstance(scale, str):
-        raise NotImplementedError
+        raise LanguageError(f"a scale is a number or an expression here, not the text {scale!r}")
     return scale if isinstance(scale, Expr) else const(float(scale))

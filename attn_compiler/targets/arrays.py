@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attn_compiler.algebra.evaluate import PYTHON
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.errors import TableError
 
@@ -57,7 +57,7 @@ class Arrays:
         if node.op == "table":
             return self._table(node, args)
         symbolic = any(isinstance(x, torch.SymInt) for x in args)
-        numbers = _SYMBOLIC_NUMBERS if symbolic else _NUMBERS
+        numbers = _SYMBOLIC_NUMBERS if symbolic else PYTHON
         if node.op not in numbers or (symbolic and node.sort is Sort.REAL) or any(isinstance(x, Tensor) for x in args):
             return self._compute(node, args)
         try:
@@ -104,38 +104,11 @@ class Arrays:
         return stored.reshape(shape)
 
 
-# What plain numbers need; the operations that symbolic sizes have, too.
+# What symbolic sizes can do and stay symbolic; whatever else is asked of them is computed as a tensor without axes.
 _SYMBOLIC_NUMBERS: Mapping[str, Callable[..., Number]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "neg": lambda a: -a,
+    **{op: PYTHON[op] for op in ("add", "sub", "mul", "floordiv", "mod", "neg")},
     "min": torch.sym_min,
     "max": torch.sym_max,
-}
-_NUMBERS: Mapping[str, Callable[..., Number]] = {
-    **_SYMBOLIC_NUMBERS,
-    "min": min,
-    "max": max,
-    "div": lambda a, b: a / b,
-    "pow": math.pow,
-    "abs": abs,
-    "exp": math.exp,
-    "log": math.log,
-    "sqrt": math.sqrt,
-    "tanh": math.tanh,
-    "real": float,
-    "ceil": math.ceil,
-    "floor": math.floor,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-    "and": lambda a, b: a and b,
-    "or": lambda a, b: a or b,
-    "not": lambda a: not a,
-    "where": lambda c, a, b: a if c else b,
 }
 _TENSORS: Mapping[str, Callable[..., Tensor]] = {
     "add": torch.add,

@@ -88,7 +88,7 @@ def _mask(visible: Value, added: Tensor | None, rule: EmptyRows, arrays: Arrays)
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float, dropout: float) -> Tensor:
     grouped = bool(q.shape[-3] != k.shape[-3])
-    mask = mask if mask is None else torch.atleast_2d(mask)
+    mask = mask if mask is None else mask[(None,) * max(0, 2 - mask.ndim)]
     if q.ndim == 4:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
