@@ -13,7 +13,7 @@ A score's operand keeps the layout its model gave it: `Operand.axes` names the a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal
@@ -69,6 +69,12 @@ class Step:
     @property
     def tags(self) -> frozenset[str]:
         return frozenset(tag.name for tag in self.target.tags)
+
+    def run(self, value: Callable[[StepArgument], object]) -> torch.Tensor:
+        """Compute this step, each argument being what `value` makes of it."""
+        given = {a.name: value(self.arguments[a.name]) for a in self.target._schema.arguments if a.name in self.arguments}
+        named = {a.name: given.pop(a.name) for a in self.target._schema.arguments if a.kwarg_only and a.name in given}
+        return self.target(*given.values(), **named)  # type: ignore[no-any-return]
 
     def operands(self) -> tuple[Operand, ...]:
         """The tensors this reads besides the score."""

@@ -1,0 +1,67 @@
+"""What a reader sees of a tensor that is written in place: the graph's values, each written once, or a refusal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+
+class Versions:
+    """Follows writes through a graph. Tensors that share memory are a family; a write through another member is not followed."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position = {node: place for place, node in enumerate(graph.nodes)}
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._writes: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)  # family: (written tensor, writer)
+        for node in graph.nodes:
+            base = _shares_memory_with(node)
+            if base is not None:
+                self._root[node] = self._family(base)
+            for tensor in _written(node):
+                self._writes[self._family(tensor)].append((tensor, node))
+
+    def _family(self, node: fx.Node) -> fx.Node:
+        return self._root.get(node, node)
+
+    def read(self, node: fx.Node, at: fx.Node) -> fx.Node | None:
+        """The node that computes what `at` sees when it reads `node`; None where an alias was written in between."""
+        current = node
+        for tensor, writer in self._writes.get(self._family(node), ()):
+            if writer is at or not self._position[node] < self._position[writer] < self._position[at]:
+                continue
+            if tensor is not node and tensor is not current:
+                return None
+            current = writer
+        return current
+
+    def holds(self, node: fx.Node, after: fx.Node, until: fx.Node) -> bool:
+        """Whether nobody writes to the memory of `node` after `after` and before `until`."""
+        writers = (writer for _, writer in self._writes.get(self._family(node), ()))
+        return not any(self._position[after] < self._position[writer] < self._position[until] for writer in writers)
+
+    def precedes(self, a: fx.Node, b: fx.Node) -> bool:
+        return self._position[a] < self._position[b]
+
+
+def _shares_memory_with(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the result of `node` may share."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args[0] if getattr(node.target, "__name__", "") == "getitem" else None
+    schema = node.target._schema
+    shares = any(result.alias_info is not None for result in schema.returns)
+    maybe = torch.Tag.maybe_aliasing_or_mutating in node.target.tags
+    return node.args[0] if shares or maybe else None
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    written = [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    flat = [x for value in written for x in (value if isinstance(value, list | tuple) else (value,))]
+    return [x for x in flat if isinstance(x, fx.Node)]
