@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,21 @@ def test_the_wheel_carries_every_file_of_the_engine(wheel: zipfile.ZipFile) -> N
 def test_the_wheel_carries_nothing_but_the_package(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
     assert tops == {"attn_compiler"}
+
+
+def test_an_installed_wheel_knows_its_words(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path / "site")
+    probe = "from attn_compiler import library; print(library.words()['masks']['window'].path)"
+    found = subprocess.run(
+        [sys.executable, "-c", probe],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path / "site")
 
 
 def test_the_wheel_says_it_is_typed(wheel: zipfile.ZipFile) -> None:
