@@ -14,7 +14,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
-from attn_compiler.targets.reach import Reach, holds, reach
+from attn_compiler.targets.reach import Reach, reach, shows_itself
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
@@ -92,7 +92,7 @@ def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None
 
 def every_query_sees_itself(operands: Operands, variant: Variant) -> bool:
     """Whether no row can be empty, because the key at each query's own position exists and is visible."""
-    if isinstance(operands.k_positions, Tensor) or operands.first_query is None or not holds(variant.mask.substitute({e.k: e.q})):
+    if isinstance(operands.k_positions, Tensor) or operands.first_query is None or not shows_itself(variant.mask):
         return False
     offset = operands.first_query - operands.k_positions
     return statically_known_true(offset >= 0) and statically_known_true(offset + operands.q_len <= operands.k_len)
