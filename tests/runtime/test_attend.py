@@ -128,3 +128,10 @@ def test_operands_that_do_not_fit_each_other_are_errors() -> None:
     sigmoid = Normalizer("sigmoid", weight=e.sigmoid(e.score), output=e.acc)
     with pytest.raises(ShapeError, match="no log-sum-exp"):
         attend(q, k, v, Variant(normalizer=sigmoid), return_lse=True)
+
+
+def test_a_text_is_a_mask_of_the_policy_language() -> None:
+    q, k, v = qkv()
+    streaming = Variant(mask=(e.k <= e.q) & ((e.q - e.k < 3) | (e.k < 2)))
+    torch.testing.assert_close(attend(q, k, v, "causal & (window(3) | sinks(2))"), attend(q, k, v, streaming))
+    torch.testing.assert_close(attend(q, k, v, "causal", scale="1 / dim"), attend(q, k, v, CAUSAL, scale=1 / 8))
