@@ -19,16 +19,13 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # where the zoo lives
 
+from rich.progress import track
+
 from _inductor import count_fused
 from _tables import Row, markdown, write_json
-from rich.progress import track
-from torch import fx
-from zoo.capture import Example, visit_graphs
 from zoo.catalogue import FAMILIES
 from zoo.entry import Entry
-
-from attn_compiler.graph.capture import bodies, capture, capture_body
-from attn_compiler.graph.match import match
+from zoo.finding import find
 
 
 @dataclass(frozen=True)
@@ -56,23 +53,10 @@ class Count:
         return 0 if self.expected is None else max(self.found - self.expected, 0)
 
 
-def count_sites(gm: fx.GraphModule) -> tuple[int, int]:
-    """Sites and near-misses of a captured graph and of the graphs inside it."""
-    sites, near_misses = match(gm)
-    inner = [count_sites(capture_body(body)) for body in bodies(gm)]
-    return len(sites) + sum(s for s, _ in inner), len(near_misses) + sum(n for _, n in inner)
-
-
 def count(family: str, entry: Entry, implementation: str) -> Count:
     """Count both ways on one model."""
     model, inputs = entry.make(implementation)
-    counts: list[tuple[int, int]] = []
-
-    def visit(gm: fx.GraphModule, example_inputs: Sequence[Example]) -> None:
-        counts.append(count_sites(capture(gm, example_inputs)))
-
-    visit_graphs(model, inputs, visit)
-    found, near_misses = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    matches = find(model, inputs)
     inductor = None if implementation == "sdpa" else count_fused(model, inputs)
     return Count(
         family,
@@ -80,8 +64,8 @@ def count(family: str, entry: Entry, implementation: str) -> Count:
         implementation,
         entry.outcome.value,
         entry.sites,
-        found,
-        near_misses,
+        len(matches.sites),
+        len(matches.near_misses),
         inductor,
         entry.found,
     )
