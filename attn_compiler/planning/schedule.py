@@ -1,0 +1,188 @@
+"""Which key tiles each query tile visits, and how: from the mask's formula alone, never from its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from attn_compiler.algebra.bounds import Occupancy
+from attn_compiler.algebra.expr import Expr, Scalar, b, const, h, heads, i, k, k_len, kv, layer, layers, q, q_len
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.planning.atoms import atoms, formula
+from attn_compiler.planning.ranges import solve
+from attn_compiler.planning.refine import Analysis, refine
+from attn_compiler.planning.runs import Integers, Runs, joined, sweep
+from attn_compiler.planning.table_values import TableValues
+from attn_compiler.planning.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Query heads that visit the same tiles."""
+
+    heads: tuple[int, ...]
+    mask: Expr
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tiles an attention visits. Without a `head`, methods answer for all heads together."""
+
+    variant: Variant
+    q_len: int
+    k_len: int
+    tile: tuple[int, int]
+    panels: tuple[Panel, ...]
+
+    def runs(self, q_tile: int, head: int | None = None) -> tuple[tuple[int, int, Occupancy], ...]:
+        """The runs (start, stop, occupancy) of key tiles that a query tile visits."""
+        return self.of(head).row(q_tile)
+
+    def tiles(self, head: int | None = None) -> Iterator[tuple[int, int, Occupancy]]:
+        """Every visited tile as (q_tile, k_tile, occupancy)."""
+        return self.of(head).tiles()
+
+    def of(self, head: int | None = None) -> Runs:
+        """The runs of one head, or those that serve every head."""
+        if head is None:
+            return joined([panel.runs for panel in self.panels])
+        found = [panel.runs for panel in self.panels if head in panel.heads]
+        if not found:
+            raise ShapeError(f"there is no head {head}: heads are 0 … {self.heads - 1}")
+        return found[0]
+
+    @property
+    def heads(self) -> int:
+        return sum(len(panel.heads) for panel in self.panels)
+
+    @property
+    def visited_pairs(self) -> int:
+        """Pairs of query and key in visited tiles, over all heads."""
+        return sum(len(panel.heads) * self._pairs(panel.runs) for panel in self.panels)
+
+    @property
+    def density(self) -> float:
+        """The part of all pairs that lies in visited tiles."""
+        everything = self.heads * self.q_len * self.k_len
+        return self.visited_pairs / everything if everything else 0.0
+
+    def _pairs(self, runs: Runs) -> int:
+        row, (q_tile, k_tile) = runs.row_of_run, self.tile
+        tall = np.minimum((row + 1) * q_tile, self.q_len) - row * q_tile
+        wide = np.minimum(runs.stop * k_tile, self.k_len) - runs.start * k_tile
+        return int((tall * wide).sum())
+
+
+def schedule(
+    variant: Variant,
+    q_len: int,
+    k_len: int,
+    *,
+    tile: tuple[int, int] = (64, 64),
+    heads: int = 1,
+    kv_heads: int | None = None,
+    tables: Mapping[str, ArrayLike] | None = None,
+    values: Mapping[str, Scalar] | None = None,
+    layer: int = 0,
+    layers: int = 1,
+    position: Expr | None = None,
+    order: Sequence[int] | None = None,
+) -> Schedule:
+    """Classify every tile. `tables` sharpen what depends on them; `order` lists the original positions as they are laid out.
+
+    `position` is the position of query `i`; without it the last query meets the last key.
+    """
+    kv_heads = kv_heads or heads
+    _check(q_len, k_len, tile, heads, kv_heads)
+    known = {name: TableValues(table) for name, table in (tables or {}).items()}
+    known.update({table.name: TableValues(table.make(k_len)) for table in variant.derived if table.name not in known})
+    call = _Call(q_len, k_len, tile, i + (k_len - q_len) if position is None else position, order, known)
+    sizes = dict(zip(_SIZES, map(const, (q_len, k_len, heads, layer, layers)), strict=True))
+    panels: dict[bytes, Panel] = {}
+    seen: dict[Expr, Runs] = {}
+    for members, mask in _masks(variant, heads):
+        for head in members:
+            place = {**sizes, h: const(head), kv: const(head // (heads // kv_heads))}
+            mine = _with_values(mask.substitute(place), values or {})
+            runs = seen[mine] = seen[mine] if mine in seen else call.runs(mine)
+            before = panels.get(runs.key())
+            panels[runs.key()] = Panel((*(before.heads if before else ()), head), before.mask if before else mask, runs)
+    return Schedule(variant, q_len, k_len, tile, tuple(panels.values()))
+
+
+_SIZES = (q_len, k_len, heads, layer, layers)
+
+
+def _with_values(mask: Expr, values: Mapping[str, Scalar]) -> Expr:
+    return mask.substitute({leaf: const(values[str(leaf.value)]) for leaf in mask.symbols() if leaf.value in values})
+
+
+def _check(q_len: int, k_len: int, tile: tuple[int, int], heads: int, kv_heads: int) -> None:
+    if min(q_len, k_len) < 0 or min(tile) < 1:
+        raise ShapeError(f"lengths are at least 0 and tiles at least 1, not {q_len} x {k_len} in tiles of {tile}")
+    if heads < 1 or heads % kv_heads:
+        raise ShapeError(f"{heads} query heads cannot share {kv_heads} kv heads: expected a multiple of the kv heads")
+
+
+def _masks(variant: Variant, count: int) -> Iterator[tuple[Sequence[int], Expr]]:
+    """Heads and the mask they follow."""
+    rest = set(range(count))
+    for members, own in variant.groups:
+        mine = sorted(members.members(count))
+        rest -= set(mine)
+        yield mine, own.mask
+    yield sorted(rest), variant.mask
+
+
+@dataclass(frozen=True)
+class _Call:
+    q_len: int
+    k_len: int
+    tile: tuple[int, int]
+    position: Expr
+    order: Sequence[int] | None
+    tables: Mapping[str, TableValues]
+
+    def runs(self, mask: Expr) -> Runs:
+        """The runs that serve every row of the batch."""
+        if not (self.q_len and self.k_len):
+            return sweep(-(-self.q_len // self.tile[0]), -(-self.k_len // self.tile[1]), [], [])
+        if not (mask.mentions(b) or self.position.mentions(b)):
+            return self._row(mask, self.position)
+        rows = [{b: const(n)} for n in range(self._batch(mask))]
+        return joined([self._row(mask.substitute(row), self.position.substitute(row)) for row in rows])
+
+    def _batch(self, mask: Expr) -> int:
+        """The length of the axis that tables read at `b`."""
+        sizes = [1]
+        for node in {*mask.walk(), *self.position.walk()}:
+            if node.op == "table" and node.value in self.tables and b in node.args:
+                shape = self.tables[str(node.value)].values.shape
+                axis = len(shape) - len(node.args) + node.args.index(b)
+                sizes += [shape[axis]] if axis >= 0 else []
+        return max(sizes)
+
+    def _row(self, mask: Expr, position: Expr) -> Runs:
+        key_order = None if self.order is None else np.asarray(self.order, np.int64)
+        keys = Tokens(self.k_len, self.tile[1], k, key_order, {}, self.tables)
+        queries = Tokens(self.q_len, self.tile[0], i, self._query_order(key_order, position), {q: position}, self.tables)
+        parts = formula(mask)
+        solved = solve(parts, queries, keys, self.tables)
+        if solved is not None:
+            return solved
+        analysis = Analysis(parts, queries, keys, self.tables)
+        return refine(analysis, any(analysis.undecided(atom) for atom in atoms(parts)))
+
+    def _query_order(self, key_order: Integers | None, position: Expr) -> Integers | None:
+        if key_order is None:
+            return None
+        if sorted(key_order.tolist()) != list(range(self.k_len)):
+            raise ShapeError(f"an order lists every position from 0 to {self.k_len - 1} once")
+        rank = np.argsort(key_order)
+        at = Tokens(self.q_len, 1, i, None, {q: position}, self.tables).values(q, 0, self.q_len).lo
+        return np.argsort(rank[np.clip(at, 0, self.k_len - 1).astype(np.int64)], kind="stable")
