@@ -12,8 +12,17 @@ from zoo.finding import find
 SAMPLE = {"llama", "gemma2", "gpt_oss", "diffllama", "bloom", "xlnet", "swin", "clip", "dit", "t5_pad", "gemma3_mm_prefix"}
 QUICK = SAMPLE | {entry.name for family in ("torch_modules", "handwritten", "negatives") for entry in FAMILIES[family]}
 
+# k is put together by writing into slices of an empty tensor, which the matcher does not follow.
+MISSED = {("deepseek_v3", "sdpa")}
+
+
+def _marks(name: str, implementation: str) -> list[pytest.MarkDecorator]:
+    marks = [] if name in QUICK else [pytest.mark.full]
+    return [*marks, pytest.mark.xfail(strict=True)] if (name, implementation) in MISSED else marks
+
+
 CASES = [
-    pytest.param(name, implementation, id=f"{name}-{implementation}", marks=[] if name in QUICK else [pytest.mark.full])
+    pytest.param(name, implementation, id=f"{name}-{implementation}", marks=_marks(name, implementation))
     for name, entry in ZOO.items()
     if entry.outcome is not Outcome.FRAGMENTS
     for implementation in entry.implementations
