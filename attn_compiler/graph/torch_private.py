@@ -74,6 +74,19 @@ def fake_like(x: Traced, mode: FakeMode) -> Traced:
     return made.requires_grad_(x.requires_grad)
 
 
+def retrace(run: Callable[..., Traced], values: Sequence[Traced]) -> fx.GraphModule:
+    """Record what `run` makes of values that a captured graph knows, in the fake mode they live in."""
+    mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
+    context = TracingContext.try_get()
+    if context is None:
+        return trace(run, mode, values)
+    dynamo, context.fake_mode = context.fake_mode, mode
+    try:
+        return trace(run, mode, values)
+    finally:
+        context.fake_mode = dynamo
+
+
 def trace(run: Callable[..., Traced], mode: FakeMode, args: Sequence[Traced]) -> fx.GraphModule:
     """Record the ATen operators that `run` calls, before autograd, autocast and functionalization see them."""
     with traceback.preserve_node_meta(), mode or contextlib.nullcontext():

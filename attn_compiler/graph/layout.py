@@ -1,0 +1,71 @@
+"""Moves tensors between the layout their model gave them and [batch, heads, tokens, dim], whatever atoms these are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from attn_compiler.graph.atom import Atom, Axes, Axis, product
+from attn_compiler.graph.calls import Size, is_one
+
+
+def arranged(x: Tensor, axes: Axes, groups: Axes) -> Tensor:
+    """`x`, whose dimensions are made of `axes`, with one dimension per group of atoms; absent atoms are broadcast."""
+    wanted = [atom for group in groups for atom in group]
+    present = [atom for axis in axes for atom in axis if atom in wanted]
+    x = _split(x, axes, present)
+    order = [present.index(atom) for atom in wanted if atom in present]
+    if order != sorted(order):
+        x = x.permute(order)
+    if len(present) < len(wanted):
+        for place, atom in enumerate(wanted):
+            if atom not in present:
+                x = x.unsqueeze(place)
+    return _merge(x, groups, present)
+
+
+def returned(x: Tensor, groups: Axes, axes: Axes, shape: tuple[Size, ...]) -> Tensor:
+    """The way back: `x` has one dimension per group; the result has `shape`, its dimensions made of `axes`."""
+    wanted = [atom for axis in axes for atom in axis]
+    present = [atom for group in groups for atom in group if atom in wanted]
+    x = _split(x, groups, present)
+    order = [present.index(atom) for atom in wanted]
+    if order != sorted(order):
+        x = x.permute(order)
+    return x if all(len(axis) == 1 for axis in axes) else x.reshape(_sizes(shape))
+
+
+def _split(x: Tensor, axes: Axes, kept: Iterable[Atom]) -> Tensor:
+    """One dimension per kept atom; all others have one place and vanish."""
+    kept = set(kept)
+    parts = [tuple(atom for atom in axis if atom in kept) for axis in axes]
+    if all(len(part) == 1 for part in parts):
+        return x
+    return x.reshape(_sizes(atom.size for part in parts for atom in part))
+
+
+def _merge(x: Tensor, groups: Axes, present: list[Atom]) -> Tensor:
+    if all(len(group) == 1 for group in groups):
+        return x
+    sizes: list[Size] = []
+    for group in groups:
+        shared = any(atom in present for atom in group)
+        sizes.extend(atom.size if shared else 1 for atom in group)
+    x = x.expand(sizes) if len(sizes) and not all(is_one(s) for s in sizes) else x
+    return x.reshape(_sizes(product(g) if any(a in present for a in g) else 1 for g in groups))
+
+
+def _sizes(sizes: Iterable[Size]) -> list[Size]:
+    """Sizes for a reshape; a single symbolic one is left to the reshape to work out, so that it needs no node of its own."""
+    known = list(sizes)
+    symbolic = [place for place, size in enumerate(known) if not isinstance(size, int)]
+    if len(symbolic) == 1:
+        known[symbolic[0]] = -1
+    return known
+
+
+def kv_groups(axes: Axes, batch: Axis, kv_heads: Axis, tokens: Axis, dim: Axis) -> Axes:
+    """How k or v is laid out for an operator that shares heads: its own head atoms only."""
+    own = {atom for axis in axes for atom in axis}
+    return (batch, tuple(atom for atom in kv_heads if atom in own), tokens, dim)
