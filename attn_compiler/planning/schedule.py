@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,7 +14,10 @@ from attn_compiler.algebra.expr import Expr, Scalar, b, const, h, heads, i, k, k
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.planning.atoms import atoms, formula
+from attn_compiler.planning.cost import Saving, saving
+from attn_compiler.planning.draw import draw
 from attn_compiler.planning.ranges import solve
+from attn_compiler.planning.raster import sketch
 from attn_compiler.planning.refine import Analysis, refine
 from attn_compiler.planning.runs import Integers, Runs, joined, sweep
 from attn_compiler.planning.table_values import TableValues
@@ -66,16 +70,40 @@ class Schedule:
         return sum(len(panel.heads) * self._pairs(panel.runs) for panel in self.panels)
 
     @property
+    def visited_keys(self) -> int:
+        """Keys read by the query tiles one after the other, over all heads."""
+        return sum(len(panel.heads) * int(self._width(panel.runs).sum()) for panel in self.panels)
+
+    @property
     def density(self) -> float:
         """The part of all pairs that lies in visited tiles."""
         everything = self.heads * self.q_len * self.k_len
         return self.visited_pairs / everything if everything else 0.0
 
+    def panel_density(self, panel: Panel) -> float:
+        """The same, for the heads of one panel."""
+        everything = self.q_len * self.k_len
+        return self._pairs(panel.runs) / everything if everything else 0.0
+
+    def cost(self, heads: int, head_dim: int, value_dim: int, dtype: str) -> Saving:
+        """What `heads` such heads cost, dense and scheduled."""
+        return saving(self, heads, head_dim, value_dim, dtype)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture; the ending of `path` says in which format."""
+        draw(self, path)
+
+    def text(self, width: int = 64, head: int | None = None) -> str:
+        """Sketch with characters: `·` empty, `▒` mixed, `█` full."""
+        return sketch(self.of(head), width)
+
+    def _width(self, runs: Runs) -> Integers:
+        return np.minimum(runs.stop * self.tile[1], self.k_len) - runs.start * self.tile[1]
+
     def _pairs(self, runs: Runs) -> int:
-        row, (q_tile, k_tile) = runs.row_of_run, self.tile
+        row, q_tile = runs.row_of_run, self.tile[0]
         tall = np.minimum((row + 1) * q_tile, self.q_len) - row * q_tile
-        wide = np.minimum(runs.stop * k_tile, self.k_len) - runs.start * k_tile
-        return int((tall * wide).sum())
+        return int((tall * self._width(runs)).sum())
 
 
 def schedule(

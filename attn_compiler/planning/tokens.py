@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,9 @@ class Tokens:
         parts = [
             _reduced(self.values(e, start, min(start + step, self.length)), self.tile) for start in range(0, self.length, step)
         ]
-        return Extent(np.concatenate([part.lo for part in parts]), np.concatenate([part.hi for part in parts]))
+        lo: Values = np.concatenate([part.lo for part in parts])
+        hi: Values = np.concatenate([part.hi for part in parts])
+        return Extent(lo, hi)
 
     def values(self, e: Expr, start: int, stop: int) -> Extent:
         """`e` at each of the tokens from place `start` to `stop`."""
@@ -53,8 +56,9 @@ class Tokens:
         for name, meaning in self.named.items():
             leaves[name] = extent(meaning, leaves, self.tables)
         found = extent(e, leaves, self.tables)
-        lo = np.broadcast_to(found.lo, at.shape)
-        return Extent(lo, lo if found.is_point else np.broadcast_to(found.hi, at.shape))
+        lo = cast(Values, np.broadcast_to(found.lo, at.shape))
+        hi = lo if found.is_point else cast(Values, np.broadcast_to(found.hi, at.shape))
+        return Extent(lo, hi)
 
 
 def _reduced(values: Extent, by: int) -> Extent:

@@ -1,0 +1,56 @@
+"""Orders of tokens in which a mask fills whole tiles: residue classes of a dilation, square tiles of a geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+
+import numpy as np
+
+from attn_compiler.algebra.expr import Expr, Sort, const, k, q
+from attn_compiler.algebra.linear import linear
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.runs import Integers
+
+
+def natural_order(variant: Variant, length: int, size: Sequence[int] = (), *, before: int = 0, tile: int = 64) -> Integers | None:
+    """The original positions in the order that suits the mask, or None where they are best left as they are.
+
+    `size` is the geometry: its axes follow `before` tokens that keep their places, as do those after it.
+    """
+    step = dilation(variant.mask)
+    if step > 1:
+        return np.argsort(np.arange(length) % step, kind="stable")
+    if len(size) < 2:
+        return None
+    return _tiled(length, size, before, tile)
+
+
+def dilation(mask: Expr) -> int:
+    """The step of which q - k is a multiple wherever the mask holds; 1 where there is none."""
+    if mask.op == "and":
+        one, other = (dilation(a) for a in mask.args)
+        return one * other // gcd(one, other)
+    if mask.op != "eq" or mask.args[0].op != "mod" or mask.args[0].sort is not Sort.INDEX:
+        return 1
+    (distance, modulus), rest = mask.args[0].args, mask.args[1]
+    step, between = modulus.value, linear(distance)
+    known = isinstance(step, int) and rest == const(0) and between.factors in ({q: 1, k: -1}, {q: -1, k: 1})
+    return step if known and isinstance(step, int) and step > 0 and between.constant % step == 0 else 1
+
+
+def _tiled(length: int, size: Sequence[int], before: int, tile: int) -> Integers:
+    """Tiles of about equal sides with `tile` tokens each, one after the other."""
+    inside = int(np.prod(size))
+    axes = np.unravel_index(np.arange(inside), tuple(size))
+    sides = _sides(len(size), tile)
+    outer = [axis // side for axis, side in zip(axes, sides, strict=True)]
+    inner = np.lexsort([*axes[::-1], *outer[::-1]]) + before
+    return np.concatenate([np.arange(before), inner, np.arange(before + inside, length)])
+
+
+def _sides(axes: int, tile: int) -> list[int]:
+    """Powers of two whose product is the largest one within `tile`, the last axes getting the larger ones."""
+    exponent = tile.bit_length() - 1
+    share, more = divmod(exponent, axes)
+    return [1 << (share + (axis >= axes - more)) for axis in range(axes)]
