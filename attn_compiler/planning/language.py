@@ -70,7 +70,7 @@ class _Reader:
         try:
             return ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError) as error:
-            offset = getattr(error, "offset", None) or 1
+            offset = getattr(error, "offset", None) or len(self.text) + 1  # Python gives 0 where the text ends too early
             message = getattr(error, "msg", None) or str(error)
             raise LanguageError(self._pointing(offset - 1, f"this is no expression: {message}")) from None
         except (RecursionError, MemoryError):
