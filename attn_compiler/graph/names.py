@@ -17,7 +17,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     parts = _KEY.sub(r".\1", path).split(".")
-    return ".".join(part for part in parts if part not in ("", "L", "G", "self", "fn", "_modules", "_orig_mod"))
+    own = parts[2:] if parts[0] in ("L", "G") else parts  # what Dynamo calls the model: a local or a global variable
+    return ".".join(part for part in own if part not in ("", "_modules", "_orig_mod"))
 
 
 def source_line(node: fx.Node) -> str:

@@ -1,0 +1,120 @@
+"""Atoms survive whatever views do to the dimensions they make up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attn_compiler.algebra.expr import h
+from attn_compiler.graph.atom import coordinates, product
+from attn_compiler.graph.axes import Atoms
+from attn_compiler.graph.mutation import Versions
+from attn_compiler.graph.names import layer_numbers, module_path
+
+factors = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+def cut(sizes: list[int], places: list[bool]) -> list[int]:
+    """Merge neighbors wherever `places` says so."""
+    result = [sizes[0]]
+    for size, merged in zip(sizes[1:], places, strict=False):
+        if merged:
+            result[-1] *= size
+        else:
+            result.append(size)
+    return result
+
+
+@given(factors, st.lists(st.booleans(), min_size=5, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_a_reshape_and_its_inverse_keep_every_atom_in_place(sizes: list[int], before: list[bool], after: list[bool]) -> None:
+    atoms = Atoms()
+    old, new = cut(sizes, before), cut(sizes, after)
+    axes = atoms.fresh(old)
+    there = atoms.reshape(axes, new)
+    if there is None:
+        return
+    assert [product(axis) for axis in there] == new
+    back = atoms.reshape(there, old)
+    assert back is not None
+
+    def large(axis: tuple[object, ...]) -> list[object]:
+        return [atom for atom in atoms.resolve(axis) if not atom.is_unit]  # type: ignore[arg-type, attr-defined]
+
+    assert [large(axis) for axis in back] == [large(axis) for axis in axes]
+
+
+def test_a_dimension_that_cuts_through_an_atom_is_refused() -> None:
+    atoms = Atoms()
+    assert atoms.reshape(atoms.fresh([4, 6]), [3, 8]) is None
+
+
+def test_unifying_two_axes_splits_the_coarser_one() -> None:
+    atoms = Atoms()
+    (heads,), (groups, repeats) = atoms.fresh([8]), atoms.fresh([2, 4])
+    assert atoms.unify(heads, groups + repeats)
+    assert atoms.resolve(heads) == atoms.resolve(groups + repeats)
+    assert not atoms.unify(atoms.fresh([6])[0], atoms.fresh([4])[0])
+
+
+def test_the_coordinates_of_atoms_count_up_to_the_index_of_their_axis() -> None:
+    atoms = Atoms()
+    (groups,), (repeats,) = atoms.fresh([2, 4])
+    assert coordinates((groups, repeats), h) == {repeats: h % 4, groups: h // 4}
+
+
+def recorded(f: object, *args: torch.Tensor) -> fx.Graph:
+    return make_fx(f, pre_dispatch=True)(*args).graph  # type: ignore[arg-type]
+
+
+def test_a_reader_sees_the_last_write_to_the_same_tensor() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        y.mul_(2)
+        return y.exp()
+
+    graph = recorded(f, torch.ones(3))
+    add, mul, exp = (node for node in graph.nodes if node.op == "call_function")
+    assert Versions(graph).read(add, exp) is mul
+    assert Versions(graph).read(add, mul) is add
+
+
+def test_a_write_through_a_view_is_not_followed() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        y.view(-1)[0] = 0
+        return y.exp()
+
+    graph = recorded(f, torch.ones(3, 2))
+    nodes = {node.target: node for node in graph.nodes if node.op == "call_function"}
+    assert Versions(graph).read(nodes[torch.ops.aten.add.Tensor], nodes[torch.ops.aten.exp.default]) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].model.layers[3].self_attn", "model.layers.3.self_attn"),
+        ("L['self']._modules['encoder']._modules['layer']._modules['0'].attention.self", "encoder.layer.0.attention.self"),
+        ("model.layers.3.self_attn", "model.layers.3.self_attn"),
+        ("", ""),
+    ],
+)
+def test_module_paths_are_written_with_dots(path: str, name: str) -> None:
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"key": (path, torch.nn.Module)}
+    assert module_path(node) == name
+
+
+def test_layers_are_counted_by_the_number_that_varies() -> None:
+    assert layer_numbers(["layers.4.attn", "layers.5.attn", ""]) == [4, 5, None]
+    assert layer_numbers(["decoder.block.1.layer.1.attn", "decoder.block.2.layer.1.attn"]) == [1, 2]
+    assert layer_numbers(["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0"]) == [0, 1, 2]
+
+
+def test_the_product_of_no_atoms_is_one() -> None:
+    assert product(()) == math.prod(())
