@@ -14,7 +14,7 @@ from attn_compiler.planning.words import Word, Words
 
 FOLDERS = (
     "masks", "scores", "normalizers", "features", "states", "orders", "selectors", "edits", "outputs", "storages",
-    "contexts", "units",
+    "contexts", "denominators", "units",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from attn_compiler.planning.scope import Scope
 from attn_compiler.planning.words import (
     Count,
     CountPerAxis,
+    Denominator,
     FlagPerAxis,
     Label,
     Number,
@@ -199,6 +200,7 @@ ARGUMENTS: Mapping[object, Argument] = {
     Label: Argument("the name of a label", _label),
     Units: Argument("block(n) or the name of a label", _units),
     Order: Argument("an order", lambda reader, node: reader.word(node, "orders")),
+    Denominator: Argument("a denominator", lambda reader, node: reader.word(node, "denominators")),
     Seen: Argument("a mask", lambda reader, node: reader.mask(node)),
     Seed: Argument("a whole number of at least 0, or `layer`", _seed),
     PerAxis: Argument("a whole number, or a list of one for each axis", _per_axis(_whole(None))),

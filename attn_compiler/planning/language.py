@@ -132,6 +132,8 @@ class _Reader:
 
     def word(self, node: ast.expr, folder: str) -> object:
         """What a word of a folder gives for the arguments written behind it."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return parse_call(node.value, folder, self.words, self.scope)
         named = node.func if isinstance(node, ast.Call) else node
         name = dotted(named)
         if name is None:

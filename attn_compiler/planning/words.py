@@ -56,6 +56,7 @@ Tokens = Annotated[PerToken, "tokens"]
 Label = Annotated[PerToken, "label"]
 Units = Annotated[PerToken, "units"]
 Order = Annotated[PerToken, "order"]
+Denominator = Annotated[Declared, "denominator"]
 Seed = Annotated[int | None, "seed"]  # None: the number of the layer, which is not known yet
 PerAxis = Annotated[tuple[int, ...], "per axis"]
 CountPerAxis = Annotated[tuple[int, ...], "count per axis"]

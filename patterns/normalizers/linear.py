@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.planning.words import Declared, Denominator
+
+SUM = Declared("denominators", "sum")
 
 
-def linear(denominator: str = "sum", eps: float = 1e-6) -> Declared:
-    """none, sum, clamp(100), mean or subtract (InLine)."""
+def linear(denominator: Denominator = SUM, eps: float = 1e-6) -> Declared:
+    """none, sum, clamp(100), mean or subtract (InLine), plus eps."""
     return Declared("normalizers", "linear", (("denominator", denominator), ("eps", eps)))

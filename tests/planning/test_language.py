@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from attn_compiler import library
 from attn_compiler.algebra.evaluate import evaluate_scalar
-from attn_compiler.algebra.expr import Sort, const, dim, h, k, layer, q, sqrt, table
+from attn_compiler.algebra.expr import Sort, const, dim, h, k, k_len, layer, q, sqrt, table
+from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import SOFTMAX, Variant
 from attn_compiler.errors import LanguageError
 from attn_compiler.planning.geometry import Geometry
@@ -132,6 +133,39 @@ def test_a_value_given_at_compile_time_is_a_number() -> None:
 def test_an_expression_that_means_nothing_is_an_error(text: str, says: str) -> None:
     with pytest.raises(LanguageError, match=says):
         parse_expression(text, library.words(), Scope())
+
+
+WORKED_MASKS = [
+    "causal & (window(1024) | sinks(4))",
+    "causal & (span(spans.alpha, spans.beta, round=64) | sinks(64))",
+    "queries(text) | keys(text) | neighborhood([8, 15, 26], stride=[1, 5, 13])",
+    "queries(text) | keys(text) | ball(16)",
+    "chunks([7, 7, 7], shift=[3, 3, 3])",
+    "causal & permuted(window(256), random(seed=layer))",
+    "causal & same(document) & window(4096)",
+    "causal & ~window(64)",
+    "causal & window(9, of=document)",
+]
+
+
+@pytest.mark.parametrize("text", WORKED_MASKS)
+def test_the_worked_examples_can_be_read(text: str) -> None:
+    scope = Scope(
+        geometry=Geometry.of([16, 30, 52], before=512),
+        roles={"text": IntegerSet.parse("0:512")},
+        labels={"document": "document_ids"},
+        data=frozenset({"spans", "alpha"}),
+    )
+    assert parse_mask(text, library.words(), scope).keep.sort is Sort.BOOL
+    assert parse_expression("sqrt(log(k_len) / log(25472) / dim)", library.words(), scope).sort is Sort.REAL
+
+
+@pytest.mark.parametrize("size", ["square", ["side", "side"]], ids=str)
+def test_a_geometry_may_follow_from_the_length_or_a_value(size: str | list[int | str]) -> None:
+    scope = Scope(geometry=Geometry.of(size, before=1, values={"side": 4}))
+    keep = parse_mask("ball(2)", library.words(), scope).keep
+    assert evaluate_scalar(keep, {q: 1, k: 1 + 5, k_len: 17})  # one step along both axes
+    assert not evaluate_scalar(keep, {q: 1, k: 1 + 3, k_len: 17})
 
 
 def test_what_was_parsed_can_be_pickled() -> None:
