@@ -61,6 +61,9 @@ def _node(node: Expr, args: tuple[Extent, ...], tables: Tables) -> Extent:
         return _of_sort(node.sort, tables[str(node.value)].extent(args))
     if node.op == "mod":
         return _mod(args[0], args[1], node.sort is Sort.INDEX)
+    if node.op == "mul" and node.args[0] == node.args[1]:  # a square, which is never negative
+        size = _abs(args[0])
+        return _mul(size, size)
     rule = _RULES.get(node.op)
     return unknown(node.sort) if rule is None else rule(*args)
 

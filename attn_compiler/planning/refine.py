@@ -102,7 +102,7 @@ class Analysis:
             return rebuild(e, tuple(self._projected(a, boxes, leaves) for a in e.args))
         if spoken is Side.NEITHER:
             return e
-        leaf = symbol(f"{spoken.name.lower()} part {len(leaves)}", e.sort)
+        leaf = symbol(f"known: {e!r}", e.sort)  # equal parts stay equal
         leaves[leaf] = self._over(spoken, e, boxes)
         return leaf
 

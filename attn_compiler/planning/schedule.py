@@ -119,7 +119,7 @@ def schedule(
     layer: int = 0,
     layers: int = 1,
     position: Expr | None = None,
-    order: Sequence[int] | None = None,
+    order: ArrayLike | None = None,
 ) -> Schedule:
     """Classify every tile. `tables` sharpen what depends on them; `order` lists the original positions as they are laid out.
 
@@ -173,7 +173,7 @@ class _Call:
     k_len: int
     tile: tuple[int, int]
     position: Expr
-    order: Sequence[int] | None
+    order: ArrayLike | None
     tables: Mapping[str, TableValues]
 
     def runs(self, mask: Expr) -> Runs:

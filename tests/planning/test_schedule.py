@@ -199,6 +199,12 @@ def test_square_tiles_make_a_neighborhood_block_sparse() -> None:
     assert tiles.panels[0].runs.count() == (3 * 8 - 2) ** 2
 
 
+def test_a_square_is_never_negative() -> None:
+    distance = (q // 16 - k // 16) * (q // 16 - k // 16) + (q % 16 - k % 16) * (q % 16 - k % 16)
+    found = schedule(Variant(mask=distance < 9), 256, 256, tile=(16, 16))
+    assert found.panels[0].runs.count() == 16 * 5 - 2 * (2 + 1)
+
+
 def test_heads_with_the_same_tiles_share_a_panel() -> None:
     found = schedule(Variant(mask=CAUSAL & (q - k < (h // 2 + 1) * 128)), 512, 512, heads=4)
     assert [panel.heads for panel in found.panels] == [(0, 1), (2, 3)]

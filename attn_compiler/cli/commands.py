@@ -1,0 +1,32 @@
+"""Gathers the commands of `attn`, and turns errors into one clear message."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from attn_compiler.cli.draw import draw
+from attn_compiler.cli.variants import variants
+from attn_compiler.errors import AttnError
+
+
+class _Commands(TyperGroup):
+    """Says what was wrong, without the traceback of somebody else's program."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer carries its own copy of click
+        try:
+            return TyperGroup.invoke(self, ctx)
+        except AttnError as error:
+            Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, help="Find, explain and rewrite the attentions of a PyTorch model.")
+app.command()(draw)
+app.command()(variants)
+
+
+@app.callback()
+def _main() -> None:
+    """Find, explain and rewrite the attentions of a PyTorch model."""
