@@ -1,0 +1,123 @@
+"""Names the parts of a recovered variant, for people and for planning; every name is proved by rebuilding the part from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from attn_compiler.algebra.bounds import Box
+from attn_compiler.algebra.expr import Expr, Sort, b, i, k, same, score
+from attn_compiler.algebra.linear import linear
+from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
+
+
+@dataclass(frozen=True)
+class Named:
+    """A part of a variant and what it is called."""
+
+    name: str
+    part: Expr
+
+
+def classify(mask: Expr, value: Expr, facts: Box) -> tuple[Named, ...]:
+    """A name for every condition of the mask and every term that is added to the score."""
+    conditions = [Named(_condition(part, facts), part) for part in conjuncts(mask)]
+    return (*conditions, *(Named(_term(term), term) for term in _terms(value) if term != score))
+
+
+def _condition(part: Expr, facts: Box) -> str:
+    for recognize in (_bound, _documents, _padding, _chunk):
+        found = recognize(part)
+        if found is not None and simplify(found[1], facts) == simplify(part, facts):
+            return found[0]
+    if part.op == "or":
+        inner = [_condition(x, facts) for x in disjuncts(part)]
+        return f"prefix ({' or '.join(inner)})" if "causal" in inner else " or ".join(inner)
+    if part.op == "and":
+        return " and ".join(_condition(x, facts) for x in conjuncts(part))
+    if part.op == "table" and part.mentions(i) and part.mentions(k):
+        return "dense table"
+    return "condition on tables" if part.tables() else "condition on places"
+
+
+Found = tuple[str, Expr] | None
+
+
+def _bound(part: Expr) -> Found:
+    """`k <= i + offset`, `i <= k + n - 1`, or a limit on keys."""
+    if part.op != "le" or any(x.sort is not Sort.INDEX for x in part.args):
+        return None
+    difference = linear(part.args[0]) - linear(part.args[1])
+    rest = {a: n for a, n in difference.factors.items() if a not in (i, k)}
+    ik = difference.factors.get(i, 0), difference.factors.get(k, 0)
+    if not rest and ik == (-1, 1):
+        offset = -difference.constant
+        return ("causal" if offset == 0 else f"causal({offset})"), k <= i + offset
+    if not rest and ik == (1, -1):
+        left = 1 - difference.constant
+        return f"window({left})", i < k + left
+    remapped = [a for a in rest if a.op == "table"]
+    if len(rest) == 2 == len(remapped) and {rest[a] for a in rest} == {1, -1} and ik == (0, 0):
+        return _remapped(part, rest)
+    if ik == (0, 1) and not any(a.mentions(i, k) for a in rest):
+        return "length of keys", part
+    if ik == (0, 1) and len(remapped) == 1:
+        return "causal on given positions", part
+    return None
+
+
+def _remapped(part: Expr, rest: dict[Expr, int]) -> Found:
+    above, below = (next(a for a in rest if rest[a] == sign) for sign in (1, -1))
+    if above.substitute({k: i}) == below and above.mentions(k):
+        return "causal on remapped positions", part
+    return ("window on remapped positions", part) if below.substitute({k: i}) == above and below.mentions(k) else None
+
+
+def _documents(part: Expr) -> Found:
+    """Both sides are one formula, read at the query and at the key."""
+    if part.op != "eq" or not part.tables():
+        return None
+    for mine, other in (part.args, part.args[::-1]):
+        if mine.mentions(i) and not mine.mentions(k) and mine.substitute({i: k}) == other:
+            return "documents", same(mine, other)
+    return None
+
+
+def _padding(part: Expr) -> Found:
+    return ("padding", part) if part.tables() and part.symbols() <= {b, k} and part.mentions(k) else None
+
+
+def _chunk(part: Expr) -> Found:
+    if part.op != "eq" or part.tables():
+        return None
+    for mine, other in (part.args, part.args[::-1]):
+        if mine.op == "floordiv" and mine.mentions(i) and mine.substitute({i: k}) == other:
+            return f"chunks({mine.args[1].value})", same(mine, other)
+    return None
+
+
+def _terms(value: Expr) -> Iterator[Expr]:
+    if value.op in ("add", "sub"):
+        for part in value.args:
+            yield from _terms(part)
+    else:
+        yield value
+
+
+_SHAPES: tuple[tuple[str, Callable[[Expr], bool]], ...] = (
+    ("function of the score", lambda e: e.mentions(score)),
+    ("ALiBi", lambda e: e.mentions(k) and all(not x.mentions(k) for x in e.walk() if x.op == "table") and not e.mentions(b)),
+    ("relative table", lambda e: any(_is_relative(x) for x in e.walk() if x.op == "table")),
+    ("dense table", lambda e: any(x.op == "table" and x.mentions(i) and x.mentions(k) for x in e.walk())),
+    ("padding", lambda e: e.symbols() <= {b, k}),
+)
+
+
+def _term(term: Expr) -> str:
+    return next((name for name, fits in _SHAPES if fits(term)), "bias")
+
+
+def _is_relative(read: Expr) -> bool:
+    """Read at a distance: moving query and key by one place changes nothing."""
+    moved = read.transform(lambda e: e + 1 if e in (i, k) else e)
+    return read.mentions(i) and read.mentions(k) and simplify(moved) == simplify(read)

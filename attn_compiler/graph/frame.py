@@ -1,0 +1,146 @@
+"""Where a site's queries stand among its keys, and what kind of attention that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from attn_compiler.algebra.expr import Expr, Sort, b, i, k, k_len, q, q_len, rebuild, table
+from attn_compiler.algebra.linear import expression, linear
+from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.graph.atom import product
+from attn_compiler.graph.axes import rearranges, repeats, source
+from attn_compiler.graph.calls import call, equal, is_tensor
+from attn_compiler.graph.record import GraphSite
+from attn_compiler.graph.recover import Recovered
+from attn_compiler.graph.streams import same_tokens, streams
+from attn_compiler.graph.symbolic import SymbolicReader
+from attn_compiler.planning.site import Frame, Kind, Phase
+
+_MOST_DECODED = 16  # queries of one call that still count as decoding
+
+
+@dataclass(frozen=True)
+class FirstKey:
+    """The table that a frame counts positions from: the first key of each row for which `valid`, over `b k`, holds."""
+
+    name: str
+    valid: Expr
+
+
+def frame(site: GraphSite, recovered: Recovered, reader: SymbolicReader) -> Frame | None:
+    """The position of query `i`, and how it was found; None where nobody knows."""
+    mask = recovered.variant.mask
+    for part in conjuncts(mask):
+        for bound in disjuncts(part):
+            position = _from_causal(bound)
+            if position is not None:
+                return Frame(position, "the causal mask")
+    cached = _from_cache(site, reader)
+    if cached is not None:
+        return cached
+    if same_tokens(site) and equal(*site.lengths):
+        return Frame(i, "queries and keys are the same tokens")
+    return None
+
+
+def first_key(site: GraphSite, mask: Expr) -> FirstKey | None:
+    """The padding of a mask, as the table to count positions from. Whoever uses it supplies that table."""
+    for part in conjuncts(mask):
+        if part.symbols() <= {b, k} and part.mentions(k) and part.tables():
+            return FirstKey(f"first_key:{min(part.tables())}", part)
+    return None
+
+
+def counted_from(found: Frame, padding: FirstKey) -> Frame:
+    """The same frame, counting from each row's first valid key."""
+    return replace(found, first_key=table(padding.name, b))
+
+
+def restated(variant: Variant, found: Frame) -> Variant:
+    """The same variant, speaking of positions where that leaves no index of a query: causal reads `k <= q`."""
+    difference = linear(found.position) - linear(i)
+    if i in difference.factors or found.position.tables():
+        return variant.map(lambda e: simplify(e.substitute({found.position: q})) if e.sort is Sort.BOOL else e)
+    shifted = expression(linear(q) - difference)
+
+    def change(e: Expr) -> Expr:
+        return _outside_tables(e, shifted) if e.mentions(i) else e
+
+    return variant.map(change)
+
+
+def _outside_tables(e: Expr, shifted: Expr) -> Expr:
+    """Tables stay addressed by the query's index."""
+    if e.op == "table":
+        return e
+    if e == i:
+        return shifted
+    changed = rebuild(e, tuple(_outside_tables(a, shifted) for a in e.args)) if e.args else e
+    return simplify(changed) if changed.sort is not Sort.REAL else changed
+
+
+def _from_causal(bound: Expr) -> Expr | None:
+    """`k <= i + offset`, or `k <= position of i`."""
+    if bound.op != "le" or any(x.sort is not Sort.INDEX for x in bound.args):
+        return None
+    difference = linear(bound.args[0]) - linear(bound.args[1])
+    if difference.factors.get(k) != 1:
+        return None
+    rest = (difference + linear(k) * -1) * -1
+    if rest.factors.get(i, 0) == 1 and not any(a.mentions(k, i) for a in rest.factors if a != i):
+        return expression(rest) if rest.constant == 0 or len(rest.factors) > 1 or rest.constant > 0 else None
+    reads = [a for a in rest.factors if a.op == "table"]
+    whole = len(rest.factors) == 1 and len(reads) == 1 and rest.constant == 0 and rest.factors[reads[0]] == 1
+    return reads[0] if whole and reads[0].mentions(i) and not reads[0].mentions(k) else None
+
+
+def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
+    """How the keys were put together."""
+    node = site.k.node
+    while True:
+        read = call(node)
+        if read.op == "cat" and len(read["tensors"]) == 2:
+            new = read["tensors"][1]
+            dim = read["dim"]
+            if is_tensor(new) and equal(new.meta["val"].shape[dim], site.lengths[0]) and not equal(*site.lengths):
+                return Frame(i + (k_len - q_len), "the cache that new keys are appended to")
+            return None
+        if read.op in ("index_copy", "index_put"):
+            return _written(node, reader)
+        if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same"))):
+            return None
+        node = source(node)
+
+
+def _written(node: fx.Node, reader: SymbolicReader) -> Frame | None:
+    read = call(node)
+    places = read["index"] if read.op == "index_copy" else next((x for x in read["indices"][::-1] if x is not None), None)
+    if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1:
+        return None
+    return Frame(reader.at(places, (i,)), "the places of the cache that new keys are written to")
+
+
+def kind(site: GraphSite) -> Kind:
+    """Self, cross, joint or pool."""
+    queries, keys = streams(site.q.node), streams(site.k.node)
+    if queries.inputs and keys.inputs and not queries.inputs & keys.inputs:
+        return Kind.POOL if queries.learned else Kind.CROSS
+    if queries.learned and not queries.inputs:
+        return Kind.POOL
+    if queries.joined and keys.joined:
+        return Kind.JOINT
+    return Kind.SELF if queries.inputs & keys.inputs or equal(*site.lengths) else Kind.CROSS
+
+
+def phase(site: GraphSite) -> Phase:
+    """Whether gradients are recorded, few queries meet many keys, or neither."""
+    if torch.is_grad_enabled() and site.q.node.meta["val"].requires_grad:
+        return Phase.TRAIN
+    queries, keys = product(site.queries), product(site.keys)
+    few = isinstance(queries, int) and queries <= _MOST_DECODED
+    longer = not isinstance(keys, int) or not isinstance(queries, int) or keys > queries
+    return Phase.DECODE if few and longer else Phase.PREFILL

@@ -1,0 +1,155 @@
+"""What is recovered from a graph is what the graph computes: mask and score at every place, and the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from attn_compiler.algebra.evaluate import evaluate
+from attn_compiler.algebra.expr import Expr, Sort, b, dim, h, heads, i, k, k_len, q_len, score
+from attn_compiler.algebra.variant import EmptyRows
+from attn_compiler.graph.capture import capture
+from attn_compiler.graph.layout import arranged, returned
+from attn_compiler.graph.match import match
+from attn_compiler.graph.record import GraphSite
+from attn_compiler.graph.recover import Recovered, recover
+from attn_compiler.graph.symbolic import SymbolicReader, Table
+from attn_compiler.planning.plan import Refusal
+from zoo import handwritten, text, torch_modules, vision
+from zoo.capture import visit_graphs
+from zoo.entry import Entry
+from zoo.masks import ENTRIES as MASKS
+
+BOUND = 1e-4
+
+
+def numbers(e: Expr, leaves: dict[Expr, Tensor], tables: dict[str, Tensor]) -> Tensor:
+    """Evaluate over arrays, in float64."""
+
+    def leaf(node: Expr, at: tuple[Tensor, ...]) -> Tensor:
+        if node.op == "const":
+            return torch.tensor(node.value, dtype=torch.float64 if node.sort is Sort.REAL else None)
+        if node.op == "symbol":
+            return leaves[node]
+        found = tables[str(node.value)]
+        if not found.ndim:
+            return found
+        places = tuple(x.long().clamp(0, size - 1) for x, size in zip(at[len(at) - found.ndim :], found.shape, strict=True))
+        value = found[places]
+        return value.double() if node.sort is Sort.REAL else value
+
+    return evaluate(e, leaf, OPERATIONS)
+
+
+def whole(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: f(x.double()).long()
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    **{op: getattr(torch, op) for op in ("add", "sub", "mul", "div", "neg", "abs", "exp", "log", "sqrt", "tanh", "sigmoid")},
+    "lt": torch.lt, "le": torch.le, "eq": torch.eq, "and": torch.logical_and, "or": torch.logical_or,
+    "not": torch.logical_not, "where": torch.where, "min": torch.minimum, "max": torch.maximum,
+    "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"), "mod": torch.remainder,
+    "real": lambda x: x.double(), "ceil": whole(torch.ceil), "floor": whole(torch.floor),
+    "pow": lambda x, y: x.double() ** y,
+}
+
+
+def attention(site: GraphSite, found: Recovered, values: dict[fx.Node, Any]) -> Tensor:
+    """The output of a site from its variant alone, dense, in float64."""
+    variant = found.variant
+    groups = (site.batch, site.heads, site.queries, site.depth)
+    query = arranged(values[site.q.node].double(), site.q.axes, groups)
+    key, value = (
+        arranged(values[x.node].double(), x.axes, (site.batch, site.heads, site.keys, last))
+        for x, last in ((site.k, site.depth), (site.v, site.width))
+    )
+    batch, lots, queries, keys = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    shapes = {b: (batch, 1, 1, 1), h: (1, lots, 1, 1), i: (1, 1, queries, 1), k: (1, 1, 1, keys)}
+    leaves: dict[Expr, Tensor] = {at: torch.arange(max(shape)).view(shape) for at, shape in shapes.items()}
+    leaves |= {
+        q_len: torch.tensor(queries),
+        k_len: torch.tensor(keys),
+        dim: torch.tensor(query.shape[-1]),
+        heads: torch.tensor(lots),
+    }
+    tables = {name: real_table(x, values) for name, x in found.tables.items()}
+    leaves[score] = query @ key.mT * numbers(variant.scale, leaves, tables)
+    scores = numbers(variant.score, leaves, tables).expand(batch, lots, queries, keys)
+    keep = numbers(variant.mask, leaves, tables).expand(batch, lots, queries, keys)
+    hidden = scores.masked_fill(~keep, -torch.inf)
+    empty = ~keep.any(-1, keepdim=True)
+    if variant.empty_rows is EmptyRows.MEAN:
+        hidden = torch.where(empty, 0.0, hidden)
+    elif variant.empty_rows is EmptyRows.UNMASKED:
+        hidden = torch.where(empty, scores, hidden)
+    weights = hidden.softmax(-1)
+    if variant.empty_rows is EmptyRows.ZERO:
+        weights = weights.nan_to_num(0.0)
+    total = variant.normalizer.total
+    assert total is not None
+    if total.op == "add":
+        (sink,) = (x.args[0].args[0] for x in total.args if x.op == "exp")
+        column = numbers(sink, leaves, tables).expand(batch, lots, queries, 1)
+        weights = torch.cat([hidden, column], -1).softmax(-1)[..., :-1]
+    return weights @ value
+
+
+def real_table(x: Table, values: dict[fx.Node, Any]) -> Tensor:
+    found = values[x.node]
+    return torch.as_tensor(found if x.dim is None else found.shape[x.dim])
+
+
+class Run(fx.Interpreter):
+    """Keeps a copy of every value where a site reads it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.kept[n] = (
+            result.clone() if isinstance(result, Tensor) and type(result) is Tensor and n.meta.get("val") is not None else result
+        )
+        return result
+
+    kept: dict[fx.Node, Any]
+
+
+def recovered(model: nn.Module, inputs: dict[str, Tensor], **how: Any) -> list[tuple[Recovered | Refusal, float]]:
+    """Every site of a model, and how far its variant's output is from what the graph computes there."""
+    found: list[tuple[Recovered | Refusal, float]] = []
+
+    def look(gm: fx.GraphModule, examples: Sequence[Any]) -> None:
+        graph = capture(gm, examples)
+        sites = match(graph).sites
+        reader = SymbolicReader(graph)
+        results = [recover(graph, site, reader) for site in sites]
+        run = Run(graph, garbage_collect_values=False)
+        run.kept = {}
+        with torch.no_grad():
+            run.run(*examples)
+        for site, result in zip(sites, results, strict=True):
+            error = float("nan")
+            if isinstance(result, Recovered):
+                out = attention(site, result, run.kept)
+                want = run.kept[site.out.node].double()
+                got = returned(out, (site.batch, site.heads, site.queries, site.width), site.out.axes, tuple(want.shape))
+                error = ((got - want).abs().max() / want.abs().max()).item()
+            found.append((result, error))
+
+    visit_graphs(model, inputs, look, **how)
+    return found
+
+
+ALL = {entry.name: entry for entry in (*MASKS, *handwritten.ENTRIES, *torch_modules.ENTRIES, *text.ENTRIES, *vision.ENTRIES)}
+CASES = [(entry, impl) for entry in ALL.values() for impl in entry.implementations]
+
+
+@pytest.mark.parametrize(("entry", "implementation"), CASES, ids=[f"{e.name}-{impl}" for e, impl in CASES])
+def test_the_variant_computes_what_the_model_computes(entry: Entry, implementation: str) -> None:
+    model, inputs = entry.make(implementation)
+    for result, error in recovered(model, inputs):
+        assert isinstance(result, Recovered), result
+        assert error < BOUND, (error, result.variant)
