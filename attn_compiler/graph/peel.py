@@ -35,13 +35,16 @@ class Peeled:
         )
 
 
-def peel(value: fx.Node, at: fx.Node, versions: Versions, atoms: Atoms, *, factors: bool) -> Peeled | None:
-    """Walk back from `value`, as `at` reads it, through views, repeats and, if wanted, factors; None if memory is aliased."""
+def peel(value: fx.Node, at: fx.Node, versions: Versions, atoms: Atoms, *, factors: bool) -> Peeled:
+    """Walk back from `value`, as `at` reads it, through views, repeats and, if wanted, factors.
+
+    A tensor that was filled through other views of its memory is read as it is: what defined it says nothing of its value.
+    """
     nodes: list[fx.Node] = []
     readers: list[fx.Node] = []
     current: fx.Node | None = versions.read(value, at)
     if current is None:
-        return None
+        return _with_axes([value], [at], atoms)
     while current is not None and len(nodes) < _LONGEST:
         nodes.append(current)
         readers.append(at)

@@ -95,8 +95,7 @@ def sdpa_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(kv_heads=KV_HEADS)
 def repeated_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def repeat(x: Tensor) -> Tensor:
-        batch, heads, length, dim = x.shape
-        return x[:, :, None].expand(batch, heads, HEADS // heads, length, dim).reshape(batch, HEADS, length, dim)
+        return x[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).flatten(1, 2)
 
     return ((q @ repeat(k).transpose(2, 3)) * DIM**-0.5).softmax(-1, dtype=torch.float32).to(q.dtype) @ repeat(v)
 
@@ -133,10 +132,9 @@ def einsum_bshd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling("bshd", KV_HEADS)
 def einsum_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    batch, length = q.shape[:2]
-    grouped = q.view(batch, length, KV_HEADS, HEADS // KV_HEADS, DIM)
+    grouped = q.unflatten(2, (KV_HEADS, HEADS // KV_HEADS))
     a = torch.einsum("bqgrd,bkgd->bgrqk", grouped, k) * DIM**-0.5
-    return torch.einsum("bgrqk,bkgd->bqgrd", a.softmax(-1), v).reshape(batch, length, HEADS, DIM)
+    return torch.einsum("bgrqk,bkgd->bqgrd", a.softmax(-1), v).flatten(2, 3)
 
 
 @spelling()
@@ -261,8 +259,7 @@ def top_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling()
 def weights_set_to_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    i = torch.arange(q.shape[-2])
-    visible = i[:, None] > i
+    visible = lower(q.shape[-2]).tril(-1)
     return (q @ k.mT * DIM**-0.5).masked_fill(~visible, -1e30).softmax(-1).masked_fill(~visible, 0.0) @ v
 
 
@@ -286,6 +283,13 @@ def written_after_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q.zero_()
     copy.zero_()
     return o + q + copy
+
+
+@spelling()
+def keys_filled_by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    filled = torch.empty_like(k)
+    filled[..., :3], filled[..., 3:] = k[..., :3], k[..., 3:]
+    return (q @ filled.mT).softmax(-1) @ v
 
 
 @spelling(sites=0)
