@@ -216,8 +216,7 @@ def exponential_of_log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling()
 def multiplied_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    n = q.shape[-2]
-    b = torch.tril(torch.ones(n, n))
+    b = lower(q.shape[-2]).float()
     return ((q @ k.mT / math.sqrt(DIM)) * b + -1e4 * (1 - b)).softmax(-1) @ v
 
 
