@@ -149,6 +149,9 @@ class _Recovery:
 
     def _rows(self, found: Split) -> EmptyRows:
         rows = empty_rows(found, self.facts)
+        if rows is None and all(fill.rows in (EmptyRows.MEAN, EmptyRows.ZERO) for fill in found.fills):
+            self._notes.append(_SEVERAL)
+            return EmptyRows.MEAN
         if rows is None:
             raise _CannotError("keys are hidden in several ways, and what a row gets that sees none of them is no one thing")
         infinite = found.fills and all(fill.amount == -math.inf for fill in found.fills)
@@ -211,6 +214,9 @@ def _name(size: Size) -> str | None:
 
 
 _CAUSAL = Fill(-math.inf, replaces=True)
+_SEVERAL = (
+    "rows that see no key get the mean of v here; the model hides keys in several ways and gives what rounding makes of that"
+)
 _NAN = "rows that see no key give NaN in the model and zero here"
 
 

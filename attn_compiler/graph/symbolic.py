@@ -133,7 +133,13 @@ class _View:
             found = self.simplified(rule(Reading(self, node, read, index)))
         except (OpaqueError, AlgebraError, KeyError):
             return self._reader.table(node, index)
-        return found if found.sort is sort_of(node.meta["val"].dtype) else self._reader.table(node, index)
+        fits = found.sort is sort_of(node.meta["val"].dtype) and not (read.writes and self._overwritten(found, node))
+        return found if fits else self._reader.table(node, index)
+
+    def _overwritten(self, e: Expr, writer: fx.Node) -> bool:
+        """Whether a table that `e` reads holds something else once `writer` has run."""
+        nodes = (self._reader.tables[name].node for name in e.tables())
+        return not all(self._reader.versions.holds(node, node, writer.next) for node in nodes)
 
     def read(self, node: fx.Node, index: Index, by: fx.Node) -> Expr:
         seen = self._reader.versions.read(node, by)

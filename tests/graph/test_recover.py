@@ -24,7 +24,8 @@ from zoo.capture import visit_graphs
 from zoo.entry import Entry
 from zoo.masks import ENTRIES as MASKS
 
-BOUND = 1e-4
+# The graph runs in single precision, the variant in double: 4 eps per rounding, over products of some 200 terms. A lost term is off by 0.01.
+BOUND = 4 * torch.finfo(torch.float32).eps * 200
 
 
 def numbers(e: Expr, leaves: dict[Expr, Tensor], tables: dict[str, Tensor]) -> Tensor:
@@ -51,10 +52,20 @@ def whole(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     **{op: getattr(torch, op) for op in ("add", "sub", "mul", "div", "neg", "abs", "exp", "log", "sqrt", "tanh", "sigmoid")},
-    "lt": torch.lt, "le": torch.le, "eq": torch.eq, "and": torch.logical_and, "or": torch.logical_or,
-    "not": torch.logical_not, "where": torch.where, "min": torch.minimum, "max": torch.maximum,
-    "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"), "mod": torch.remainder,
-    "real": lambda x: x.double(), "ceil": whole(torch.ceil), "floor": whole(torch.floor),
+    "lt": torch.lt,
+    "le": torch.le,
+    "eq": torch.eq,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "where": torch.where,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "mod": torch.remainder,
+    "real": lambda x: x.double(),
+    "ceil": whole(torch.ceil),
+    "floor": whole(torch.floor),
     "pow": lambda x, y: x.double() ** y,
 }
 
@@ -143,13 +154,37 @@ def recovered(model: nn.Module, inputs: dict[str, Tensor], **how: Any) -> list[t
     return found
 
 
-ALL = {entry.name: entry for entry in (*MASKS, *handwritten.ENTRIES, *torch_modules.ENTRIES, *text.ENTRIES, *vision.ENTRIES)}
-CASES = [(entry, impl) for entry in ALL.values() for impl in entry.implementations]
+ALL = {
+    entry.name: entry
+    for entry in (*MASKS, *handwritten.ENTRIES, *torch_modules.ENTRIES, *text.ENTRIES, *vision.ENTRIES)
+    if entry.name != "flex_hop"  # its functions are not read yet: refused, below
+}
+CORE = (
+    "llama_packed",
+    "t5_pad",
+    "gemma3_mm_prefix",
+    "bart_padded",
+    "bloom",
+    "gpt_neo",
+    "funnel",
+    "mul_mask_gpt1",
+    "sink_softmax1",
+)
+CASES = [
+    pytest.param(entry, impl, marks=() if entry.name in CORE else (pytest.mark.full,), id=f"{entry.name}-{impl}")
+    for entry in ALL.values()
+    for impl in entry.implementations
+]
 
 
-@pytest.mark.parametrize(("entry", "implementation"), CASES, ids=[f"{e.name}-{impl}" for e, impl in CASES])
+@pytest.mark.parametrize(("entry", "implementation"), CASES)
 def test_the_variant_computes_what_the_model_computes(entry: Entry, implementation: str) -> None:
     model, inputs = entry.make(implementation)
     for result, error in recovered(model, inputs):
         assert isinstance(result, Recovered), result
-        assert error < BOUND, (error, result.variant)
+        assert result.variant.dropout or error < BOUND, (error, result.variant)
+
+
+def test_a_flex_operator_is_refused_rather_than_read_without_its_functions() -> None:
+    (entry,) = (e for e in handwritten.ENTRIES if e.name == "flex_hop")
+    assert all(isinstance(result, Refusal) for result, _ in recovered(*entry.make("torch")))
