@@ -24,7 +24,7 @@ from zoo.capture import visit_graphs
 from zoo.entry import Entry
 from zoo.masks import ENTRIES as MASKS
 
-# The graph runs in single precision, the variant in double: 4 eps per rounding, over products of some 200 terms. A lost term is off by 0.01.
+# The graph runs in single precision, the variant in double: 4 eps per rounding, products of some 200 terms.
 BOUND = 4 * torch.finfo(torch.float32).eps * 200
 
 
