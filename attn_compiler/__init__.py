@@ -1,0 +1,26 @@
+"""attn-compiler: finds every attention in a PyTorch model and rewrites it as a policy says."""
+
+from attn_compiler import errors, library, testing
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.backend import reports
+from attn_compiler.explain import explain
+from attn_compiler.library import load_policy
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.report import Report
+from attn_compiler.runtime.attend import attend, reference
+from attn_compiler.runtime.schedule import schedule
+
+__all__ = [
+    "Policy",
+    "Report",
+    "Variant",
+    "attend",
+    "errors",
+    "explain",
+    "library",
+    "load_policy",
+    "reference",
+    "reports",
+    "schedule",
+    "testing",
+]

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from attn_compiler.errors import LibraryError, did_you_mean
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.policy_file import read_policy
 from attn_compiler.planning.words import Word, Words
 
 FOLDERS = (
@@ -92,6 +94,20 @@ def policy_path(name: str) -> Path:
     if name not in known:
         raise LibraryError(f'there is no ready policy "{name}"{did_you_mean(name, known)}')
     return known[name]
+
+
+def load_policy(source: str | Path | Mapping[str, object] | Policy) -> Policy:
+    """Read a policy: a path, the name of a ready one, YAML text, or a mapping."""
+    if isinstance(source, Policy):
+        return source
+    if isinstance(source, str) and source in ready_policies():
+        source = policy_path(source)
+    return read_policy(source, words(), source_digest())
+
+
+def ready_policies() -> tuple[str, ...]:
+    """The names of the policies that come with the package."""
+    return tuple(sorted(path.stem for path in (folder("patterns") / "policies").glob("*.yaml")))
 
 
 def _collect(roots: Mapping[Path, str]) -> Words:

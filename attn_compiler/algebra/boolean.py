@@ -31,9 +31,9 @@ def negation(e: Expr) -> Expr:
         case "not":
             return e.args[0]
         case "and":
-            return disjunction(map(negation, _flat("and", (e,))), {})
+            return disjunction(map(negation, flat("and", (e,))), {})
         case "or":
-            return conjunction(map(negation, _flat("or", (e,))), {})
+            return conjunction(map(negation, flat("or", (e,))), {})
         case "lt":
             return apply("le", e.args[1], e.args[0])
         case "le" if is_index(*e.args):
@@ -43,34 +43,35 @@ def negation(e: Expr) -> Expr:
     return ~e
 
 
-def _flat(op: str, parts: Iterable[Expr]) -> tuple[Expr, ...]:
+def flat(op: str, parts: Iterable[Expr]) -> tuple[Expr, ...]:
     """The operands of nested operations of one kind, each once."""
-    found: dict[Expr, None] = {}
+    seen: dict[Expr, None] = {}
     stack = list(reversed(list(parts)))
     while stack:
         part = stack.pop()
-        if part.op == op:
-            stack.extend(reversed(part.args))
-        else:
-            found[part] = None
-    return tuple(found)
+        if part not in seen:
+            seen[part] = None
+            stack.extend(reversed(part.args) if part.op == op else ())
+    return tuple(part for part in seen if part.op != op)
 
 
 def _joined(op: str, parts: Iterable[Expr], facts: Box) -> Expr:
     neutral, decisive = (true, false) if op == "and" else (false, true)
-    flat = [part for part in _flat(op, parts) if part != neutral]
-    if decisive in flat:
+    operands = [part for part in flat(op, parts) if part != neutral]
+    if decisive not in operands:
+        operands = _tightest(op, operands)
+    known = set(operands)
+    if decisive in known or any(negation(part) in known for part in operands):
         return decisive
-    flat = _tightest(op, flat)
-    if decisive in flat or any(negation(part) in flat for part in flat):
-        return decisive
-    flat = _absorbed("or" if op == "and" else "and", flat)
-    if not flat:
+    shorter = _absorbed("or" if op == "and" else "and", operands, facts)
+    if shorter != operands:
+        return _joined(op, shorter, facts)
+    if not operands:
         return neutral
-    return reduce(lambda a, b: apply(op, a, b), sorted(flat, key=text))
+    return reduce(lambda a, b: apply(op, a, b), sorted(operands, key=text))
 
 
-def _absorbed(other: str, parts: list[Expr]) -> list[Expr]:
+def _absorbed(other: str, parts: list[Expr], facts: Box) -> list[Expr]:
     """`a & (a | b)` is `a`, and so is `a | (a & b)`; and `a & (~a | b)` is `a & b`."""
     single = set(parts)
     kept = []
@@ -78,11 +79,11 @@ def _absorbed(other: str, parts: list[Expr]) -> list[Expr]:
         if part.op != other:
             kept.append(part)
             continue
-        inner = _flat(other, (part,))
+        inner = flat(other, (part,))
         if any(x in single for x in inner):
             continue
         open_ = [x for x in inner if negation(x) not in single]
-        kept.append(part if len(open_) == len(inner) else reduce(lambda a, b: apply(other, a, b), open_))
+        kept.append(part if len(open_) == len(inner) else _joined(other, open_, facts))
     return list(dict.fromkeys(kept))
 
 

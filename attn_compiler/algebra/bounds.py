@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from attn_compiler.algebra.evaluate import PYTHON
 from attn_compiler.algebra.expr import Expr, Sort, k, q
-from attn_compiler.algebra.linear import linear
+from attn_compiler.algebra.linear import Linear, is_index, linear
 
 
 class Interval(NamedTuple):
@@ -50,9 +50,7 @@ _UNBOUNDED: Box = {}
 def bounds(e: Expr, box: Box = _UNBOUNDED) -> Interval:
     """An interval that holds every value of `e`, for whatever values its leaves take in `box`."""
     done: dict[Expr, Interval] = {}
-    for node in e.walk():
-        done[node] = _bounds(node, box, done)
-    return done[e]
+    return _within(e, box, done)
 
 
 def occupancy(mask: Expr, box: Box) -> Occupancy:
@@ -89,7 +87,15 @@ def _compared_distance(mask: Expr) -> Interval:
     return Interval(-math.inf, limit // factor) if factor > 0 else Interval(-(limit // -factor), math.inf)
 
 
-def _bounds(node: Expr, box: Box, done: Mapping[Expr, Interval]) -> Interval:
+def _within(e: Expr, box: Box, done: dict[Expr, Interval]) -> Interval:
+    if e not in done:
+        for node in e.walk():
+            if node not in done:
+                done[node] = _bounds(node, box, done)
+    return done[e]
+
+
+def _bounds(node: Expr, box: Box, done: dict[Expr, Interval]) -> Interval:
     if node in box:
         return box[node]
     if node.op == "const":
@@ -98,22 +104,23 @@ def _bounds(node: Expr, box: Box, done: Mapping[Expr, Interval]) -> Interval:
     if node.op in ("symbol", "table"):
         return _MAYBE if node.sort is Sort.BOOL else ANY
     args = [done[a] for a in node.args]
-    if node.sort is Sort.INDEX and node.op in ("add", "sub", "mul", "neg"):
-        return _sum(node, args, done)
-    if node.op in ("lt", "le", "eq") and all(a.sort is Sort.INDEX for a in node.args):
-        return _sign(node.op, _linear_bounds(node.args[0] - node.args[1], done))
-    return _RULES[node.op](*args)
+    if node.op == "mul" and node.args[0] == node.args[1]:
+        args = [_abs(args[0]), _abs(args[0])]
+    found = _RULES[node.op](*args)
+    if node.op in ("lt", "le", "eq") and is_index(*node.args):
+        difference = linear(node.args[0]) - linear(node.args[1])
+        together = _sign(node.op, _linear_bounds(difference, box, done))
+        return found if together == _MAYBE else together
+    if node.sort is Sort.INDEX and node.op in ("add", "sub", "mul", "neg") and node not in linear(node).factors:
+        return found & _linear_bounds(linear(node), box, done)
+    return found
 
 
-def _sum(node: Expr, args: list[Interval], done: Mapping[Expr, Interval]) -> Interval:
-    return _RULES[node.op](*args) & _linear_bounds(node, done)
-
-
-def _linear_bounds(e: Expr, done: Mapping[Expr, Interval]) -> Interval:
+def _linear_bounds(total: Linear, box: Box, done: dict[Expr, Interval]) -> Interval:
     """Bounds that know `q - k` and `k` move together."""
-    lo = hi = float(linear(e).constant)
-    for atom, factor in linear(e).factors.items():
-        a, b = done.get(atom, ANY)
+    lo = hi = float(total.constant)
+    for atom, factor in total.factors.items():
+        a, b = _within(atom, box, done)
         ends = (_product(a, factor), _product(b, factor))
         lo, hi = lo + min(ends), hi + max(ends)
     return Interval(lo, hi)
@@ -177,8 +184,11 @@ def _abs(a: Interval) -> Interval:
 
 
 def _pow(a: Interval, b: Interval) -> Interval:
-    if a.lo <= 0:
-        return Interval(0, math.inf) if b.lo == b.hi == 2 else ANY
+    whole = b.lo == b.hi >= 0 and b.lo % 1 == 0
+    if whole and b.lo % 2 == 0:
+        a = _abs(a)
+    if a.lo <= 0 and not whole:
+        return ANY
     ends = [_power(x, y) for x in a for y in b]
     return _widened(Interval(min(ends), max(ends)))
 
@@ -239,7 +249,7 @@ _RULES: Mapping[str, Callable[..., Interval]] = {
     "abs": _abs,
     "exp": _rising(PYTHON["exp"], 0, math.inf),
     "log": _rising(_log, -math.inf, math.inf),
-    "sqrt": _rising(math.sqrt, math.nan, math.inf),
+    "sqrt": _rising(math.sqrt, 0, math.inf),
     "tanh": _rising(math.tanh, -1, 1),
     "sigmoid": _rising(PYTHON["sigmoid"], 0, 1),
     "real": lambda a: a,

@@ -57,12 +57,28 @@ def linear(e: Expr) -> Linear:
         case "neg":
             return linear(e.args[0]) * -1
         case "mul":
-            a, b = (linear(x) for x in e.args)
-            if not a.factors:
-                return b * a.constant
-            if not b.factors:
-                return a * b.constant
+            return _multiplied(*(linear(x) for x in e.args))
     return Linear({e: 1})
+
+
+def _multiplied(a: Linear, b: Linear) -> Linear:
+    """A product is not expanded: the bounds of `(q - k) * (q - k)` are known, those of its terms are not."""
+    if not a.factors or not b.factors:
+        return b * a.constant if not a.factors else a * b.constant
+    (n, ours), (m, theirs) = _factored(a), _factored(b)
+    product = reduce(lambda x, y: apply("mul", x, y), sorted(ours + theirs, key=text))
+    return Linear({product: n * m})
+
+
+def _factored(sum_: Linear) -> tuple[int, tuple[Expr, ...]]:
+    """The number that divides all of a sum, with its sign, and the factors that are left."""
+    divisor = gcd(sum_.divisor(), sum_.constant) * (1 if sum_.terms[0][1] > 0 else -1)
+    rest = expression(Linear({a: n // divisor for a, n in sum_.factors.items()}, sum_.constant // divisor))
+    factors: tuple[Expr, ...] = ()
+    while rest.op == "mul":
+        rest, last = rest.args
+        factors = (last, *factors)
+    return divisor, (rest, *factors)
 
 
 def expression(sum_: Linear) -> Expr:

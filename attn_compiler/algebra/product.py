@@ -20,8 +20,6 @@ def canonical_real(e: Expr) -> Expr:
         case "min" | "max":
             a, b = sorted(e.args, key=text)
             return a if a == b else apply(e.op, a, b)
-        case "where":
-            return _chosen(e)
         case "real" if e.args[0].sort is Sort.REAL:
             return e.args[0]
         case "pow" if e.args[1].is_const and e.args[1].value == 1:
@@ -29,15 +27,6 @@ def canonical_real(e: Expr) -> Expr:
         case "log" if e.args[0].op == "exp":
             return e.args[0].args[0]
     return e
-
-
-def _chosen(e: Expr) -> Expr:
-    condition, yes, no = e.args
-    if condition.is_const:
-        return yes if condition.value else no
-    if yes == no:
-        return yes
-    return apply("where", condition.args[0], no, yes) if condition.op == "not" else e
 
 
 def _value(constant: Expr) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-from attn_compiler.algebra.boolean import conjunction, disjunction, negation
+from attn_compiler.algebra.boolean import conjunction, disjunction, flat, negation
 from attn_compiler.algebra.bounds import Box, Interval, bounds
 from attn_compiler.algebra.compare import compared
 from attn_compiler.algebra.evaluate import PYTHON
-from attn_compiler.algebra.expr import Expr, Sort, apply, const, false, rebuild, true
+from attn_compiler.algebra.expr import Expr, Sort, apply, const, false, real, rebuild, true
 from attn_compiler.algebra.linear import Linear, expression, linear
 from attn_compiler.algebra.notation import text
 from attn_compiler.algebra.product import canonical_real
@@ -46,10 +46,24 @@ def _known(e: Expr) -> Expr:
 
 def _simplify(e: Expr, facts: Box) -> Expr:
     done: dict[Expr, Expr] = {}
+    chained = _chained(e)
     for node in e.walk():
+        if node.op in _JOINS:
+            if node not in chained:
+                done[node] = _JOINS[node.op]((done[part] for part in flat(node.op, (node,))), facts)
+            continue
         args = tuple(done[a] for a in node.args)
         done[node] = _node(node if args == node.args else rebuild(node, args), facts)
     return done[e]
+
+
+def _chained(e: Expr) -> frozenset[Expr]:
+    """What only stands inside a longer chain of "and" or of "or", which is made canonical once, as a whole."""
+    users: dict[Expr, set[str]] = {}
+    for node in e.walk():
+        for arg in node.args:
+            users.setdefault(arg, set()).add(node.op)
+    return frozenset(node for node, ops in users.items() if ops == {node.op})
 
 
 def _node(e: Expr, facts: Box) -> Expr:
@@ -89,14 +103,14 @@ def _folded(e: Expr) -> Expr:
 def _index(e: Expr, facts: Box) -> Expr:
     match e.op:
         case "add" | "sub" | "neg" | "mul":
-            return _sum(e)
+            return expression(linear(e))
         case "floordiv" | "mod" if e.args[1].is_const and e.args[1].value > 0:  # type: ignore[operator]
             return _divided(e, facts)
         case "min" | "max":
             return _extreme(e, facts)
         case "abs":
             lo, hi = bounds(e.args[0], facts)
-            return e.args[0] if lo >= 0 else _sum(-e.args[0]) if hi <= 0 else _unsigned(e.args[0])
+            return e.args[0] if lo >= 0 else expression(linear(-e.args[0])) if hi <= 0 else _unsigned(e.args[0])
         case "where":
             return _chosen(e, facts)
         case "floor" | "ceil" if e.args[0].op == "real":
@@ -108,16 +122,8 @@ def _index(e: Expr, facts: Box) -> Expr:
 
 def _unsigned(x: Expr) -> Expr:
     """|x| and |-x| are one."""
-    negated = linear(x) * -1
-    return apply("abs", min((x, expression(negated)), key=text))
-
-
-def _sum(e: Expr) -> Expr:
-    total = linear(e)
-    if e.op == "mul" and total.factors == {e: 1}:
-        a, b = sorted(e.args, key=text)
-        return a * b
-    return expression(total)
+    total = linear(x)
+    return apply("abs", x if total.terms[0][1] > 0 else expression(total * -1))
 
 
 def _divided(e: Expr, facts: Box) -> Expr:
@@ -168,20 +174,19 @@ def _extreme(e: Expr, facts: Box) -> Expr:
 
 def _chosen(e: Expr, facts: Box) -> Expr:
     condition, yes, no = e.args
-    if condition.is_const:
-        return yes if condition.value else no
-    if yes == no:
-        return yes
+    if condition.is_const or yes == no:
+        chosen = yes if condition == true or yes == no else no
+        return chosen if chosen.sort is e.sort else _node(real(chosen), facts)
     if e.sort is Sort.BOOL:
         return disjunction((conjunction((condition, yes), facts), conjunction((negation(condition), no), facts)), facts)
-    if condition.op == "not" or text(condition) > text(negation(condition)):
-        return apply("where", negation(condition), no, yes)
+    opposite = negation(condition)
+    if condition.op == "not" or (opposite.op != "not" and text(opposite) < text(condition)):
+        return apply("where", opposite, no, yes)
     return e
 
 
+_JOINS: Mapping[str, Callable[[Iterable[Expr], Box], Expr]] = {"and": conjunction, "or": disjunction}
 _LOGIC: Mapping[str, Callable[[Expr, Box], Expr]] = {
-    "and": lambda e, facts: conjunction(e.args, facts),
-    "or": lambda e, facts: disjunction(e.args, facts),
     "not": lambda e, _: negation(e.args[0]),
     "where": _chosen,
 }

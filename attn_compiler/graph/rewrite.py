@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
-from attn_compiler.algebra.expr import i, k_len, q_len
+from attn_compiler.algebra.expr import Sort, i, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import DerivedTable, Variant
 from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.calls import Argument, shape
 from attn_compiler.graph.capture import drop_dead_code
+from attn_compiler.graph.describe import Described
+from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
-from attn_compiler.graph.record import GraphSite
 from attn_compiler.planning.site import Site
+from attn_compiler.runtime.call import derived_tables
 from attn_compiler.targets.operands import Operands, Positions
 from attn_compiler.targets.torch_target import attend_torch
 
@@ -25,32 +27,34 @@ _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "c
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site, what to compute in its place, and the nodes whose values are the tables of that variant."""
+    """A site, what to compute in its place, and nodes for the tables that the site does not know of itself."""
 
-    found: GraphSite
-    site: Site
+    described: Described
     variant: Variant
-    tables: Mapping[str, Argument]
+    given: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     """Replace sites in place; what nobody reads any more, masks above all, disappears."""
     for replacement in replacements:
-        _splice(gm.graph, replacement, _record(replacement))
+        tables = _tables(replacement)
+        found = replacement.described.found
+        inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
+        _splice(gm.graph, replacement, _record(replacement, list(tables), inputs), inputs)
     drop_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
 
 
-def _splice(graph: fx.Graph, replacement: Replacement, fragment: fx.GraphModule) -> None:
+def _splice(graph: fx.Graph, replacement: Replacement, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
     """Copy `fragment` into `graph` in front of the site's output, and let its result stand for that output."""
-    out = replacement.found.out.node
-    inputs = iter(_inputs(replacement))
+    out = replacement.described.found.out.node
+    given = iter(inputs)
     copies: dict[fx.Node, Argument] = {}
     with graph.inserting_before(out):
         for node in fragment.graph.nodes:
             if node.op == "placeholder":
-                copies[node] = next(inputs)
+                copies[node] = next(given)
             elif node.op == "output":
                 result = copies[node.args[0]]
             else:
@@ -61,43 +65,69 @@ def _splice(graph: fx.Graph, replacement: Replacement, fragment: fx.GraphModule)
     graph.erase_node(out)
 
 
-def _inputs(replacement: Replacement) -> list[Argument]:
-    found = replacement.found
-    return [found.q.node, found.k.node, found.v.node, *replacement.tables.values()]
-
-
-def _record(replacement: Replacement) -> fx.GraphModule:
+def _record(replacement: Replacement, names: Sequence[str], inputs: Sequence[Argument]) -> fx.GraphModule:
     """The graph that computes a site's output from its operands and tables."""
-    values = [private.known_value(x) if isinstance(x, fx.Node) else x for x in _inputs(replacement)]
-    return private.retrace(_computation(replacement), values)
+    values = [private.known_value(x) if isinstance(x, fx.Node) else x for x in inputs]
+    return private.retrace(_computation(replacement, names), values)
 
 
-def _computation(replacement: Replacement) -> Callable[..., Tensor]:
-    found, site, variant = replacement.found, replacement.site, replacement.variant
+def _tables(replacement: Replacement) -> dict[str, fx.Node]:
+    """The nodes behind the tables that the new variant and the positions of the queries need."""
+    described = replacement.described
+    needed = set(replacement.variant.tables()) - {table.name for table in _derived(replacement.variant)}
+    if described.site.frame:
+        needed |= described.site.frame.position.tables()
+    padding = described.first_key
+    if padding and padding.name in needed:
+        needed = needed - {padding.name} | padding.valid.tables()
+    known = {name: table.node for name, table in described.tables.items()} | dict(replacement.given)
+    return {name: known[name] for name in sorted(needed)}
+
+
+def _derived(variant: Variant) -> tuple[DerivedTable, ...]:
+    return variant.derived + tuple(table for _, group in variant.groups for table in group.derived)
+
+
+def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[..., Tensor]:
+    described, variant = replacement.described, replacement.variant
+    found, site = described.found, described.site
     wanted = (found.batch, found.heads, found.queries, found.depth)
     groups_k = kv_groups(found.k.axes, found.batch, found.kv_heads, found.keys, found.depth)
     groups_v = kv_groups(found.v.axes, found.batch, found.kv_heads, found.keys, found.width)
     out_shape, dtype = shape(found.out.node), found.out.node.meta["val"].dtype
+    dims = {name: described.tables[name].dim for name in names if name in described.tables}
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, *tables: Argument) -> Tensor:
+    def compute(q: Tensor, k: Tensor, v: Tensor, *values: Argument) -> Tensor:
         q = arranged(q, found.q.axes, wanted)
         k = arranged(k, found.k.axes, groups_k)
         v = arranged(v, found.v.axes, groups_v)
-        given = {name: _tensor(x, q.device) for name, x in zip(replacement.tables, tables, strict=True)}
+        tables = {name: _tensor(x, dims.get(name), q.device) for name, x in zip(names, values, strict=True)}
+        tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(
-            q, k, v, given, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
+            q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
             training=variant.dropout > 0,
         )  # fmt: skip
-        operands = replace(operands, q_positions=_positions(operands, site))
-        out, _ = attend_torch(operands, variant)
+        if described.first_key and described.first_key.name in variant.tables():
+            tables[described.first_key.name] = _first_key(operands, described.first_key)
+        out, _ = attend_torch(replace(operands, q_positions=_positions(operands, site)), variant)
         return returned(out, (*wanted[:3], found.width), found.out.axes, out_shape).to(dtype)
 
     return compute
 
 
-def _tensor(x: Argument, device: torch.device) -> Tensor:
-    """A table that is a number in the graph (a symbolic size, a float that is an input) as a tensor."""
+def _tensor(x: Argument, dim: int | None, device: torch.device) -> Tensor:
+    """A table as a tensor: also one that is a number in the graph (a symbolic size, a float that is an input)."""
+    if dim is not None:
+        x = x.shape[dim]
     return x if isinstance(x, Tensor) else torch.full((), x, device=device)
+
+
+def _first_key(operands: Operands, padding: FirstKey) -> Tensor:
+    """The first valid key of each row."""
+    arrays = operands.arrays(torch.float64)
+    valid = arrays.tensor(arrays.read(padding.valid), Sort.BOOL)
+    rows = valid.expand(operands.q.shape[0], 1, 1, operands.k_len)[:, 0, 0]
+    return rows.to(torch.int64).argmax(dim=-1)
 
 
 def _positions(operands: Operands, site: Site) -> Positions:

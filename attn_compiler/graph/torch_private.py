@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.frontend_utils import process_inputs
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 from torch.utils import _pytree as pytree
 
 FakeMode = FakeTensorMode | None
@@ -181,6 +184,46 @@ def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:
             new._dynamo_source = vars(old)["_dynamo_source"]
 
 
+def argument_name(node: fx.Node) -> str:
+    """What the user calls an input: the name of an argument of the compiled function, or nothing for parameters."""
+    source = vars(node).get("_dynamo_source")
+    if source is None:
+        return "" if is_parameter(node) else str(node.target)
+    name = source.name if isinstance(source.name, str) else source.name()
+    found = re.fullmatch(r"L\['(?:\w+'\]\[')?(\w+)'\]", name)
+    return found[1] if found else ""
+
+
+def add_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
+    """Give the graph one more input, which Dynamo knows nothing of; its shape is fixed."""
+    last = gm.graph.find_nodes(op="placeholder")[-1:]
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(first):
+        node = gm.graph.placeholder(name)
+    vars(node)["_dynamo_source"] = None
+    seen = (known_value(other) for other in gm.graph.nodes)
+    mode = next((x.fake_mode for x in seen if isinstance(x, FakeTensor)), None)
+    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+    _fix_shape(tensor, name)
+    return node
+
+
+def _fix_shape(tensor: torch.Tensor, name: str) -> None:
+    """Keep AOTAutograd from giving the tensor symbols that nobody could guard."""
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    rank = tensor.dim()
+    context.tensor_to_context[tensor] = StatefulSymbolicContext(
+        dynamic_sizes=[DimDynamic.STATIC] * rank,
+        dynamic_strides=[DimDynamic.INFER_STRIDE] * rank,
+        constraint_sizes=[None] * rank,
+        constraint_strides=[None] * rank,
+        view_base_context=None,
+        tensor_source=ConstantSource(name),
+    )
+
+
 def is_parameter(node: fx.Node) -> bool:
     """Whether `node` is a parameter of the model, in Dynamo's graphs and in exported ones."""
     if node.op == "get_attr":
@@ -201,3 +244,13 @@ def inductor() -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Traced]) -> dict[str, Traced] | str:
+    """What Inductor's configuration becomes; or the first option that it does not know."""
+    from torch._inductor import config, list_mode_options
+
+    known = config.get_config_copy()
+    wanted = {key.replace("-", "_"): value for key, value in options.items()}
+    unknown = next((key for key in wanted if key not in known), None)
+    return unknown or {**(list_mode_options(mode) if mode else {}), **wanted}

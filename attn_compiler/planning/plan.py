@@ -34,6 +34,7 @@ class Decision:
     variant: Variant
     exact: bool
     target: str | None
+    form: str = ""  # how the target runs it
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -41,6 +42,10 @@ class Decision:
 class Plan:
     """The whole intention, before anything changes."""
 
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def __add__(self, other: Plan) -> Plan:
+        """Plans of several graphs of one model, as one."""
+        return Plan(self.decisions + other.decisions, self.near_misses + other.near_misses, self.warnings + other.warnings)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from attn_compiler.algebra.expr import Expr, Sort, i
 from attn_compiler.algebra.variant import Variant
@@ -24,6 +25,15 @@ class Phase(Enum):
 
 
 Length = int | str  # a number, or the symbol of a dynamic length
+
+# How an attention is run with plain torch operators, from the slowest to the fastest.
+Form = Literal[
+    "written out",
+    "scaled_dot_product_attention with a mask",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention(is_causal)",
+    "blocks of queries, each with the keys in reach",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,16 @@ class Site:
     dtype: str
     computes: Variant
     frame: Frame | None  # None: nobody knows where the queries stand, so rules that speak of distances are refused
+    q_hint: int  # a likely length, where it is dynamic
+    k_hint: int
+    form: Form = "written out"  # how the model itself runs it
+    blocked: str = ""  # why its code cannot be replaced, whatever is asked for
+    notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model
     tables: Mapping[str, TableShape] = field(default_factory=dict, hash=False)
     idiom: str = ""
     where: str = ""  # file and line of the model's source
+    longer: Callable[[int], bool] | None = field(default=None, compare=False, repr=False)  # asking makes it a guard
+
+    def at_least(self, tokens: int) -> bool:
+        """Whether there are that many keys; where their number is dynamic, that becomes a condition of the compilation."""
+        return self.longer(tokens) if self.longer else self.k_hint >= tokens

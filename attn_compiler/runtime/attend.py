@@ -13,7 +13,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime.call import Positions, operands_of
+from attn_compiler.runtime.call import Positions, check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
@@ -49,7 +49,11 @@ def attend(
     """
     place = e.k if k_positions is None else PLACE
     site = _with_site(variant if isinstance(variant, Variant) else Variant(), scale, bias, place)
-    meaning = site if isinstance(variant, Variant) else read_variant(variant, site, q, k, v, values, layer, layers)
+    check_shapes(q, k, v)
+    meaning = site if isinstance(variant, Variant) else read_variant(
+        variant, site, heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], k_len=k.shape[2], head_dim=q.shape[3], values=values,
+        layer=layer, layers=layers,
+    )  # fmt: skip
     given = dict(tables or {}) if bias is None else {**(tables or {}), SITE_BIAS: bias}
     operands = operands_of(q, k, v, meaning, given, q_positions, k_positions, layer, layers, training)
     return _attended(_carried(operands, meaning, return_lse, target), return_lse)

@@ -28,8 +28,7 @@ def operands_of(
     layers: int,
     training: bool,
 ) -> Operands:
-    """The operands of one call, after everything that can be wrong with them has been looked at."""
-    _check_shapes(q, k, v)
+    """The operands of one call, whose shapes have been checked; tables and positions are checked here."""
     batch, heads, q_len, _ = q.shape
     read = {**tables, **derived_tables(variant, k.shape[-2], q.device)}
     for expression in variant.expressions():
@@ -61,7 +60,8 @@ def _derived(table: DerivedTable, length: int, device: torch.device) -> Tensor:
     return torch.as_tensor(list(table.make(length)), dtype=torch.int64, device=device)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse operands that do not fit each other."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ShapeError(f"q, k and v are [batch, heads, tokens, dim]; found {shapes}")

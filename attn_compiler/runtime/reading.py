@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from torch import Tensor
-
+from attn_compiler import library
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import LanguageError
-from attn_compiler.library import words
-from attn_compiler.planning.language import parse_expression, parse_mask
+from attn_compiler.planning.language import Scope, parse_expression
 from attn_compiler.planning.plan import Refusal
-from attn_compiler.planning.scope import Scope
-from attn_compiler.planning.words import with_phantoms
+from attn_compiler.planning.resolve import resolve
+from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.planning.slots import Naming, read_slots
+from attn_compiler.planning.yaml_text import entry_of
 
 VariantLike = Variant | str | Mapping[str, object]
 
 
 def read_variant(
-    variant: str | Mapping[str, object],
+    variant: VariantLike,
     base: Variant,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    k_len: int,
+    head_dim: int,
     values: Mapping[str, int | float] | None,
     layer: int,
     layers: int,
 ) -> Variant:
-    """What `variant` makes of an attention that computes `base` by itself."""
-    if not isinstance(variant, str):
-        raise LanguageError(f"a variant is a Variant or the text of a mask here, not the mapping {variant!r}")
-    seen = parse_mask(variant, words(), Scope(values=values or {}, layer=layer, strict=False))
-    masked = with_phantoms(replace(base, mask=base.mask & seen.keep), seen)
-    if isinstance(masked, Refusal):
-        raise LanguageError(f"{variant!r}: {masked.reason}")
-    return masked
+    """What `variant` makes of an attention that computes `base` by itself. A plain text is a mask."""
+    if isinstance(variant, Variant):
+        return variant
+    slots_text = {"mask": variant} if isinstance(variant, str) else variant
+    naming = Naming(library.words(), values=dict(values or {}), layer=layer, strict=False)
+    slots = read_slots(entry_of(slots_text, "variant"), naming)
+    if slots is None:
+        return base
+    site = Site(
+        "attend", Kind.SELF, Phase.PREFILL, layer, layers, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, "", base,
+        Frame(), q_len, k_len,
+    )  # fmt: skip
+    resolved = resolve(slots, site)
+    if isinstance(resolved, Refusal):
+        raise LanguageError(f"this variant cannot be computed: {resolved.reason}")
+    return resolved
 
 
 def read_scale(scale: float | Expr | str) -> Expr:
     """A site's scale, given as a number, an expression or its text."""
     if isinstance(scale, str):
-        return parse_expression(scale, words(), Scope(strict=False))
+        return parse_expression(scale, library.words(), Scope(strict=False))
     return scale if isinstance(scale, Expr) else const(float(scale))

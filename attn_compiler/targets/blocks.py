@@ -84,10 +84,15 @@ def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None
     if variant.empty_rows is not EmptyRows.ZERO and not every_query_sees_itself(operands, variant):
         return None  # the mean of v, or the unmasked row, is of all keys
     q_len, k_len = (optimization_hint(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
+    block = pays(within, q_len, k_len, exact=isinstance(operands.q_len, int))
+    return None if block is None else (within, block)
+
+
+def pays(within: Reach, q_len: int, k_len: int, *, exact: bool = True) -> int | None:
+    """The size of blocks, where they save at least half of the work; `exact`: `q_len` is what it will always be."""
     block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (within.width // 2).bit_length()))
-    block = min(block, q_len) if isinstance(operands.q_len, int) else block
-    pays = q_len > 0 and 2 * (within.prefix + within.width + block) <= k_len
-    return (within, block) if pays else None
+    block = min(block, q_len) if exact else block
+    return block if q_len > 0 and 2 * (within.prefix + within.width + block) <= k_len else None
 
 
 def every_query_sees_itself(operands: Operands, variant: Variant) -> bool:

@@ -1,0 +1,93 @@
+"""`torch.compile(model, backend="attn")`: every attention found, decided, rewritten; Inductor compiles the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from attn_compiler import library
+from attn_compiler.errors import LanguageError, PolicyError, RefusedError, TableError, did_you_mean
+from attn_compiler.graph import torch_private as private
+from attn_compiler.graph.analysis import analyze, carry_out, has_anchor
+from attn_compiler.planning.plan import NearMiss, Plan
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.report import Report
+from attn_compiler.planning.site import Site
+from attn_compiler.targets.choice import TorchTarget
+
+log = logging.getLogger("attn_compiler")
+OURS = ("policy", "tables", "values")
+ENVIRONMENT = "ATTN_POLICY"
+_FOR_THE_USER = (PolicyError, LanguageError, TableError, RefusedError)  # what only the user can mend
+_RECENT: deque[Report] = deque(maxlen=64)
+
+
+def reports() -> tuple[Report, ...]:
+    """What was decided in the latest graphs that this process compiled, oldest first."""
+    return tuple(_RECENT)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `options` and `mode` of torch.compile ask for."""
+
+    policy: Policy
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, int] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def planner(self, sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
+        return plan(sites, self.policy.with_values(self.values), (TorchTarget(),), near_misses)
+
+
+def attn(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. Whatever of ours fails, the model compiles as Inductor alone would compile it, and the report says so."""
+    settings = read_settings(options or {}, mode)
+    compile_fx = private.inductor()
+    graph, extra = _rewritten(gm, example_inputs, settings)
+    # Outside of any `try`: Dynamo restarts its analysis by exceptions that pass through here.
+    compiled = compile_fx(graph, [*example_inputs, *extra], config_patches=dict(settings.inductor))
+    return (lambda *inputs: compiled(*inputs, *extra)) if extra else compiled
+
+
+def read_settings(options: Mapping[str, Any], mode: str | None) -> Settings:
+    """Sort the options into ours and Inductor's; the policy is read now, when compiling."""
+    inductor = private.inductor_options(mode, {key: value for key, value in options.items() if key not in OURS})
+    if isinstance(inductor, str):
+        raise PolicyError(f'options: unknown key "{inductor}"{did_you_mean(inductor, (*OURS,))}')
+    source = options.get("policy") or os.environ.get(ENVIRONMENT) or "exact"
+    return Settings(library.load_policy(source), dict(options.get("tables") or {}), dict(options.get("values") or {}), inductor)
+
+
+def _rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph to compile, and the tables that it reads besides the model's own inputs."""
+    name = settings.policy.name
+    if not has_anchor(gm):
+        return gm, ()
+    try:
+        analysis = analyze(gm, example_inputs, settings.planner)
+        extra = carry_out(analysis, settings.policy.tables, settings.tables)
+    except (*_FOR_THE_USER, private.DYNAMO_CONTROL_FLOW):
+        raise
+    except Exception as failure:  # whatever it is, the model of the user must compile
+        log.warning("a graph is left as it is: %s: %s", type(failure).__name__, failure, exc_info=failure)
+        _RECENT.append(Report(Plan(warnings=(f"the graph is left as it is: {type(failure).__name__}: {failure}",)), name))
+        return gm, ()
+    _RECENT.append(Report(analysis.plan, name))
+    log.info("%s", _RECENT[-1])
+    return (gm, ()) if extra is None else (analysis.graph, extra)

@@ -1,0 +1,43 @@
+"""Says what would become of a model: its attentions, what each computes, what a policy makes of it, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attn_compiler import library
+from attn_compiler.backend import Settings
+from attn_compiler.graph.analysis import analyze
+from attn_compiler.planning.plan import Plan
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.report import Report
+
+
+def explain(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    policy: str | Path | Mapping[str, object] | Policy | None = None,
+    *,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int] | None = None,
+) -> Report:
+    """Run `model` once on these arguments, under Dynamo, and report what the backend would do. Nothing is rewritten.
+
+    On the meta device nothing is computed, so that a model of any size can be looked at.
+    """
+    settings = Settings(library.load_policy(policy if policy is not None else "exact"), dict(tables or {}), dict(values or {}))
+    plans: list[Plan] = []
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        plans.append(analyze(gm, example_inputs, settings.planner).plan)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(model, backend=look, dynamic=False)(*args, **(kwargs or {}))
+    torch.compiler.reset()
+    return Report(sum(plans, Plan()), settings.policy.name, len(plans))

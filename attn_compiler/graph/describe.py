@@ -1,0 +1,133 @@
+"""A matched attention as a planning site: what it computes, over positions, and all that a rule may ask about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import SymInt, fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.graph.atom import product
+from attn_compiler.graph.calls import Size, value
+from attn_compiler.graph.frame import FirstKey, counted_from, first_key, frame, kind, phase, restated
+from attn_compiler.graph.record import GraphSite
+from attn_compiler.graph.recover import Recovered, recover
+from attn_compiler.graph.symbolic import SymbolicReader, Table
+from attn_compiler.planning.plan import NearMiss, Refusal
+from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
+
+UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
+
+
+@dataclass(frozen=True)
+class Described:
+    """A site, where it stands in the graph, and what its tables are."""
+
+    found: GraphSite
+    site: Site
+    tables: Mapping[str, Table]
+    first_key: FirstKey | None
+
+
+def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> Described | NearMiss:
+    """What a matched attention computes and where it stands, or why it has no formula."""
+    recovered = recover(gm, found, reader)
+    if isinstance(recovered, Refusal):
+        return NearMiss(found.name, found.anchor.name, recovered.reason)
+    stands = frame(found, recovered, reader)
+    padding = first_key(found, recovered.variant.mask) if stands else None
+    if stands and padding:
+        stands = counted_from(stands, padding)
+    variant = restated(recovered.variant, stands) if stands else recovered.variant
+    site = _site(found, recovered, stands, variant)
+    return Described(found, site, reader.tables, padding)
+
+
+def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant: Variant) -> Site:
+    heads, kv_heads, head_dim, value_dim = (
+        _known(product(axis)) for axis in (found.heads, found.kv_heads, found.depth, found.width)
+    )
+    q_len, k_len = found.lengths
+    return Site(
+        name=found.name,
+        kind=kind(found),
+        phase=phase(found),
+        layer=found.layer,
+        layers=None,
+        batch=_length(product(found.batch)),
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=_length(q_len),
+        k_len=_length(k_len),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=str(found.dtype).removeprefix("torch."),
+        computes=variant,
+        frame=stands,
+        q_hint=_hint(q_len),
+        k_hint=_hint(k_len),
+        form=_form(found),
+        blocked=_blocked(found),
+        notes=recovered.notes,
+        tables={name: _shape(table) for name, table in recovered.tables.items()},
+        idiom=found.idiom,
+        where=found.where,
+        longer=(lambda tokens: bool(k_len >= tokens)) if isinstance(k_len, SymInt) else None,
+    )
+
+
+def with_layers(described: Sequence[Described]) -> tuple[Described, ...]:
+    """Count the layers of each stack of blocks, so that a rule's layer -1 is the last one."""
+    last: dict[str, int] = {}
+    for one in described:
+        if one.site.layer is not None:
+            stack = _stack(one.site)
+            last[stack] = max(last.get(stack, 0), one.site.layer)
+    return tuple(
+        one if one.site.layer is None else replace(one, site=replace(one.site, layers=last[_stack(one.site)] + 1))
+        for one in described
+    )
+
+
+def _stack(site: Site) -> str:
+    """What comes before the layer's number in a site's name: an encoder and a decoder count apart."""
+    parts = site.name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part == str(site.layer)]
+    return ".".join(parts[: numbers[0]]) if numbers else ""
+
+
+def _length(size: Size) -> Length:
+    return size if isinstance(size, int) else str(size)
+
+
+def _hint(size: Size) -> int:
+    return int(optimization_hint(size, UNKNOWN_LENGTH))
+
+
+def _known(size: Size) -> int:
+    """A size that a model's configuration fixes."""
+    return size if isinstance(size, int) else int(size)
+
+
+def _form(found: GraphSite) -> Form:
+    if found.idiom != "sdpa":
+        return "written out"
+    if found.causal:
+        return "scaled_dot_product_attention(is_causal)"
+    masked = any(step.operands() for step in found.steps)
+    return "scaled_dot_product_attention with a mask" if masked else "scaled_dot_product_attention"
+
+
+def _blocked(found: GraphSite) -> str:
+    if found.escapes:
+        readers = ", ".join(node.name for node in found.escapes)
+        return f"its attention weights are also read by {readers}"
+    return ""
+
+
+def _shape(table: Table) -> TableShape:
+    seen = value(table.node)
+    shape = () if table.dim is not None or not hasattr(seen, "shape") else tuple(_length(size) for size in seen.shape)
+    return TableShape(shape, table.sort)

@@ -1,0 +1,84 @@
+"""Decides every site: rules against sites, slots laid over what a site computes, targets asked what they can carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from attn_compiler.algebra.bounds import Interval
+from attn_compiler.algebra.expr import Expr, b, dim, h, heads, k, k_len, layer, layers, q_len
+from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import RefusedError
+from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.resolve import Asked, asked_of, unmatched
+from attn_compiler.planning.site import Site
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How a target would run a variant, and whether that is better than the code the model already has."""
+
+    form: str
+    gains: bool
+
+
+class Target(Protocol):
+    """One kind of machine."""
+
+    @property
+    def name(self) -> str: ...
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal: ...
+
+
+def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_misses: Iterable[NearMiss] = ()) -> Plan:
+    """Decide all sites of a graph. A refusal is fatal where the rule says so."""
+    asked = [asked_of(policy, site) for site in sites]
+    decisions = tuple(decide(site, one, targets) for site, one in zip(sites, asked, strict=True))
+    return Plan(decisions, tuple(near_misses), unmatched(policy, asked))
+
+
+def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
+    """What the first target that can carry the variant makes of a site, or its original code with the reasons."""
+    if isinstance(asked.variant, Refusal):
+        return _left(site, asked, (asked.variant,))
+    exact = is_same(asked.variant, site.computes, site)
+    variant = site.computes if exact else asked.variant
+    blocked = [site.blocked] if site.blocked else list(site.notes) if exact else []
+    refusals = [Refusal("rewrite", reason) for reason in blocked]
+    for target in () if blocked else targets:
+        carried = target.carry(site, variant)
+        if isinstance(carried, Refusal):
+            refusals.append(carried)
+        elif carried.gains or not exact:
+            return Decision(site, asked.rule, variant, exact, target.name, carried.form, tuple(refusals))
+        else:
+            return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))
+    if exact:
+        return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))
+    return _left(site, asked, tuple(refusals))
+
+
+def _left(site: Site, asked: Asked, refusals: tuple[Refusal, ...]) -> Decision:
+    if asked.fatal:
+        reasons = "; ".join(f"{refusal.by}: {refusal.reason}" for refusal in refusals)
+        raise RefusedError(f"{site.name}: {asked.rule} says `fallback: error`, and it cannot be carried out: {reasons}")
+    return Decision(site, asked.rule, site.computes, exact=True, target=None, form=site.form, refusals=refusals)
+
+
+def is_same(a: Variant, other: Variant, site: Site) -> bool:
+    """Whether two variants compute the same at a site: a comparison of canonical forms."""
+    facts = facts_of(site)
+    return a.map(lambda e: simplify(e, facts)) == other.map(lambda e: simplify(e, facts))
+
+
+def facts_of(site: Site) -> dict[Expr, Interval]:
+    """What is known of the leaves of a site's expressions."""
+    known = {heads: site.heads, dim: site.head_dim, layer: site.layer, layers: site.layers, q_len: site.q_len, k_len: site.k_len}
+    facts = {leaf: Interval(n, n) for leaf, n in known.items() if isinstance(n, int)}
+    lengths = {b: site.batch, h: site.heads, k: site.k_len}
+    return facts | {leaf: Interval(0, n - 1 if isinstance(n, int) else math.inf) for leaf, n in lengths.items()}

@@ -1,0 +1,105 @@
+"""A policy: rules that say which attention of a model becomes what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.errors import LanguageError
+from attn_compiler.planning.site import Kind, Phase, Site
+from attn_compiler.planning.slots import Naming, Slots, read_slots
+from attn_compiler.planning.sources import Source
+from attn_compiler.planning.yaml_text import Entry
+
+Fallback = Literal["exact", "error"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a site must be for a rule to hold; what is empty does not matter."""
+
+    module: str | None = None
+    kind: tuple[Kind, ...] = ()
+    layers: IntegerSet | None = None
+    phase: tuple[Phase, ...] = ()
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+
+    def excludes(self, site: Site) -> bool:
+        """Whether something other than the layer rules a site out."""
+        return bool(
+            (self.module is not None and not _glob(self.module).fullmatch(site.name))
+            or (self.kind and site.kind not in self.kind)
+            or (self.phase and site.phase not in self.phase)
+            or (self.min_tokens is not None and not site.at_least(self.min_tokens))
+            or (self.max_tokens is not None and site.at_least(self.max_tokens + 1))
+        )
+
+    def in_layer(self, site: Site) -> bool | None:
+        """Whether the site's layer is one of the rule's; None where the site's layer is unknown."""
+        if self.layers is None:
+            return True
+        if site.layer is None or site.layers is None:
+            return None
+        try:
+            return site.layer in self.layers.members(site.layers)
+        except LanguageError:  # a layer that this model does not have
+            return site.layer in _existing(self.layers, site.layers)
+
+
+def _existing(layers: IntegerSet, count: int) -> frozenset[int]:
+    parts = (part for part in layers.parts if isinstance(part, slice) or -count <= part < count)
+    return IntegerSet(tuple(parts)).members(count)
+
+
+@lru_cache(maxsize=256)
+def _glob(pattern: str) -> re.Pattern[str]:
+    """`*` is one part of a dotted name, `**` any number of parts, `?` one character."""
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    written = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}
+    return re.compile("".join(written.get(part, re.escape(part)) for part in parts))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The first rule that matches a site decides; an `also` rule adds to what an earlier one decided."""
+
+    number: int
+    match: Match
+    attn: Entry
+    name: str = ""
+    because: str = ""
+    also: bool = False
+    replace_mask: bool = False
+    fallback: Fallback = "exact"
+    tolerance: Mapping[str, float] = field(default_factory=dict, hash=False)
+    untrained: Literal["refuse", "allow"] = "refuse"
+
+    @property
+    def title(self) -> str:
+        return f'rule {self.number} "{self.name}"' if self.name else f"rule {self.number}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules, and the tables that their variants read."""
+
+    rules: tuple[Rule, ...]
+    naming: Naming
+    tables: Mapping[str, Source] = field(default_factory=dict, hash=False)
+    name: str = ""
+    because: str = ""
+    parameters: str = ""
+    digest: str = ""
+
+    def with_values(self, values: Mapping[str, int | float]) -> Policy:
+        """The same policy where the names in geometries have values."""
+        return replace(self, naming=replace(self.naming, values=values))
+
+    def slots(self, rule: Rule, site: Site) -> Slots | None:
+        """What a rule sets at a site; None is `exact`."""
+        return read_slots(rule.attn, replace(self.naming, layer=site.layer))

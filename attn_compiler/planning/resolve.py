@@ -1,0 +1,145 @@
+"""Lays the slots of rules over what a site computes: the variant that a policy asks for there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from attn_compiler.algebra.expr import Expr, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.simplify import conjuncts, simplify
+from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.errors import LanguageError
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.policy import Policy, Rule
+from attn_compiler.planning.site import Frame, Site
+from attn_compiler.planning.slots import Slots
+from attn_compiler.planning.words import Seen, with_phantoms
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the rules of a policy make of a site: a variant, or why none."""
+
+    variant: Variant | Refusal
+    rule: str
+    fatal: bool = False  # a rule said `fallback: error`
+    rules: tuple[int, ...] = ()
+
+
+def asked_of(policy: Policy, site: Site) -> Asked:
+    """Let the first rule that matches decide, and `also` rules add their slots to that."""
+    variant = site.computes
+    titles: list[str] = []
+    numbers: list[int] = []
+    taken: frozenset[str] = frozenset()
+    fatal = False
+    for rule in policy.rules:
+        if (titles and not rule.also) or rule.match.excludes(site):
+            continue
+        in_layer = rule.match.in_layer(site)
+        if in_layer is False:
+            continue
+        titles, numbers, fatal = [*titles, rule.title], [*numbers, rule.number], fatal or rule.fallback == "error"
+        if in_layer is None:
+            alone = Refusal(rule.title, "it speaks of layers, and this block is compiled alone: nobody knows its layer")
+            return Asked(alone, rule.title, fatal, tuple(numbers))
+        added, taken = _added(variant, policy.slots(rule, site), taken, rule, site)
+        if isinstance(added, Refusal):
+            return Asked(added, " and ".join(titles), fatal, tuple(numbers))
+        variant = added
+    return Asked(variant, " and ".join(titles) or "no rule", fatal, tuple(numbers))
+
+
+def _added(
+    variant: Variant, slots: Slots | None, taken: frozenset[str], rule: Rule, site: Site
+) -> tuple[Variant | Refusal, frozenset[str]]:
+    if slots is None:
+        return variant, taken
+    twice = slots.set_slots() & taken
+    if twice:
+        return Refusal(rule.title, f"`{min(twice)}` is set by an earlier rule already"), taken
+    try:
+        resolved = resolve(slots, replace(site, computes=variant), replace_mask=rule.replace_mask)
+    except LanguageError as error:
+        return Refusal(rule.title, str(error)), taken
+    if isinstance(resolved, Refusal):
+        resolved = replace(resolved, by=rule.title)
+    return resolved, taken | slots.set_slots()
+
+
+def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant | Refusal:
+    """The variant that `slots` make of `site`, or why they make none."""
+    unsupported = slots.unsupported()
+    if unsupported:
+        return Refusal("rule", f"no target carries {', '.join(f'`{slot}`' for slot in unsupported)} yet")
+    base = site.computes
+    if not slots.heads:
+        return _lay(slots, base, site, replace_mask)
+    groups: list[tuple[IntegerSet, Variant]] = []
+    for heads, group in slots.head_groups(site.heads):
+        variant = base if group is None else _lay(group, base, site, replace_mask)
+        if isinstance(variant, Refusal):
+            return Refusal(variant.by, f"heads {heads}: {variant.reason}")
+        groups.append((heads, variant))
+    return replace(base, groups=tuple(groups))
+
+
+def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
+    variant = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
+    if slots.scale is not None:
+        variant = replace(variant, scale=slots.scale)
+    if slots.score is not None:
+        variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
+    if slots.normalizer is not None:
+        variant = replace(variant, normalizer=slots.normalizer)
+    if slots.mask is None:
+        return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
+    masked = _masked(slots.mask, variant, site, replace_mask)
+    if isinstance(masked, Refusal):
+        return masked
+    return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+
+
+def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
+    if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
+        return Refusal("rule", "its mask speaks of distances, and nobody knows where this site's queries stand among its keys")
+    kept: Expr | Refusal = variant.mask
+    if replace_mask:
+        kept = _padding(variant.mask, site.frame or Frame())
+    if isinstance(kept, Refusal):
+        return kept
+    keep, phantoms, times = (_placed(part, site) for part in (seen.keep, seen.phantoms, seen.times))
+    return with_phantoms(replace(variant, mask=simplify(kept & keep)), replace(seen, keep=keep, phantoms=phantoms, times=times))
+
+
+def _placed(e: Expr, site: Site) -> Expr:
+    """Let positions count from the row's first valid key; tables stay addressed by place."""
+    first = site.frame.first_key if site.frame else None
+    if first is None:
+        return e
+    shifted = {q: q - first, k: k - first}
+    done: dict[Expr, Expr] = {}
+    for node in e.walk():
+        args = tuple(done[a] for a in node.args)
+        done[node] = shifted.get(node, node) if node.op in ("symbol", "const", "table") else rebuild(node, args)
+    return done[e]
+
+
+def _padding(mask: Expr, frame: Frame) -> Expr | Refusal:
+    """The part of a site's mask that hides padding and unwritten cache slots, which a replaced mask keeps."""
+    kept: list[Expr] = []
+    for part in conjuncts(mask):
+        if not part.mentions(q, i):
+            kept.append(part)
+        elif part.tables():
+            return Refusal("rule", "the site's own mask is a run-time table, in which padding cannot be told from the rest")
+    if frame.position != i:
+        kept.append(k <= frame.position.substitute({i: q_len - 1}))
+    return every(*kept)
+
+
+def unmatched(policy: Policy, asked: Iterable[Asked]) -> tuple[str, ...]:
+    """A warning for every rule that matched nothing."""
+    used = {number for one in asked for number in one.rules}
+    return tuple(f"{rule.title} matches nothing" for rule in policy.rules if rule.number not in used)

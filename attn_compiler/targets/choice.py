@@ -1,0 +1,56 @@
+"""What the torch target would run for a site, and whether that beats what the model runs by itself."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from attn_compiler.algebra.expr import const, i, score
+from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Form, Site
+from attn_compiler.targets.blocks import pays
+from attn_compiler.targets.fused import bias_of
+from attn_compiler.targets.reach import is_causal, reach, shows_itself
+from attn_compiler.targets.torch_target import refuse
+
+# From the slowest to the fastest.
+_RANK = {form: rank for rank, form in enumerate(get_args(Form))}
+
+
+class TorchTarget:
+    """Plain torch operators."""
+
+    name = "torch"
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        reason = refuse(variant)
+        if reason:
+            return Refusal("torch", reason)
+        forms = [form_of(site, part) for part in (group for _, group in variant.groups)] or [form_of(site, variant)]
+        slowest = min(forms, key=_RANK.__getitem__)
+        return Carried(" and ".join(dict.fromkeys(forms)), gains=_RANK[slowest] > _RANK[site.form])
+
+
+def form_of(site: Site, variant: Variant) -> Form:
+    """How a variant runs at a site."""
+    if _in_blocks(site, variant):
+        return "blocks of queries, each with the keys in reach"
+    bias = bias_of(variant.score)
+    if variant.normalizer != SOFTMAX or bias is None:
+        return "written out"
+    aligned = site.frame is not None and site.frame.position == i and site.q_len == site.k_len
+    if variant.mask.value is True and bias == const(0):
+        return "scaled_dot_product_attention"
+    if aligned and variant.score == score and is_causal(variant.mask):
+        return "scaled_dot_product_attention(is_causal)"
+    return "scaled_dot_product_attention with a mask"
+
+
+def _in_blocks(site: Site, variant: Variant) -> bool:
+    if site.frame is None or site.frame.position.tables():
+        return False
+    within = reach(variant.mask)
+    if within is None or (variant.empty_rows is not EmptyRows.ZERO and not shows_itself(variant.mask)):
+        return False
+    return pays(within, site.q_hint, site.k_hint) is not None

@@ -1,0 +1,184 @@
+"""Whole models without any policy: `backend="attn"` beside `backend="inductor"`, interleaved in one process.
+
+    python benchmarks/whole_models.py FOLDER [--threads 2] [--rounds 5] [--only llama,gpt2]
+
+Writes `whole_models.json` and `whole_models.md` to FOLDER. The shapes below were fixed before anything was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+LENGTH = 4096
+DECODER = {
+    "vocab_size": 256,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "use_cache": False,
+}
+ENCODER = {
+    "vocab_size": 256,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture, from its configuration with random weights."""
+
+    name: str
+    config: str
+    model: str
+    options: dict[str, object]
+    length: int = LENGTH
+    implementation: str = "sdpa"
+    padded: bool = False
+
+
+CASES = (
+    Case("llama", "LlamaConfig", "LlamaForCausalLM", DECODER),
+    Case("llama eager", "LlamaConfig", "LlamaForCausalLM", DECODER, 2048, "eager"),
+    Case("mistral, window 256", "MistralConfig", "MistralForCausalLM", {**DECODER, "sliding_window": 256}),
+    Case("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**DECODER, "head_dim": 64}),
+    Case("gemma3, window 256 in 3 of 4", "Gemma3TextConfig", "Gemma3ForCausalLM",
+         {**DECODER, "head_dim": 64, "sliding_window": 256, "query_pre_attn_scalar": 64,
+          "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
+    Case("gpt2", "GPT2Config", "GPT2LMHeadModel",
+         {"vocab_size": 256, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 8192, "use_cache": False}),
+    Case("phi3", "Phi3Config", "Phi3ForCausalLM", {**DECODER, "pad_token_id": 0}),
+    Case("cohere2, window 256 in 3 of 4", "Cohere2Config", "Cohere2ForCausalLM",
+         {**DECODER, "sliding_window": 256, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}),
+    Case("gpt neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}),
+    Case("bert, padded", "BertConfig", "BertModel", ENCODER, 2048, "sdpa", True),
+    Case("modernbert, window 128", "ModernBertConfig", "ModernBertModel",
+         {**ENCODER, "local_attention": 128, "global_attn_every_n_layers": 3, "pad_token_id": 0, "cls_token_id": 1,
+          "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}),
+    Case("llama, 256 tokens", "LlamaConfig", "LlamaForCausalLM", DECODER, 256),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median times of one case, and how far the outputs are from each other and from float64."""
+
+    name: str
+    length: int
+    inductor_ms: float
+    attn_ms: float
+    ratio: float
+    bit_exact: bool
+    inductor_error: float
+    attn_error: float
+
+
+def build(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, case.config)(**case.options)
+    model: nn.Module = getattr(transformers, case.model)._from_config(config, attn_implementation=case.implementation)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model.eval()
+
+
+def compiled(model: nn.Module, backend: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A fresh function for each backend, so that their compilations stay apart."""
+    scope: dict[str, object] = {"model": model}
+    exec(compile("def run(inputs):\n    return model(**inputs)[0]\n", f"<{backend}>", "exec"), scope)
+    return torch.compile(scope["run"], backend=backend, dynamic=False)  # type: ignore[call-overload, no-any-return]
+
+
+def measure(case: Case, rounds: int) -> Result:
+    model = build(case)
+    tokens = torch.randint(3, 250, (1, case.length), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": tokens}
+    if case.padded:
+        inputs["attention_mask"] = (torch.arange(case.length) < case.length * 3 // 4).long()[None]
+    runs = {backend: compiled(model, backend) for backend in ("inductor", "attn")}
+    with torch.no_grad():
+        outputs = {backend: run(inputs) for backend, run in runs.items()}
+        times: dict[str, list[float]] = {backend: [] for backend in runs}
+        for _ in range(rounds):
+            for backend, run in runs.items():
+                start = time.perf_counter()
+                run(inputs)
+                times[backend].append(time.perf_counter() - start)
+        exact = model.double()(**inputs)[0]
+    shown = torch.ones(1, case.length, dtype=torch.bool) if not case.padded else inputs["attention_mask"].bool()
+    errors = {
+        backend: ((out.double() - exact)[shown].abs().max() / exact[shown].abs().max()).item() for backend, out in outputs.items()
+    }
+    ratios = [a / b for a, b in zip(times["inductor"], times["attn"], strict=True)]
+    median = {backend: statistics.median(t) * 1e3 for backend, t in times.items()}
+    same = torch.equal(outputs["inductor"], outputs["attn"])
+    return Result(
+        case.name, case.length, median["inductor"], median["attn"], statistics.median(ratios), same,
+        errors["inductor"], errors["attn"],
+    )  # fmt: skip
+
+
+def table(results: list[Result], machine: str) -> str:
+    lines = [
+        f"`backend=\"attn\"` without a policy beside `backend=\"inductor\"`, fp32, {machine}", "",
+        "| model | tokens | inductor | attn | ratio | bit-exact | error of inductor | error of attn |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {r.name} | {r.length} | {r.inductor_ms:.0f} ms | {r.attn_ms:.0f} ms | {r.ratio:.2f} | {'yes' if r.bit_exact else 'no'} "
+        f"| {r.inductor_error:.1e} | {r.attn_error:.1e} |"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cpu() -> str:
+    """The name that the processor gives itself."""
+    path = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = f"{cpu()}, {options.threads} threads, torch {torch.__version__}"
+    wanted = [case for case in CASES if not options.only or any(name in case.name for name in options.only.split(","))]
+    results = []
+    for case in wanted:
+        results.append(measure(case, options.rounds))
+        print(results[-1], flush=True)
+        torch._dynamo.reset()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "whole_models.json").write_text(
+        json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=2) + "\n"
+    )
+    (options.folder / "whole_models.md").write_text(table(results, machine))
+
+
+if __name__ == "__main__":
+    main()
