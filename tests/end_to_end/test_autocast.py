@@ -1,0 +1,104 @@
+"""Autocast and regions without gradients, around a compiled model and inside of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn_compiler as attn
+from attn_compiler.testing import assert_within_budget
+from end_to_end.models import WINDOW, double, like_llama, llama, outcome, tokens
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def cast(run: object) -> object:
+    def inside(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(model)
+
+    return inside
+
+
+class Casting(nn.Module):
+    """A model that casts by itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Tensor) -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(**kwargs)
+
+
+def compare(compiled: nn.Module, model: nn.Module, run: object, policy: object) -> None:
+    """Both in autocast: what rounds differs, so that the budget is that of the rewritten eager model."""
+    actual = outcome(compiled, run)
+    ids = tokens()
+    by_hand = like_llama(ids, None if policy == "exact" else 8)
+    exact, plain = outcome(double(model), by_hand), outcome(model, cast(by_hand))
+    largest = max(x.abs().max().item() for x in exact)
+    rounding = torch.finfo(torch.bfloat16).eps * largest  # parameters are float32, but all products are bfloat16
+    for place, (a, x, p) in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_within_budget(a, x, p, f"result {place}", 0.5 * rounding / torch.finfo(a.dtype).eps)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("policy", ["exact", WINDOW], ids=["exact", "window"])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_autocast_keeps_its_meaning(implementation: str, policy: object, where: str) -> None:
+    model = llama(implementation).train()
+    run = like_llama(tokens())
+    if where == "outside":
+        compare(torch.compile(model, backend="attn", options={"policy": policy}), model, cast(run), policy)
+    else:
+        compare(torch.compile(Casting(model), backend="attn", options={"policy": policy}), model, run, policy)
+    assert len(attn.reports()[-1].decisions) == 2
+    assert policy == "exact" or all(d.target for d in attn.reports()[-1].decisions)
+
+
+@pytest.mark.parametrize("policy", ["exact", WINDOW], ids=["exact", "window"])
+def test_a_region_without_gradients_has_none(policy: object) -> None:
+    class Half(nn.Module):
+        """The first of two models is frozen."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.free = llama(), llama(vocab_size=8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.frozen(ids).last_hidden_state
+            return self.free(inputs_embeds=hidden).last_hidden_state
+
+    model = Half().train()
+    compiled = torch.compile(model, backend="attn", options={"policy": policy})
+    compiled(tokens()).sum().backward()
+    assert len(attn.reports()[-1].decisions) == 4
+    assert all(p.grad is None for p in model.frozen.parameters())
+    assert all(p.grad is not None for name, p in model.free.named_parameters() if "embed_tokens" not in name)
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
+def test_inference_changes_no_gradient_mode(outer: object) -> None:
+    model, ids = llama("eager").eval(), tokens()
+    compiled = torch.compile(model, backend="attn", options={"policy": WINDOW})
+    with outer():
+        out = compiled(ids).last_hidden_state
+    assert not out.requires_grad
+    expected = like_llama(ids, 8)
+    assert_within_budget(out, expected(double(model)).detach(), expected(model).detach())
+
+
+@pytest.mark.parametrize("policy", ["exact", WINDOW], ids=["exact", "window"])
+def test_the_result_has_the_type_that_autocast_gives_it(policy: object) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT / 4, dim=-1) @ v
+
+    q, k, v = torch.randn(3, 1, 2, 16, 16)
+    compiled = torch.compile(attend, backend="attn", options={"policy": policy})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(q, k, v).dtype is attend(q, k, v).dtype is torch.bfloat16
+    assert attn.reports()[-1].decisions[0].target
