@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from attn_compiler.algebra.bounds import Interval
-from attn_compiler.algebra.expr import Expr, b, dim, h, heads, k, k_len, layer, layers, q_len
+from attn_compiler.algebra.bounds import Interval, bounds
+from attn_compiler.algebra.expr import Expr, Sort, b, dim, h, heads, i, k, k_len, layer, layers, q, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import RefusedError
@@ -46,8 +46,9 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
     """What the first target that can carry the variant makes of a site, or its original code with the reasons."""
     if isinstance(asked.variant, Refusal):
         return _left(site, asked, (asked.variant,))
-    exact = is_same(asked.variant, site.computes, site)
-    variant = site.computes if exact else asked.variant
+    variant = settled(asked.variant, site)
+    exact = is_same(variant, site.computes, site)
+    variant = site.computes if exact else variant
     blocked = [site.blocked] if site.blocked else list(site.notes) if exact else []
     refusals = [Refusal("rewrite", reason) for reason in blocked]
     for target in () if blocked else targets:
@@ -70,6 +71,14 @@ def _left(site: Site, asked: Asked, refusals: tuple[Refusal, ...]) -> Decision:
     return Decision(site, asked.rule, site.computes, exact=True, target=None, form=site.form, refusals=refusals)
 
 
+def settled(variant: Variant, site: Site) -> Variant:
+    """The variant at the lengths of a site: conditions that always hold there are gone, and groups that differ in nothing."""
+    facts = facts_of(site)
+    variant = variant.map(lambda e: simplify(e, facts) if e.sort is Sort.BOOL else e)
+    kinds = {group for _, group in variant.groups}
+    return kinds.pop() if len(kinds) == 1 else variant
+
+
 def is_same(a: Variant, other: Variant, site: Site) -> bool:
     """Whether two variants compute the same at a site: a comparison of canonical forms."""
     facts = facts_of(site)
@@ -80,5 +89,6 @@ def facts_of(site: Site) -> dict[Expr, Interval]:
     """What is known of the leaves of a site's expressions."""
     known = {heads: site.heads, dim: site.head_dim, layer: site.layer, layers: site.layers, q_len: site.q_len, k_len: site.k_len}
     facts = {leaf: Interval(n, n) for leaf, n in known.items() if isinstance(n, int)}
-    lengths = {b: site.batch, h: site.heads, k: site.k_len}
-    return facts | {leaf: Interval(0, n - 1 if isinstance(n, int) else math.inf) for leaf, n in lengths.items()}
+    lengths = {b: site.batch, h: site.heads, i: site.q_len, k: site.k_len}
+    facts |= {leaf: Interval(0, n - 1 if isinstance(n, int) else math.inf) for leaf, n in lengths.items()}
+    return facts | {q: bounds(site.frame.position, facts)} if site.frame else facts
