@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import lru_cache, reduce
 
 from attn_compiler.algebra.bounds import Box
 from attn_compiler.algebra.expr import Expr, apply, const, false, true
@@ -23,6 +23,7 @@ def disjunction(parts: Iterable[Expr], facts: Box) -> Expr:
     return _joined("or", parts, facts)
 
 
+@lru_cache(maxsize=1 << 16)
 def negation(e: Expr) -> Expr:
     """Not `e`, with negations only in front of what cannot be turned around."""
     match e.op:

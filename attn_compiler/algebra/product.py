@@ -23,9 +23,9 @@ def canonical_real(e: Expr) -> Expr:
         case "real" if e.args[0].sort is Sort.REAL:
             return e.args[0]
         case "pow" if e.args[1].is_const and e.args[1].value == 1:
-            return e.args[0] if e.args[0].sort is Sort.REAL else real(e.args[0])
+            return _real(e.args[0])
         case "log" if e.args[0].op == "exp":
-            return e.args[0].args[0]
+            return _real(e.args[0].args[0])
     return e
 
 
@@ -35,8 +35,10 @@ def _value(constant: Expr) -> float:
 
 
 def _real(x: Expr) -> Expr:
-    """A number of a real sum: an index constant becomes the real constant that it stands for."""
-    return const(_value(x)) if x.is_const else x
+    """A number among real ones, where an index is converted in the open."""
+    if x.is_const:
+        return const(_value(x))
+    return x if x.sort is Sort.REAL else real(x)
 
 
 def _sum(e: Expr) -> Expr:
@@ -58,7 +60,7 @@ def _sum(e: Expr) -> Expr:
     result = _scaled(*first)
     for term, n in rest:
         result = result - _scaled(term, -n) if n < 0 else result + _scaled(term, n)
-    return result if result.sort is Sort.REAL else real(result)
+    return result
 
 
 def _terms(e: Expr, sign: float) -> Iterable[tuple[Expr, float]]:
@@ -114,8 +116,7 @@ def _product(e: Expr) -> Expr:
         top = (const(1.0) if top is None else top) / (bottom if bottom is not None else const(1.0))
     if top is None:
         return const(constant)
-    top = top if constant == 1 else const(constant) * top
-    return top if top.sort is Sort.REAL else real(top)
+    return top if constant == 1 else const(constant) * top
 
 
 def _factors(e: Expr, above: list[Expr], below: list[Expr]) -> None:
@@ -132,5 +133,4 @@ def _factors(e: Expr, above: list[Expr], below: list[Expr]) -> None:
 def _multiplied(factors: list[Expr]) -> Expr | None:
     if not factors:
         return None
-    reals = sorted(factors, key=lambda x: (not x.is_const, x.sort is not Sort.REAL, text(x)))
-    return reduce(lambda a, b: a * b, (x if x.sort is Sort.REAL else real(x) for x in reals))
+    return reduce(lambda a, b: a * b, sorted(factors, key=lambda x: (not x.is_const, text(x))))
