@@ -134,6 +134,9 @@ EQUAL_NUMBERS = [
 DIFFERENT = [
     (k <= q, k < q),
     (one & two, one | two),
+    ((q <= k) & (k <= q), false),
+    ((q <= 5) & (q >= 5), false),
+    ((q < k) | (k < q), true),
     (q // 8, q // 4),
     (q // 2 * 2, q),
     (q % 8 % 3, q % 3),
