@@ -101,6 +101,8 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         q = arranged(q, found.q.axes, wanted)
         k = arranged(k, found.k.axes, groups_k)
         v = arranged(v, found.v.axes, groups_v)
+        wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)  # scores may be in more precision than v
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
         tables = {name: _tensor(x, dims.get(name), q.device) for name, x in zip(names, values, strict=True)}
         tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(

@@ -83,7 +83,9 @@ class Arrays:
         inner = at[len(at) - stored.ndim :]
         values = self._view(stored, node.args[len(at) - stored.ndim :])
         if values is None:
-            values = stored[tuple(self._within(x, size) for x, size in zip(inner, stored.shape, strict=True))]
+            places = [self._within(x, size) for x, size in zip(inner, stored.shape, strict=True)]
+            # Python's brackets would ask a tensor without axes for its number, which nobody knows while tracing.
+            values = torch.ops.aten.index.Tensor(stored, places) if places else stored
         return self.tensor(values, node.sort)
 
     def _within(self, index: Value, size: int) -> Tensor:

@@ -11,7 +11,7 @@ from zoo.entry import Inputs
 
 Example = Tensor | int | torch.SymInt
 Graph = tuple[fx.GraphModule, list[Example]]
-Visit = Callable[[fx.GraphModule, Sequence[Example]], None]
+Visit = Callable[[fx.GraphModule, Sequence[Example]], Callable[..., object] | None]
 
 
 def visit_graphs(
@@ -22,18 +22,23 @@ def visit_graphs(
     grad: bool = False,
     dynamic: bool | None = False,
     train: bool | None = None,
+    again: Inputs | None = None,
 ) -> object:
-    """Run `model` compiled, handing every graph to `visit` while Dynamo's tracing context is alive; return the output."""
+    """Run `model` compiled, handing every graph to `visit` while Dynamo's tracing context is alive; return the output.
+
+    What `visit` returns, if anything, runs in the graph's place; `again` are inputs for a second run of the same.
+    """
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Example]) -> Callable[..., object]:
-        visit(graph, example_inputs)
-        return graph.forward
+        return visit(graph, example_inputs) or graph.forward
 
     if train is not None:
         model.train(train)
     torch.compiler.reset()
     with torch.set_grad_enabled(grad):
-        return torch.compile(model, backend=backend, dynamic=dynamic)(**inputs)
+        compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+        out = compiled(**inputs)
+        return compiled(**again) if again is not None else out
 
 
 def capture_dynamo(
