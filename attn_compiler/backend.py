@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from attn_compiler import library
 from attn_compiler.errors import LanguageError, PolicyError, RefusedError, TableError, did_you_mean
 from attn_compiler.graph import torch_private as private
-from attn_compiler.graph.analysis import analyze, carry_out, has_anchor
+from attn_compiler.graph.analysis import analyze, carry_out
+from attn_compiler.graph.bodies import has_anchor
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy

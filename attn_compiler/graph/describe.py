@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import SymInt, fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
 from attn_compiler.graph.frame import FirstKey, counted_from, first_key, frame, kind, phase, restated
+from attn_compiler.graph.names import layer_numbers
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
+from attn_compiler.targets.sizes import likely
 
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 
@@ -79,7 +80,9 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
 
 
 def with_layers(described: Sequence[Described]) -> tuple[Described, ...]:
-    """Count the layers of each stack of blocks, so that a rule's layer -1 is the last one."""
+    """Number the layers of each stack of blocks and count them, so that a rule's layer -1 is the last one."""
+    numbers = layer_numbers([one.site.name for one in described])
+    described = [replace(one, site=replace(one.site, layer=n)) for one, n in zip(described, numbers, strict=True)]
     last: dict[str, int] = {}
     for one in described:
         if one.site.layer is not None:
@@ -103,7 +106,7 @@ def _length(size: Size) -> Length:
 
 
 def _hint(size: Size) -> int:
-    return int(optimization_hint(size, UNKNOWN_LENGTH))
+    return int(likely(size, UNKNOWN_LENGTH))
 
 
 def _known(size: Size) -> int:

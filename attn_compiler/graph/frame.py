@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
 from attn_compiler.algebra.expr import Expr, Sort, b, i, k, k_len, q, q_len, rebuild, table
 from attn_compiler.algebra.linear import expression, linear
 from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor
@@ -138,7 +138,7 @@ def kind(site: GraphSite) -> Kind:
 
 def phase(site: GraphSite) -> Phase:
     """Whether gradients are recorded, few queries meet many keys, or neither."""
-    if torch.is_grad_enabled() and site.q.node.meta["val"].requires_grad:
+    if private.records_gradients(site.q.node):
         return Phase.TRAIN
     queries, keys = product(site.queries), product(site.keys)
     few = isinstance(queries, int) and queries <= _MOST_DECODED

@@ -54,7 +54,8 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Traced] | None) -> 
         context.fake_mode = ours = FakeTensorMode(shape_env=dynamo.shape_env)
         try:
             config: Any = SimpleNamespace(is_export=False, num_params_buffers=0, dynamic_shapes=True)
-            yield ours, list(process_inputs(inputs, config, ours, ours.shape_env)[0])
+            made = process_inputs(inputs, config, ours, ours.shape_env)
+            yield ours, list(made[0] if isinstance(made, tuple) else made)  # torch 2.11 gives the inputs alone
         finally:
             context.fake_mode = dynamo
 
@@ -170,6 +171,39 @@ def has_effect(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in _EFFECTS or "out" in node.kwargs or bool(node.is_impure())
 
 
+def records_gradients(node: fx.Node) -> bool:
+    """Whether autograd follows `node`: a retrace detaches what it knows, so that only the graph's inputs can tell."""
+    silent = _without_gradients(node.graph)
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current in silent or getattr(current.target, "__name__", "") in ("detach.default", "detach"):
+            continue
+        if current.op in ("placeholder", "get_attr"):
+            known = (current.meta.get("example_value"), current.meta.get("val"))
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in known):
+                return True
+        new = [x for x in current.all_input_nodes if x not in seen]
+        seen.update(new)
+        stack += new
+    return False
+
+
+def _without_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of the regions in which no gradients are recorded."""
+    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    enabled = torch.is_grad_enabled()
+    if enabled and not switches:
+        return set()
+    silent = set()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled and node.op not in ("placeholder", "get_attr"):
+            silent.add(node)
+    return silent
+
+
 def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:
     """Carry over what Dynamo, AOTAutograd and Inductor know a graph and its inputs by."""
     copy.meta.update(source.meta)
@@ -205,6 +239,16 @@ def add_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
     mode = next((x.fake_mode for x in seen if isinstance(x, FakeTensor)), None)
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
     _fix_shape(tensor, name)
+    return node
+
+
+def pass_in(gm: fx.GraphModule, outer: fx.Node) -> fx.Node:
+    """Give the graph inside of an operator one more input, which stands for a node of the graph around it."""
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(f"attn_{outer.name}")
+    mode = next((x.fake_mode for x in map(known_value, gm.graph.nodes) if isinstance(x, FakeTensor)), None)
+    node.meta["val"] = fake_like(known_value(outer), mode)
     return node
 
 

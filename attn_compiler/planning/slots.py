@@ -51,7 +51,7 @@ class Slots:
 
     def set_slots(self) -> frozenset[str]:
         """The names of the slots that are set."""
-        own = {slot for slot in NOW if slot not in ("geometry", "order") and getattr(self, slot)}
+        own = {slot for slot in NOW if slot not in ("geometry", "order") and getattr(self, slot) not in (None, ())}
         return frozenset(own | set(self.later))
 
     def head_groups(self, heads: int) -> Iterator[tuple[IntegerSet, Slots | None]]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as attn
-from end_to_end.models import WINDOW, additive, assert_outcome, like_llama, llama, near, outcome, tokens
+from attn_compiler.testing import assert_within_budget
+from end_to_end.models import WINDOW, additive, assert_outcome, double, like_llama, llama, near, outcome, tokens
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -109,3 +110,55 @@ def test_a_swin_trains(policy: object) -> None:
     assert len(attn.reports()[-1].decisions) == 2
     assert policy == "exact" or rewritten() == 2
     assert_outcome(actual, model, by_hand)
+
+
+def test_a_rule_can_speak_of_training_alone() -> None:
+    policy = {"version": 1, "rules": [{"match": {"phase": "train"}, "attn": {"mask": "window(8)"}}]}
+    model, ids = llama().train(), tokens()
+    trained = compiled(model, policy)
+    assert_outcome(outcome(trained, like_llama(ids)), model, like_llama(ids, 8))
+    assert [d.site.phase.value for d in attn.reports()[-1].decisions] == ["train"] * 2
+    with torch.no_grad():
+        out = trained(ids).last_hidden_state
+        assert [d.site.phase.value for d in attn.reports()[-1].decisions] == ["prefill"] * 2
+        assert_within_budget(out, like_llama(ids)(double(model)), like_llama(ids)(model))
+
+
+class Dropping(nn.Module):
+    """Written out attention with dropout: of values that are all one, the result is the mean of what is kept."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax(q @ k.mT, dim=-1)
+        return nn.functional.dropout(weights, self.rate, training=self.training) @ v
+
+
+@pytest.mark.parametrize("score", ["score", "softcap(score, 5)"])
+def test_dropout_keeps_its_rate_and_its_mean(score: str) -> None:
+    rate, keys, draws = 0.3, 16, 4096
+    policy = {"version": 1, "rules": [{"match": {}, "attn": {"score": score}}]}
+    model = Dropping(rate).train()
+    run = compiled(model, policy)
+    q, k, v = torch.zeros(draws, 1, 4, 8), torch.zeros(draws, 1, keys, 8), torch.eye(keys).expand(draws, 1, -1, -1)
+    kept = run(q, k, v) * keys * (1 - rate)  # with equal weights: one where a weight is kept
+    assert attn.reports()[-1].decisions[0].target or score == "score"
+    assert set(kept.round(decimals=3).unique().tolist()) == {0.0, 1.0}
+    count = kept.numel()
+    deviation = (rate * (1 - rate) / count) ** 0.5
+    assert abs(kept.mean().item() - (1 - rate)) < 6 * deviation  # once in 5e8 by chance
+    assert not torch.equal(kept, run(q, k, v) * keys * (1 - rate))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_evaluation_drops_nothing(rate: float) -> None:
+    policy = {"version": 1, "rules": [{"match": {}, "attn": {"score": "softcap(score, 5)"}}]}
+    model = Dropping(rate).eval()
+    q, k, v = torch.randn(3, 2, 2, 16, 8)
+    run = compiled(model, policy)
+    assert torch.equal(run(q, k, v), run(q, k, v))
+    if not rate:
+        assert torch.equal(run(q, k, v), compiled(model.train(), policy)(q, k, v))
+    assert attn.reports()[-1].decisions[0].target
