@@ -8,13 +8,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reach import Reach, reach, shows_itself
+from attn_compiler.targets.sizes import likely, statically_known_true
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
@@ -83,7 +83,7 @@ def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None
         return None
     if variant.empty_rows is not EmptyRows.ZERO and not every_query_sees_itself(operands, variant):
         return None  # the mean of v, or the unmasked row, is of all keys
-    q_len, k_len = (optimization_hint(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
+    q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
     block = pays(within, q_len, k_len, exact=isinstance(operands.q_len, int))
     return None if block is None else (within, block)
 
