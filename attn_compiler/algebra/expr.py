@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Self
+from weakref import WeakValueDictionary
 
 from attn_compiler.errors import AlgebraError
 
@@ -62,32 +64,28 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+_known: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False, weakref_slot=True)
 class Expr:
     """One operation applied to expressions, or a leaf: `const`, `symbol`, or `table` (a run-time tensor read at `args`).
 
-    Build one with the constructors and operators of this module, which work out `sort`.
+    Build one with the constructors and operators of this module, which work out `sort`. Equal expressions are one object, so
+    that comparing and hashing cost the same for all sizes.
     """
 
     op: str
     args: tuple[Expr, ...]
     value: Scalar | str | None
     sort: Sort
-    _hash: int = field(init=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.op, self.args, self.value, self.sort)))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Expr) or self._hash != other._hash:
-            return False
-        mine = (self.op, self.sort, self.value, self.args)
-        return mine == (other.op, other.sort, other.value, other.args)
+    def __new__(cls, op: str, args: tuple[Expr, ...], value: Scalar | str | None, sort: Sort) -> Self:
+        key = (op, args, value, sort)
+        found: Self | None = _known.get(key)
+        if found is None:
+            found = _known.setdefault(key, object.__new__(cls))
+        return found
 
     def __bool__(self) -> bool:
         raise AlgebraError(
@@ -96,7 +94,7 @@ class Expr:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Expr, (self.op, self.args, self.value, self.sort)  # a hash holds in one process only
+        return Expr, (self.op, self.args, self.value, self.sort)
 
     def __repr__(self) -> str:
         inner = [repr(self.value)] if self.value is not None else []
@@ -221,7 +219,7 @@ def const(value: Scalar) -> Expr:
         return Expr("const", (), value, Sort.INDEX)
     if math.isnan(value):
         raise AlgebraError("NaN is no constant of the algebra")
-    return Expr("const", (), float(value), Sort.REAL)
+    return Expr("const", (), float(value) + 0.0, Sort.REAL)  # there is one zero
 
 
 def lift(x: Operand) -> Expr:
