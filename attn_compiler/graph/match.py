@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -104,10 +104,22 @@ def _bound(anchor: Anchor, versions: Versions) -> GraphSite:
 
 def _escapes(anchor: Anchor, before: Path, behind: Path) -> tuple[fx.Node, ...]:
     """Those who read scores or weights without contributing to the output."""
-    passed = (*before.nodes(), anchor.node, anchor.weights, *behind.nodes())
-    inside = _contributors(behind.product.node) | set(passed) | {anchor.mass}
-    readers = (user for node in (before.product.node, *passed) for user in node.users)
+    passed = (before.product.node, *before.nodes(), anchor.node, anchor.weights, *behind.nodes())
+    contributors = _contributors(behind.product.node)
+    inside = contributors | set(passed) | {anchor.mass}
+    readers = (user for node in _between(passed, contributors - {behind.product.node}) for user in node.users)
     return tuple(dict.fromkeys(user for user in readers if user not in inside and (is_tensor(user) or user.op == "output")))
+
+
+def _between(passed: Iterable[fx.Node], contributors: set[fx.Node]) -> list[fx.Node]:
+    """All nodes on the way, those included that do nothing (a dropout that is off) and so are not part of any path."""
+    found = dict.fromkeys(passed)
+    waiting = list(found)
+    while waiting:
+        new = [user for user in waiting.pop().users if user in contributors and user not in found]
+        found.update(dict.fromkeys(new))
+        waiting += new
+    return list(found)
 
 
 def _contributors(node: fx.Node) -> set[fx.Node]:

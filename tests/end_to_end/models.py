@@ -55,12 +55,16 @@ def like_llama(ids: Tensor, window: int | None = None) -> Run:
     return run
 
 
-def outcome(model: nn.Module, run: Run) -> list[Tensor]:
+def spread(out: Tensor) -> Tensor:
+    """A loss in which every number counts differently."""
+    return (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)).sum()
+
+
+def outcome(model: nn.Module, run: Run, loss: Callable[[Tensor], Tensor] = spread) -> list[Tensor]:
     """What a model computes, and the gradients of its parameters."""
     model.zero_grad(set_to_none=True)
     out = run(model)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
-    (out * weights).sum().backward()
+    loss(out).backward()
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
@@ -68,9 +72,9 @@ def double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
-def assert_outcome(actual: Sequence[Tensor], model: nn.Module, by_hand: Run) -> None:
+def assert_outcome(actual: Sequence[Tensor], model: nn.Module, by_hand: Run, loss: Callable[[Tensor], Tensor] = spread) -> None:
     """Check an outcome against that of the eager model, rewritten by hand, in float64."""
-    exact, plain = outcome(double(model), by_hand), outcome(model, by_hand)
+    exact, plain = outcome(double(model), by_hand, loss), outcome(model, by_hand, loss)
     assert len(actual) == len(exact)
     for place, (a, x, p) in enumerate(zip(actual, exact, plain, strict=True)):
         # Gradients pass through the same layers: what cancels keeps the rounding of its largest terms.
