@@ -4,6 +4,7 @@ from attn_compiler import errors, library, testing
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.backend import reports
 from attn_compiler.explain import explain
+from attn_compiler.graph.tables import Tables
 from attn_compiler.library import load_policy
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import Report
@@ -13,6 +14,7 @@ from attn_compiler.runtime.schedule import schedule
 __all__ = [
     "Policy",
     "Report",
+    "Tables",
     "Variant",
     "attend",
     "errors",

@@ -16,6 +16,7 @@ from attn_compiler.errors import LanguageError, PolicyError, RefusedError, Table
 from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.analysis import analyze, carry_out
 from attn_compiler.graph.bodies import has_anchor
+from attn_compiler.graph.tables import Tables
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
@@ -68,9 +69,15 @@ def read_settings(options: Mapping[str, Any], mode: str | None) -> Settings:
     """Sort the options into ours and Inductor's; the policy is read now, when compiling."""
     inductor = private.inductor_options(mode, {key: value for key, value in options.items() if key not in OURS})
     if isinstance(inductor, str):
-        raise PolicyError(f'options: unknown key "{inductor}"{did_you_mean(inductor, (*OURS,))}')
+        raise PolicyError(f'options: unknown key "{inductor}"{_nearest(inductor)}')
     source = options.get("policy") or os.environ.get(ENVIRONMENT) or "exact"
-    return Settings(library.load_policy(source), dict(options.get("tables") or {}), dict(options.get("values") or {}), inductor)
+    return Settings(library.load_policy(source), Tables(options.get("tables")), dict(options.get("values") or {}), inductor)
+
+
+def _nearest(key: str) -> str:
+    """The option that was meant; Inductor has too many to list them all."""
+    near = did_you_mean(key, (*OURS, *private.inductor_settings()))
+    return near if near.startswith("; did") else did_you_mean(key, OURS) + ", and the settings of torch._inductor.config"
 
 
 def _rewritten(

@@ -290,11 +290,18 @@ def inductor() -> Callable[..., Any]:
     return compile_fx
 
 
+def inductor_settings() -> frozenset[str]:
+    """Every setting that Inductor's configuration has."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
 def inductor_options(mode: str | None, options: Mapping[str, Traced]) -> dict[str, Traced] | str:
     """What Inductor's configuration becomes; or the first option that it does not know."""
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import list_mode_options
 
-    known = config.get_config_copy()
+    known = inductor_settings()
     wanted = {key.replace("-", "_"): value for key, value in options.items()}
     unknown = next((key for key in wanted if key not in known), None)
     return unknown or {**(list_mode_options(mode) if mode else {}), **wanted}

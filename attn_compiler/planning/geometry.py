@@ -32,7 +32,7 @@ class Geometry:
             return Geometry((side, side), before, after)
         if isinstance(size, str) or not 1 <= len(size) <= 3:
             raise LanguageError(f"the size of a geometry is a list of 1 to 3 sizes, or `square`, not {size!r}")
-        return Geometry(tuple(_side(x, values or {}) for x in size), before, after)
+        return Geometry(tuple(_side(x, {} if values is None else values) for x in size), before, after)
 
     @property
     def count(self) -> Expr:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attn_compiler.graph import torch_private as private
+from end_to_end.models import interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +20,5 @@ def _nothing_is_compiled_yet() -> Iterator[None]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AOTAutograd as always, but its graphs run operator by operator: what we do to a graph is all that is tested."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.backends.debugging import boxed_nop
-
-    def compile_fx(gm, inputs, config_patches=None):  # type: ignore[no-untyped-def]
-        return aot_autograd(fw_compiler=boxed_nop)(gm, inputs)
-
-    monkeypatch.setattr(private, "inductor", lambda: compile_fx)
+    """What we do to a graph is all that is tested."""
+    monkeypatch.setattr(private, "inductor", lambda: interpreted)

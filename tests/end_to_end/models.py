@@ -79,3 +79,13 @@ def assert_outcome(actual: Sequence[Tensor], model: nn.Module, by_hand: Run, los
     for place, (a, x, p) in enumerate(zip(actual, exact, plain, strict=True)):
         # Gradients pass through the same layers: what cancels keeps the rounding of its largest terms.
         assert_within_budget(a, x, p, f"result {place}", max(t.abs().max().item() for t in exact))
+
+
+def interpreted(gm: torch.fx.GraphModule, inputs: Sequence[object], config_patches: object = None) -> Callable[..., object]:
+    """In place of Inductor: AOTAutograd as always, but its graphs run operator by operator, which costs no time to compile."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    compiled = aot_autograd(fw_compiler=boxed_nop)(gm, inputs)
+    assert callable(compiled)
+    return compiled
