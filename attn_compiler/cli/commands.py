@@ -6,7 +6,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from attn_compiler.cli.check import check
+from attn_compiler.cli.demo import demo
 from attn_compiler.cli.draw import draw
+from attn_compiler.cli.explain import explain
 from attn_compiler.cli.variants import variants
 from attn_compiler.errors import AttnError
 
@@ -23,6 +26,9 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, help="Find, explain and rewrite the attentions of a PyTorch model.")
+app.command()(check)
+app.command()(explain)
+app.command()(demo)
 app.command()(draw)
 app.command()(variants)
 

@@ -1,0 +1,77 @@
+"""`attn check`: whether a policy file can be read, and what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from attn_compiler.errors import AttnError
+from attn_compiler.library import load_policy
+from attn_compiler.planning.policy import Match, Policy, Rule
+
+
+def check(
+    policy: Annotated[str, typer.Argument(help="A policy file, or the name of a ready policy.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Check a policy file: print its rules and its digest, or all that is wrong with it."""
+    try:
+        found = load_policy(policy)
+    except AttnError as error:
+        if not as_json:
+            typer.echo(str(error), err=True)
+        else:
+            typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(_record(found), ensure_ascii=False))
+    else:
+        _print(found)
+
+
+def _print(policy: Policy) -> None:
+    typer.echo(f"{policy.name or 'policy'} is a policy of {len(policy.rules)} rule{'' if len(policy.rules) == 1 else 's'}")
+    if policy.because:
+        typer.echo(f"  because {policy.because.strip()}")
+    for rule in policy.rules:
+        typer.echo(f"  {rule.title}: {_where(rule.match)} → {_says(rule)}")
+        if rule.because:
+            typer.echo(f"    because {rule.because.strip()}")
+    typer.echo(f"  digest {policy.digest}")
+
+
+def _record(policy: Policy) -> dict[str, object]:
+    rules = [
+        {
+            "number": r.number,
+            "name": r.name,
+            "where": _where(r.match),
+            "attn": r.attn.plain(),
+            "also": r.also,
+            "fallback": r.fallback,
+        }
+        for r in policy.rules
+    ]
+    return {"ok": True, "name": policy.name, "digest": policy.digest, "rules": rules}
+
+
+def _where(match: Match) -> str:
+    """The conditions of a rule, in words."""
+    parts = [
+        f"{match.module}" if match.module else "",
+        " or ".join(kind.value for kind in match.kind),
+        f"layers {match.layers}" if match.layers else "",
+        " or ".join(phase.value for phase in match.phase),
+        f"at least {match.min_tokens} tokens" if match.min_tokens is not None else "",
+        f"at most {match.max_tokens} tokens" if match.max_tokens is not None else "",
+    ]
+    return ", ".join(filter(None, parts)) or "every attention"
+
+
+def _says(rule: Rule) -> str:
+    said = rule.attn.plain()
+    if not isinstance(said, dict):
+        return str(said)
+    return ", ".join(f"{slot}: {value if isinstance(value, str) else json.dumps(value)}" for slot, value in said.items())

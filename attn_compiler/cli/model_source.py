@@ -1,0 +1,165 @@
+"""Builds the model that a command line names, and inputs for it: `package.module:factory` or `hf:type,key=value…`."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_compiler.errors import AttnError, MissingPackageError, ShapeError, did_you_mean
+
+FORMS = "`package.module:factory` or `hf:type,key=value…`"
+
+
+class ModelError(AttnError, ValueError):
+    """A model that was named on the command line cannot be built."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line says about the inputs."""
+
+    length: int = 1024
+    batch: int = 1
+    implementation: str | None = None
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and what it is called with."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(source: str, asked: Asked) -> Built:
+    """Build a model by its name on the command line."""
+    if source.startswith("hf:"):
+        return _from_transformers(source, asked)
+    if ":" in source:
+        return _from_factory(source, asked)
+    raise ModelError(f'"{source}" names no model; write {FORMS}')
+
+
+def _from_factory(source: str, asked: Asked) -> Built:
+    """A function without arguments that returns a model, or a model with its arguments (a tuple) or keywords (a mapping)."""
+    where, _, name = source.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    try:
+        module = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        raise ModelError(f'"{source}": there is no module "{error.name}"; it is searched for from this folder on') from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ModelError(f'"{source}": {where} has no function "{name}"{did_you_mean(name, known)}')
+    made = factory()
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f'"{source}" returned {type(model).__name__}; expected a module, or (module, inputs)')
+    model.train(asked.train)
+    if isinstance(inputs, Mapping):
+        return Built(model, (), inputs)
+    if inputs is not None:
+        return Built(model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
+    return Built(model, (), _inputs(model, asked))
+
+
+def _from_transformers(source: str, asked: Asked) -> Built:
+    """A model of random weights, as its configuration describes it, on the meta device."""
+    transformers = _transformers()
+    kind, _, overrides = source.removeprefix("hf:").partition(",")
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if kind not in known:
+        raise ModelError(f'"{source}": transformers knows no model type "{kind}"{did_you_mean(kind, known)}')
+    settings = dict(_overrides(source, overrides))
+    if asked.implementation:
+        settings["attn_implementation"] = asked.implementation
+    config = transformers.CONFIG_MAPPING[kind](**settings)
+    make = _model_class(transformers, kind)
+    if make is None:
+        raise ModelError(f'"{source}": transformers has no model class for "{kind}"')
+    with torch.device("meta"):
+        model = make(config)
+    model.train(asked.train)
+    return Built(model, (), _inputs(model, asked))
+
+
+def _transformers() -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("models named `hf:…` need the package transformers: pip install transformers") from error
+
+
+def _model_class(transformers: ModuleType, kind: str) -> Callable[[Any], nn.Module] | None:
+    """The class a configuration is for: a language model where there is one."""
+    modeling = importlib.import_module("transformers.models.auto.modeling_auto")
+    for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", ""):
+        names = getattr(modeling, f"MODEL_FOR_{mapping}_MAPPING_NAMES" if mapping else "MODEL_MAPPING_NAMES")
+        if kind in names:
+            name = names[kind]
+            found: Callable[[Any], nn.Module] = getattr(transformers, name if isinstance(name, str) else name[0])
+            return found
+    return None
+
+
+def _overrides(source: str, text: str) -> Iterator[tuple[str, object]]:
+    for part in _split(text):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ModelError(f'"{source}": expected key=value, found "{part}"')
+        try:
+            yield key.strip(), ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            yield key.strip(), value.strip()
+
+
+def _split(text: str) -> Iterator[str]:
+    """Split at the commas that stand outside of brackets."""
+    depth, start = 0, 0
+    for at, sign in enumerate(text):
+        depth += (sign in "[({") - (sign in "])}")
+        if sign == "," and not depth:
+            yield text[start:at]
+            start = at + 1
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _inputs(model: nn.Module, asked: Asked) -> dict[str, Any]:
+    """Inputs of the kind a transformers model says it reads."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(f"{type(model).__name__} says nothing about its inputs: let the factory return (model, inputs)")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        return {main: torch.empty(asked.batch, *_image(config), device=device)}
+    tokens = torch.zeros(asked.batch, asked.length, dtype=torch.long, device=device)
+    if main != "input_ids":
+        raise ModelError(f"{type(model).__name__} reads `{main}`; write a factory that returns (model, inputs)")
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and asked.length > limit:
+        raise ShapeError(f"this model has {limit} positions; give --length {limit} or less, or max_position_embeddings=…")
+    if getattr(config, "is_encoder_decoder", False):
+        return {main: tokens, "decoder_input_ids": tokens, "use_cache": False}
+    return {main: tokens} | ({"use_cache": False} if hasattr(config, "use_cache") else {})
+
+
+def _image(config: Any) -> tuple[int, int, int]:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return getattr(vision, "num_channels", 3), height, width
