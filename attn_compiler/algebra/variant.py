@@ -15,6 +15,7 @@ class EmptyRows(Enum):
 
     ZERO = "zero"
     MEAN = "mean"  # of v over all keys: a finite fill replaced or absorbed every score
+    NAN = "nan"  # a plain softmax over nothing but -inf
     UNMASKED = "unmasked"  # a finite fill was added to every score, which changes nothing
 
 

@@ -72,6 +72,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         form=_form(found),
         blocked=_blocked(found),
         notes=recovered.notes,
+        literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,
         where=found.where,

@@ -10,13 +10,33 @@ import torch
 from torch import fx
 
 from attn_compiler.algebra.bounds import Box, Interval
-from attn_compiler.algebra.expr import Expr, Sort, acc, b, const, exp, h, i, k, k_len, mass, peak, q_len, score, table
+from attn_compiler.algebra.expr import (
+    Expr,
+    Sort,
+    acc,
+    b,
+    const,
+    exp,
+    h,
+    i,
+    k,
+    k_len,
+    mass,
+    peak,
+    q_len,
+    score,
+    table,
+    true,
+    where,
+)
 from attn_compiler.algebra.simplify import implied, simplify
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
-from attn_compiler.errors import AlgebraError
+from attn_compiler.errors import AlgebraError, CaptureError
+from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Call, Size, is_tensor
 from attn_compiler.graph.fills import Fill, Split, assume, empty_rows, never_empty, split
+from attn_compiler.graph.flex import flex_mask, flex_score
 from attn_compiler.graph.record import SCORE, GraphSite, Operand, Step, StepArgument
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.graph.symbolic_pointwise import POINTWISE
@@ -32,6 +52,7 @@ class Recovered:
     tables: Mapping[str, Table]
     facts: Box
     notes: tuple[str, ...] = ()
+    literal: Variant | None = None  # where there are notes: the same with nothing taken out of its scores
 
 
 class _CannotError(Exception):
@@ -57,9 +78,9 @@ class _Recovery:
 
     def run(self) -> Recovered:
         site = self._site
-        if site.idiom == "flex":
-            raise _CannotError("the functions of a flex operator are not read yet")
         scale, value, sink = self._program()
+        if site.idiom == "flex":
+            value = self._flex()
         found = split(simplify_real(value, self.facts), self.facts)
         if site.causal:
             found = replace(found, keep=simplify(found.keep & (k <= i), self.facts), fills=(*found.fills, _CAUSAL))
@@ -75,10 +96,16 @@ class _Recovery:
             dropout=site.dropout,
         )
         variant = self._after(variant).map(self._lengths())
-        tables = {name: self._reader.tables[name] for name in sorted(variant.tables())}
+        literal = self._literal(variant, value).map(self._lengths()) if self._notes else None
+        tables = {name: self._reader.tables[name] for name in sorted(variant.tables() | (literal or variant).tables())}
         for found_table in tables.values():
             self._holds(found_table.node)
-        return Recovered(variant, tables, self.facts, tuple(self._notes))
+        return Recovered(variant, tables, self.facts, tuple(self._notes), literal)
+
+    def _literal(self, variant: Variant, value: Expr) -> Variant:
+        """What rows get that see no key is then left to the same arithmetic as in the model."""
+        mask = simplify(k <= i, self.facts) if self._site.causal else true
+        return replace(variant, mask=mask, score=value, empty_rows=EmptyRows.ZERO)
 
     def _program(self) -> tuple[Expr, Expr, Expr | None]:
         """The scale, the score made of it, and the logit of a sink."""
@@ -99,6 +126,14 @@ class _Recovery:
             else:
                 value = self._applied(step, value)
         return scale, value, sink
+
+    def _flex(self) -> Expr:
+        try:
+            made = flex_score(self._gm, self._site.anchor, self._reader, self.facts)
+            shown = flex_mask(self._gm, self._site.anchor, self._reader, self.facts)
+        except (OpaqueError, CaptureError) as failure:
+            raise _CannotError(f"a function of `{self._site.anchor}` has no formula") from failure
+        return made if shown == true else where(shown, made, -math.inf)
 
     def _factor(self, step: Step) -> Expr | None:
         """What a step multiplies all scores by."""
@@ -142,7 +177,6 @@ class _Recovery:
                 raise _CannotError(f"`{step.op}` changes the weights behind the softmax ({step.node})")
             if simplify(zeroed, self.facts) == variant.mask:
                 variant = replace(variant, empty_rows=EmptyRows.ZERO)
-                self._notes = [note for note in self._notes if note != _NAN]
             elif not never_empty(variant.mask, self.facts):
                 raise _CannotError(f"`{step.op}` changes what rows get that see no key ({step.node})")
         return variant
@@ -154,9 +188,14 @@ class _Recovery:
             return EmptyRows.MEAN
         if rows is None:
             raise _CannotError("keys are hidden in several ways, and what a row gets that sees none of them is no one thing")
-        infinite = found.fills and all(fill.amount == -math.inf for fill in found.fills)
-        if infinite and not self._site.empty_rows_are_zero and not never_empty(found.keep, self.facts):
-            self._notes.append(_NAN)
+        if rows is EmptyRows.ZERO and not self._site.empty_rows_are_zero and not never_empty(found.keep, self.facts):
+            return EmptyRows.NAN
+        if (
+            rows is EmptyRows.MEAN
+            and private.records_gradients(self._site.q.node)
+            and not all(fill.replaces for fill in found.fills)
+        ):
+            self._notes.append(_GRADIENT)
         return rows
 
     def value(self, x: StepArgument, step: Step) -> Expr:
@@ -217,7 +256,7 @@ _CAUSAL = Fill(-math.inf, replaces=True)
 _SEVERAL = (
     "rows that see no key get the mean of v here; the model hides keys in several ways and gives what rounding makes of that"
 )
-_NAN = "rows that see no key give NaN in the model and zero here"
+_GRADIENT = "rows that see no key get the mean of v; here no gradient reaches their queries, which in the model one does"
 
 
 class _StepReading(Reading):

@@ -48,8 +48,8 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
         return _left(site, asked, (asked.variant,))
     variant = settled(asked.variant, site)
     exact = is_same(variant, site.computes, site)
-    variant = site.computes if exact else variant
-    blocked = [site.blocked] if site.blocked else list(site.notes) if exact else []
+    variant = (site.literal or site.computes) if exact else variant
+    blocked = [site.blocked] if site.blocked else list(site.notes) if exact and not site.literal else []
     refusals = [Refusal("rewrite", reason) for reason in blocked]
     for target in () if blocked else targets:
         carried = target.carry(site, variant)

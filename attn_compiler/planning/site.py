@@ -81,6 +81,7 @@ class Site:
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model
+    literal: Variant | None = None  # where there are notes: what differs nowhere, with all that hides keys left in the scores
     tables: Mapping[str, TableShape] = field(default_factory=dict, hash=False)
     idiom: str = ""
     where: str = ""  # file and line of the model's source

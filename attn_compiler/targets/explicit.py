@@ -44,6 +44,8 @@ def explicit(
 
 def empty_row(v: Tensor, heads: int, rule: EmptyRows) -> Tensor:
     """What a query that sees no key gets, to broadcast over [..., heads, queries, dim]."""
+    if rule is EmptyRows.NAN:
+        return v.new_full((), math.nan)
     if rule is EmptyRows.ZERO or not _has_keys(v):
         return v.new_zeros(())
     return v.mean(dim=-2, keepdim=True).repeat_interleave(heads // v.shape[-3], dim=-3)

@@ -15,6 +15,7 @@ from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
 from attn_compiler.targets.arrays import Arrays, Value
 from attn_compiler.targets.explicit import empty_row
 
+_HUGE = 1 / torch.finfo(torch.float32).eps
 _PRODUCTS = (e.dot, e.q_norm, e.k_norm, e.score)
 
 
@@ -31,9 +32,17 @@ def bias_of(score: Expr) -> Expr | None:
         inner, added = bias_of(right), left
     else:
         return None
-    if inner is None or inner == e.const(0):
-        return None if inner is None else added
+    if inner is None or _absorbs(added):
+        return None
+    if inner == e.const(0):
+        return added
     return inner + added
+
+
+def _absorbs(added: Expr) -> bool:
+    """Whether a bias may swallow the score, and in a row's log-sum-exp its mass, from which the operator derives gradients."""
+    constants = [float(x.value) for x in added.walk() if x.is_const and x.sort is Sort.REAL]  # type: ignore[arg-type]
+    return any(_HUGE <= abs(x) < math.inf for x in constants)
 
 
 def fits(variant: Variant, arrays: Arrays, dtype: torch.dtype) -> bool:

@@ -157,13 +157,13 @@ def padded(fill: float, added: bool) -> Callable[[Tensor, Tensor], Tensor]:
         (LOWEST, False, EmptyRows.MEAN),
         (-1e4, True, EmptyRows.UNMASKED),
         (-1e4, False, EmptyRows.MEAN),
-        (-torch.inf, True, EmptyRows.ZERO),
+        (-torch.inf, True, EmptyRows.NAN),
     ],
 )
 def test_a_fill_decides_what_empty_rows_get(fill: float, added: bool, rows: EmptyRows) -> None:
     _, found, _ = recovered(padded(fill, added), x, torch.ones(BATCH, TOKENS, dtype=torch.long))
     assert found.variant.empty_rows is rows
-    assert bool(found.notes) == (fill == -torch.inf)
+    assert not found.notes
 
 
 def test_a_small_penalty_is_a_bias() -> None:

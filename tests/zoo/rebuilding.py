@@ -33,7 +33,7 @@ class Rebuilt:
     @property
     def exact(self) -> int:
         """How many sites the policy `exact` may re-emit, and that compute the same then."""
-        return 0 if self.differences else sum(not site.notes for site in self.sites)
+        return 0 if self.differences else sum(not site.notes or site.literal is not None for site in self.sites)
 
     @property
     def reason(self) -> str:
@@ -85,7 +85,7 @@ def in_precision(dtype: torch.dtype, model: nn.Module, inputs: Inputs) -> tuple[
 
 
 def _as_they_are(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-    decisions = (Decision(site, "every site", site.computes, exact=True, target="torch") for site in sites)
+    decisions = (Decision(site, "every site", site.literal or site.computes, exact=True, target="torch") for site in sites)
     return Plan(tuple(decisions), tuple(near_misses))
 
 

@@ -39,6 +39,8 @@ WAYS = {
     for phase, dtype, lengths in itertools.product(("inference", "training"), ("float32", "bfloat16"), ("static", "dynamic"))
 }
 LEAST_FOUND = 0.99
+# They have no gradients themselves: flex has none on a CPU, the other writes over what its own gradient needs.
+ONLY_INFERRED = {"flex_hop", "inplace_after_use"}
 COUNTED = [entry for entry in ZOO.values() if entry.outcome is not Outcome.FRAGMENTS]
 
 
@@ -55,7 +57,7 @@ def _configurations(names: set[str]) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "implementation"), _configurations(QUICK))
 def test_every_attention_of_a_model_is_computed_again_from_its_formula(name: str, implementation: str) -> None:
-    found = _rebuilt(name, implementation, train=True, dtype=torch.float32, dynamic=False)
+    found = _rebuilt(name, implementation, train=name not in ONLY_INFERRED, dtype=torch.float32, dynamic=False)
     assert len(found.sites) == ZOO[name].found, found.reason
     assert found.exact == ZOO[name].found, found.reason
 
@@ -64,7 +66,7 @@ def test_every_attention_of_a_model_is_computed_again_from_its_formula(name: str
 @pytest.mark.parametrize("way", WAYS)
 def test_nearly_all_attentions_are_found_and_nothing_else(way: str) -> None:
     expected, found, invented, misses = 0, 0, 0, []
-    for name, implementation in _configurations(set(ZOO)):
+    for name, implementation in _configurations(set(ZOO) - (ONLY_INFERRED if WAYS[way]["train"] else set())):
         one, sites = _rebuilt(name, implementation, **WAYS[way]), ZOO[name].found or 0  # type: ignore[arg-type]
         expected, found = expected + sites, found + min(sites, one.exact)
         invented += max(0, len(one.sites) - sites)
