@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from zoo.catalogue import ZOO
 from zoo.finding import find
 from zoo.rebuilding import rebuild
