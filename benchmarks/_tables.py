@@ -23,7 +23,19 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
-    return {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def processor() -> str:
+    """The name that the processor gives itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:

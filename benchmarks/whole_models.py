@@ -8,8 +8,6 @@ Writes `whole_models.json` and `whole_models.md` to FOLDER. The shapes below wer
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+
+from _tables import markdown, processor, write_json
 
 LENGTH = 4096
 DECODER = {
@@ -93,7 +93,9 @@ class Result:
 def build(case: Case) -> nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, case.config)(**case.options)
-    model: nn.Module = getattr(transformers, case.model)._from_config(config, attn_implementation=case.implementation)
+    model: nn.Module = getattr(transformers, case.model)._from_config(  # noqa: SLF001 (its public face does not take every implementation)
+        config, attn_implementation=case.implementation
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,25 +139,18 @@ def measure(case: Case, rounds: int) -> Result:
     )  # fmt: skip
 
 
-def table(results: list[Result], machine: str) -> str:
-    lines = [
-        f"`backend=\"attn\"` without a policy beside `backend=\"inductor\"`, fp32, {machine}", "",
-        "| model | tokens | inductor | attn | ratio | bit-exact | error of inductor | error of attn |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| {r.name} | {r.length} | {r.inductor_ms:.0f} ms | {r.attn_ms:.0f} ms | {r.ratio:.2f} | {'yes' if r.bit_exact else 'no'} "
-        f"| {r.inductor_error:.1e} | {r.attn_error:.1e} |"
-        for r in results
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def cpu() -> str:
-    """The name that the processor gives itself."""
-    path = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return names[0] if names else platform.processor()
+def row(result: Result) -> dict[str, object]:
+    """What a person reads of a result."""
+    return {
+        "model": result.name,
+        "tokens": result.length,
+        "inductor": f"{result.inductor_ms:.0f} ms",
+        "attn": f"{result.attn_ms:.0f} ms",
+        "ratio": f"{result.ratio:.2f}",
+        "bit-exact": "yes" if result.bit_exact else "no",
+        "error of inductor": f"{result.inductor_error:.1e}",
+        "error of attn": f"{result.attn_error:.1e}",
+    }
 
 
 def main() -> None:
@@ -166,18 +161,16 @@ def main() -> None:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = f"{cpu()}, {options.threads} threads, torch {torch.__version__}"
     wanted = [case for case in CASES if not options.only or any(name in case.name for name in options.only.split(","))]
     results = []
     for case in wanted:
         results.append(measure(case, options.rounds))
         print(results[-1], flush=True)
-        torch._dynamo.reset()
+        torch.compiler.reset()
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "whole_models.json").write_text(
-        json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=2) + "\n"
-    )
-    (options.folder / "whole_models.md").write_text(table(results, machine))
+    write_json(options.folder / "whole_models.json", {"results": [asdict(result) for result in results]})
+    about = f"{processor()}, {options.threads} threads, torch {torch.__version__}, fp32, no policy\n\n"
+    (options.folder / "whole_models.md").write_text(about + markdown([row(result) for result in results]))
 
 
 if __name__ == "__main__":
