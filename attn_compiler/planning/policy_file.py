@@ -13,11 +13,11 @@ from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.notation import text
 from attn_compiler.algebra.simplify import simplify
-from attn_compiler.algebra.variant import DerivedTable
+from attn_compiler.algebra.variant import DerivedTable, EmptyRows
 from attn_compiler.errors import AttnError, LanguageError, PolicyError
 from attn_compiler.planning.policy import Match, Policy, Rule
 from attn_compiler.planning.site import Kind, Phase
-from attn_compiler.planning.slots import Naming, check_keys, read_geometry, read_slots
+from attn_compiler.planning.slots import Naming, Slots, check_keys, read_geometry, read_slots
 from attn_compiler.planning.sources import Array, Source, read_data, read_source
 from attn_compiler.planning.words import Words
 from attn_compiler.planning.yaml_text import Entry, entry_of, read_yaml
@@ -30,10 +30,10 @@ Read = TypeVar("Read")
 
 
 class AnySize(dict[str, int | float]):
-    """Stands for the compile-time values while a policy is only being read: every name has one."""
+    """Stands for the compile-time values while a policy is only being read: every name has one of its own."""
 
     def __missing__(self, name: str) -> int:
-        return 1 << 20
+        return (1 << 48) + int.from_bytes(hashlib.sha256(name.encode()).digest()[:5], "big")
 
     def get(self, name: str, default: object = None) -> int | float:
         return self[name]
@@ -277,12 +277,13 @@ def _canonical(value: object) -> Iterator[str]:
     if isinstance(value, Expr):
         yield text(simplify(value))
     elif isinstance(value, IntegerSet):
-        yield str(value)
+        yield ", ".join(sorted({_spelled_once(part) for part in value.parts}))
     elif isinstance(value, Enum):
         yield str(value.value)
     elif isinstance(value, DerivedTable):
         yield value.name
     elif is_dataclass(value):
+        value = _defaults_written_out(value) if isinstance(value, Slots) else value
         for field in fields(value):
             yield f"{type(value).__name__}.{field.name}"
             yield from _canonical(getattr(value, field.name))
@@ -296,3 +297,13 @@ def _canonical(value: object) -> Iterator[str]:
             yield from _canonical(inner)
     else:
         yield repr(value)
+
+
+def _spelled_once(part: slice | int) -> str:
+    return str(part) if isinstance(part, int) else f"{part.start or 0}:{part.stop}:{part.step or 1}"
+
+
+def _defaults_written_out(slots: Slots) -> Slots:
+    """The same slots where nothing is left to a default, and groups stand in one order."""
+    empty_rows = slots.empty_rows or (EmptyRows.ZERO if slots.mask else None)
+    return replace(slots, empty_rows=empty_rows, heads=tuple(sorted(slots.heads, key=lambda group: [*_canonical(group[0])])))

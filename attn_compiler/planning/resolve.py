@@ -13,7 +13,7 @@ from attn_compiler.errors import LanguageError
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
-from attn_compiler.planning.slots import Slots
+from attn_compiler.planning.slots import SLOTS, Slots
 from attn_compiler.planning.words import Seen, with_phantoms
 
 
@@ -35,7 +35,7 @@ def asked_of(policy: Policy, site: Site) -> Asked:
     taken: frozenset[str] = frozenset()
     fatal = False
     for rule in policy.rules:
-        if (titles and not rule.also) or rule.match.excludes(site):
+        if bool(titles) is not rule.also or rule.match.excludes(site):  # what adds needs something to add to
             continue
         in_layer = rule.match.in_layer(site)
         if in_layer is False:
@@ -58,7 +58,7 @@ def _added(
         return variant, taken
     twice = slots.set_slots() & taken
     if twice:
-        return Refusal(rule.title, f"`{min(twice)}` is set by an earlier rule already"), taken
+        return Refusal(rule.title, f"`{min(twice, key=SLOTS.index)}` is set by an earlier rule already"), taken
     try:
         resolved = resolve(slots, replace(site, computes=variant), replace_mask=rule.replace_mask)
     except LanguageError as error:
@@ -74,11 +74,16 @@ def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant 
     if unsupported:
         return Refusal("rule", f"no target carries {', '.join(f'`{slot}`' for slot in unsupported)} yet")
     base = site.computes
-    if not slots.heads:
+    if not slots.heads and not base.groups:
         return _lay(slots, base, site, replace_mask)
+    if slots.heads and base.groups:
+        return Refusal("rule", "the heads of this site are in groups already")
+    wanted: Iterable[tuple[IntegerSet, Slots | None, Variant]] = ((heads, slots, own) for heads, own in base.groups)
+    if slots.heads:
+        wanted = ((heads, group, base) for heads, group in slots.head_groups(site.heads))
     groups: list[tuple[IntegerSet, Variant]] = []
-    for heads, group in slots.head_groups(site.heads):
-        variant = base if group is None else _lay(group, base, site, replace_mask)
+    for heads, group, own in wanted:
+        variant = own if group is None else _lay(group, own, site, replace_mask)
         if isinstance(variant, Refusal):
             return Refusal(variant.by, f"heads {heads}: {variant.reason}")
         groups.append((heads, variant))

@@ -50,9 +50,10 @@ class Slots:
         return tuple(dict.fromkeys([*self.later, *inner]))
 
     def set_slots(self) -> frozenset[str]:
-        """The names of the slots that are set."""
+        """The names of the slots that are set, for all heads or for some."""
         own = {slot for slot in NOW if slot not in ("geometry", "order") and getattr(self, slot) not in (None, ())}
-        return frozenset(own | set(self.later))
+        own |= {"empty_rows"} if self.mask else set()  # a mask decides on rows that it leaves empty
+        return frozenset(own | set(self.later)).union(*(group.set_slots() for _, group in self.heads if group))
 
     def head_groups(self, heads: int) -> Iterator[tuple[IntegerSet, Slots | None]]:
         """Each group of a site with so many heads; heads that nobody names take what stands beside `heads`."""
@@ -271,6 +272,8 @@ def _with_heads(slots: Slots, given: Mapping[str, Entry], naming: Naming, within
             beside = {slot: value for slot, value in given.items() if slot != "heads" and slot not in own}
             merged = Entry({**beside, **own}, inner.place, inner.keys)
             groups.append((chosen, read_slots(merged, naming, within)))
+    if any(group is not None and group.heads for _, group in groups):
+        raise PolicyError(f"{entry.place}: a group of heads has no groups of its own; name its heads beside the others")
     _check_overlap(groups, entry)
     return replace(slots, heads=tuple(groups))
 
