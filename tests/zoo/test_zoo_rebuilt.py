@@ -55,7 +55,7 @@ def _configurations(names: set[str]) -> Iterator[tuple[str, str]]:
             yield from ((entry.name, implementation) for implementation in entry.implementations)
 
 
-@pytest.mark.parametrize(("name", "implementation"), _configurations(QUICK))
+@pytest.mark.parametrize(("name", "implementation"), list(_configurations(QUICK)))
 def test_every_attention_of_a_model_is_computed_again_from_its_formula(name: str, implementation: str) -> None:
     found = _rebuilt(name, implementation, train=name not in ONLY_INFERRED, dtype=torch.float32, dynamic=False)
     assert len(found.sites) == ZOO[name].found, found.reason
