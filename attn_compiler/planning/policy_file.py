@@ -43,7 +43,9 @@ def read_policy(source: str | Path | Mapping[str, object], words: Words, words_d
     """Read a policy from a path, YAML text or a mapping. All that is wrong with it is one error."""
     if isinstance(source, Mapping):
         return _policy(entry_of(source), Path(), words, words_digest, "given mapping")
-    if isinstance(source, str) and "\n" in source:
+    if not isinstance(source, str | Path):
+        raise PolicyError(f"a policy is a path, the name of a ready policy, YAML text or a mapping, not {type(source).__name__}")
+    if isinstance(source, str) and ("\n" in source or ": " in source or not source.strip()):
         return _policy(read_yaml(source, "policy"), Path(), words, words_digest, "given text")
     path = Path(source)
     try:
@@ -99,13 +101,14 @@ def _check_version(entry: Entry) -> None:
     if "version" not in entry.value:
         raise PolicyError(f"{entry.place}: `version: 1` is missing")
     version = entry.value["version"]
-    if version.value != 1 or isinstance(version.value, bool):
+    if version.value != 1 or type(version.value) is not int:  # neither `true` nor `1.0`
         raise PolicyError(f"{version.place}: this release reads policies of version 1, found {version.kind}")
 
 
 def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Problems) -> tuple[Naming, dict[str, Source]]:
     """All names of the file, and the tables behind them."""
     sections = {key: _section(file, key, problems) for key in ("geometries", "roles", "labels", "data", "variants")}
+    _check_names(sections, problems)
     tables: dict[str, Source] = {}
     roles: dict[str, IntegerSet | str] = {}
     for name, entry in sections["roles"].items():
@@ -113,10 +116,10 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
             positions = problems.attempt(_integers, entry)
             roles[name] = positions or IntegerSet(())
         else:
-            _add(tables, name, problems.attempt(read_source, name, entry, folder))
+            _add(tables, name, problems.attempt(read_source, name, entry, folder, "truth values"))
             roles[name] = name
     for name, entry in sections["labels"].items():
-        _add(tables, name, problems.attempt(read_source, name, entry, folder))
+        _add(tables, name, problems.attempt(read_source, name, entry, folder, "whole numbers"))
     for name, entry in sections["data"].items():
         held = problems.attempt(_data, entry, folder) or {}
         tables |= {(f"{name}.{inner}" if inner else name): Source("held", name, array) for inner, array in held.items()}
@@ -127,6 +130,19 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
     for entry in naming.geometries.values():
         problems.attempt(read_geometry, entry, naming.values)
     return naming, tables
+
+
+def _check_names(sections: Mapping[str, Mapping[str, Entry]], problems: _Problems) -> None:
+    """One name stands for one thing."""
+    taken: dict[str, str] = {}
+    for key in ("roles", "labels", "data"):
+        for name, entry in sections[key].items():
+            if name in taken:
+                problems.found.append(f'{entry.place}: "{name}" stands among `{taken[name]}` already; give it another name')
+            taken.setdefault(name, key)
+    if "exact" in sections["variants"]:
+        place = sections["variants"]["exact"].place
+        problems.found.append(f"{place}: `exact` is what the site itself computes; give the variant another name")
 
 
 def _data(entry: Entry, folder: Path) -> Mapping[str, Array]:
@@ -184,6 +200,8 @@ def _match(entry: Entry) -> Match:
     given = entry.value
     check_keys(entry, MATCH_KEYS, "key of `match`")
     counts = {key: _count(given[key]) for key in ("min_tokens", "max_tokens") if key in given}
+    if counts.get("min_tokens", 0) > counts.get("max_tokens", counts.get("min_tokens", 0)):
+        raise PolicyError(f"{given['max_tokens'].place}: `max_tokens` is at least `min_tokens`, {counts['min_tokens']}")
     return Match(
         _text(given["module"]) if "module" in given else None,
         _several(given["kind"], Kind) if "kind" in given else (),
@@ -254,7 +272,10 @@ def _several(entry: Entry, names: type[Named]) -> tuple[Named, ...]:
     for one in entries:
         if not isinstance(one.value, str) or one.value not in known:
             raise PolicyError(f"{one.place}: expected {', '.join(known)} or a list of them, found {one.kind}")
-    return tuple(known[str(one.value)] for one in entries)
+    if not entries:
+        raise PolicyError(f"{entry.place}: expected {', '.join(known)} or a list of them, found an empty list")
+    chosen = {one.value for one in entries}
+    return tuple(member for name, member in known.items() if name in chosen)
 
 
 def _digest(policy: Policy, folder: Path, words_digest: str) -> str:

@@ -169,9 +169,9 @@ def _quote_it(entry: Entry) -> str:
 def check_keys(entry: Entry, known: tuple[str, ...], what: str) -> None:
     """Refuse keys that mean nothing."""
     assert isinstance(entry.value, Mapping)
-    cut = any(isinstance(e.value, str) and _quote_it(e) for e in entry.value.values())
-    for key in entry.value:
+    for key, inner in entry.value.items():
         if key not in known:
+            cut = entry.flow and inner.value is None  # `{mask: window(4, 2)}` is a mask and a key `2)`
             hint = "; YAML cut the expression before it at a comma: quote it" if cut else did_you_mean(key, known)
             raise PolicyError(f'{entry.keys.get(key, entry.place)}: unknown {what} "{key}"{hint}')
 
@@ -198,7 +198,7 @@ def read_geometry(entry: Entry, values: Mapping[str, int | float]) -> Geometry:
     check_keys(entry, ("size", "before", "after"), "key of a geometry")
     size = entry.value["size"].plain()
     before, after = (entry.value[key].plain() if key in entry.value else 0 for key in ("before", "after"))
-    if not isinstance(size, str | list) or not (isinstance(before, int) and isinstance(after, int)):
+    if not isinstance(size, str | list) or not (type(before) is int and type(after) is int):  # a truth value is no number
         raise PolicyError(f"{entry.place}: the size is a list of sizes or `square`, before and after are whole numbers")
     try:
         return Geometry.of(size, before, after, values)
@@ -270,7 +270,7 @@ def _with_heads(slots: Slots, given: Mapping[str, Entry], naming: Naming, within
             groups.append((chosen, None if named is None else _laid_over(named, slots)))
         else:
             beside = {slot: value for slot, value in given.items() if slot != "heads" and slot not in own}
-            merged = Entry({**beside, **own}, inner.place, inner.keys)
+            merged = Entry({**beside, **own}, inner.place, inner.keys, inner.flow)
             groups.append((chosen, read_slots(merged, naming, within)))
     if any(group is not None and group.heads for _, group in groups):
         raise PolicyError(f"{entry.place}: a group of heads has no groups of its own; name its heads beside the others")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_compiler.errors import MissingPackageError, PolicyError, did_you_mean
+from attn_compiler.errors import AttnError, MissingPackageError, PolicyError, did_you_mean
 from attn_compiler.planning.yaml_text import Entry, Place, read_yaml
 
 Array = NDArray[np.generic]
 Origin = Literal["input", "given", "held"]
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,18 @@ class Source:
 KEYS = ("input", "given", "file", "values")
 
 
-def read_source(name: str, entry: Entry, folder: Path) -> Source:
-    """Read `{input: …}`, `{given: …}`, `{file: …}` or `{values: […]}`."""
+HELD: Mapping[str, str] = {"truth values": "b", "whole numbers": "iu"}
+
+
+def read_source(name: str, entry: Entry, folder: Path, holds: str) -> Source:
+    """Read `{input: …}`, `{given: …}`, `{file: …}` or `{values: […]}`; the last two show what they hold."""
+    source = _source(name, entry, folder)
+    if source.array is not None and source.array.dtype.kind not in HELD[holds]:
+        raise PolicyError(f'{entry.place}: "{name}" needs a table of {holds}, this one holds {source.array.dtype}')
+    return source
+
+
+def _source(name: str, entry: Entry, folder: Path) -> Source:
     if not isinstance(entry.value, Mapping) or len(entry.value) != 1:
         raise PolicyError(
             f"{entry.place}: expected one of {{input: …}}, {{given: …}}, {{file: …}}, {{values: […]}}, found {entry.kind}"
@@ -65,18 +78,31 @@ def read_data(written: str, place: Place, folder: Path) -> dict[str, Array]:
     if not path.is_file():
         raise PolicyError(f"{place}: there is no file {written}; paths are relative to the policy file")
     try:
-        return dict(_tables(path, written, place))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+        return _once(_tables(path, written, place))
+    except AttnError:
+        raise
+    except (OSError, ValueError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise PolicyError(f"{place}: {written} cannot be read: {error}") from error
+
+
+def _once(pairs: Iterable[tuple[str, Read]]) -> dict[str, Read]:
+    found: dict[str, Read] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f'"{name}" stands there twice')
+        found[name] = value
+    return found
 
 
 def _tables(path: Path, written: str, place: Place) -> Iterator[tuple[str, Array]]:
     match path.suffix:
         case ".npz":
+            if not zipfile.is_zipfile(path):  # numpy would suggest to load it as a pickle
+                raise ValueError("it is no .npz archive, or a part of one")
             with np.load(path, allow_pickle=False) as archive:
                 yield from ((name, archive[name]) for name in archive.files)
         case ".json":
-            yield from _flat(json.loads(path.read_text(encoding="utf-8")), "", place)
+            yield from _flat(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once), "", place)
         case ".yaml" | ".yml":
             yield from _flat(read_yaml(path.read_text(encoding="utf-8"), written).plain(), "", place)
         case ".safetensors":
@@ -87,10 +113,16 @@ def _tables(path: Path, written: str, place: Place) -> Iterator[tuple[str, Array
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Array]]:
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
     except ImportError as error:
         raise MissingPackageError('reading .safetensors needs a package: pip install "attn-compiler[safetensors]"') from error
-    yield from load_file(path).items()
+    try:
+        yield from load_file(path).items()
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    except TypeError as error:
+        raise ValueError(f"numpy has no such type of numbers, store it as float32: {error}") from error
 
 
 def _flat(value: object, name: str, place: Place) -> Iterator[tuple[str, Array]]:

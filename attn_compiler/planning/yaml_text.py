@@ -68,12 +68,18 @@ def read_yaml(text: str, file: str) -> Entry:
     """Read one document."""
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
+        return _document(node, file)
+    except RecursionError:
+        raise PolicyError(f"{file}: this is nested too deeply, or an alias (`*name`) stands inside of what it names") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 1, 1)
         raise PolicyError(f"{place}: this is no YAML: {error.problem or error.context}{_hint(text, place)}") from error
     except yaml.YAMLError as error:
         raise PolicyError(f"{file}: this is no YAML: {error}") from error
+
+
+def _document(node: yaml.Node | None, file: str) -> Entry:
     if node is None:
         raise PolicyError(f"{file}: the file is empty; a policy starts with `version: 1`")
     return _entry(node, file)
@@ -90,6 +96,8 @@ def _hint(text: str, place: Place) -> str:
 
 def _entry(node: yaml.Node, file: str) -> Entry:
     place = Place(file, node.start_mark.line + 1, node.start_mark.column + 1)
+    if node.tag not in _PLAIN_TAGS:
+        raise PolicyError(f"{place}: tags such as {node.tag} are no part of a policy; leave it out")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, place)
     if isinstance(node, yaml.SequenceNode):
@@ -112,6 +120,7 @@ def _mapping(node: yaml.MappingNode, place: Place) -> Entry:
     return Entry(found, place, keys, flow=bool(node.flow_style))
 
 
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _CORE: tuple[tuple[re.Pattern[str], Callable[[str], Scalar]], ...] = (
     (re.compile(r"|~|null|Null|NULL"), lambda _: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
