@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.expr import Expr, i, k, q
 
 # Operations that stand between their operands: the sign, and how tightly it binds.
 _SIGNS = {
@@ -34,6 +34,9 @@ def _write(e: Expr) -> tuple[str, int]:
         return _number(e), 5 if str(e.value).startswith("-") else _TIGHTEST
     if e.op == "symbol":
         return str(e.value), _TIGHTEST
+    distance = _distance(e)
+    if distance is not None:
+        return distance
     inner = [_write(a) for a in e.args]
     texts = [text for text, _ in inner]
     if e.op == "table":
@@ -64,6 +67,29 @@ def _write(e: Expr) -> tuple[str, int]:
         case "where":
             return f"({texts[1]} if {texts[0]} else {texts[2]})", _TIGHTEST
     return f"{e.op}({', '.join(texts)})", _TIGHTEST
+
+
+def _distance(e: Expr) -> tuple[str, int] | None:
+    """`q ≤ k + 255` as people say it: `q − k < 256`; with its mirror image, `|q − k| < 256`."""
+    if e.op == "and" and len(e.args) == 2:
+        one, other = (_reach(a) for a in e.args)
+        if one and other and one == (other[1], other[0], other[2]):
+            key, query = sorted(str(place.value) for place in one[:2])
+            return (f"|{query} − {key}|" if key == "k" else f"|{key} − {query}|") + f" < {one[2]}", 4
+    reach = _reach(e)
+    return reach and (f"{reach[0].value} − {reach[1].value} < {reach[2]}", 4)
+
+
+def _reach(e: Expr) -> tuple[Expr, Expr, int] | None:
+    """The (a, b, n) of a condition `a − b < n` between a query and a key, with n > 1; None for all else."""
+    if e.op != "le" or e.args[1].op != "add":
+        return None
+    (nearer, bound), places = e.args, {q, i, k}
+    shift = next((a.value for a in bound.args if a.is_const), None)
+    rest = [a for a in bound.args if not a.is_const]
+    if not isinstance(shift, int) or shift < 1 or len(rest) != 1 or not {nearer, rest[0]} <= places:
+        return None
+    return nearer, rest[0], shift + 1
 
 
 def _enclosed(written: tuple[str, int], least: int) -> str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from html import escape
-from itertools import groupby
 from pathlib import Path
 
-from attn_compiler.algebra.notation import notation
-from attn_compiler.algebra.variant import EmptyRows, Variant
-from attn_compiler.planning.cost import Cost
+from attn_compiler.planning.findings import Finding, costs, findings, meaning, shape, si
+from attn_compiler.planning.page import page
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
-from attn_compiler.planning.schedule import schedule
 from attn_compiler.planning.site import Site
 
 JSON_VERSION = 1
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -60,89 +59,73 @@ class Report:
         return json.dumps(document, indent=2, ensure_ascii=False)
 
     def to_html(self, path: str | Path) -> None:
-        """Write the text as a page of its own."""
-        page = f"<!doctype html><meta charset=utf-8><title>attn-compiler</title><pre>{escape(str(self))}</pre>\n"
-        Path(path).write_text(page, encoding="utf-8")
+        """Write a page of its own: whole, or not at all."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            unfinished.write_text(page(self._title(), findings(self.plan.decisions), self.plan), encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
-    def _lines(self) -> Iterator[str]:
+    def _title(self) -> str:
         rewritten = sum(d.target is not None for d in self.plan.decisions)
         found = len(self.plan.decisions)
-        yield (
+        return (
             f"policy {self.policy} · {_count(found, 'attention')} in {_count(self.graphs, 'graph')} · "
             f"{rewritten} rewritten, {found - rewritten} left as written"
         )
-        for alike, group in groupby(self.plan.decisions, _what_is_done):
+
+    def _lines(self) -> Iterator[str]:
+        yield self._title()
+        for finding in findings(self.plan.decisions):
             yield ""
-            yield from _paragraph(list(group), alike)
+            yield from _paragraph(finding)
         if self.plan.near_misses:
             yield f"\nlooked like an attention, but {_count(len(self.plan.near_misses), 'anchor')} did not match"
-            yield from (f"  {miss.name or '(no module)'}: {miss.anchor}: {miss.reason}" for miss in self.plan.near_misses)
+            for miss in self.plan.near_misses:
+                yield _wrapped("", f"{miss.name or '(no module)'}: {miss.anchor}: {miss.reason}")
         for warning in self.plan.warnings:
-            yield f"\nwarning: {warning}"
+            yield "\n" + textwrap.fill(f"warning: {warning}", WIDTH, subsequent_indent="  ")
 
 
-def meaning(variant: Variant) -> str:
-    """A variant as mathematics, in one line."""
-    if variant.groups:
-        return "; ".join(f"heads {heads}: {meaning(group)}" for heads, group in variant.groups)
-    parts = [f"{variant.normalizer.name}( {notation(variant.score)} )", f"score = q·k × {notation(variant.scale)}"]
-    if variant.mask.value is not True:
-        parts.append(f"where {notation(variant.mask)}")
-    if variant.empty_rows is not EmptyRows.ZERO:
-        parts.append(f"a row that sees nothing: {variant.empty_rows.value}")
-    if variant.dropout:
-        parts.append(f"dropout {variant.dropout:g}")
-    return ", ".join(parts)
-
-
-def _what_is_done(decision: Decision) -> tuple[str, ...]:
-    site = decision.site
-    return (
-        _shape(site),
-        meaning(site.computes),
-        meaning(decision.variant),
-        decision.rule,
-        f"{decision.target or ''} {decision.form}",
-        *(f"{r.by}: {r.reason}" for r in decision.refusals),
-    )
-
-
-def _paragraph(group: list[Decision], alike: tuple[str, ...]) -> Iterator[str]:
-    first = group[0]
-    names = [d.site.name or "(no module)" for d in group]
-    yield names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} alike)"
-    shape, computes, becomes, rule, _, *refusals = alike
-    yield f"  {shape}"
-    yield f"  computes  {computes}"
+def _paragraph(finding: Finding) -> Iterator[str]:
+    first, count = finding.first, len(finding.decisions)
+    yield finding.name + (f" ({count} alike)" if count > 1 else "")
+    computes, becomes = meaning(first.site.computes), meaning(first.variant)
+    frame = first.site.frame.because if first.site.frame else "unknown"
+    yield _wrapped("is", shape(first.site))
+    yield _wrapped("positions", frame)
+    yield _wrapped("computes", computes)
     if becomes != computes:
-        yield f"  becomes   {becomes}"
-    yield f"  decided   {'exact' if first.exact else 'approximate'}, by {rule}"
-    yield f"  runs      {f'{first.target}: {first.form}' if first.target else 'its original code'}"
-    yield f"  costs     {_costs(first)}"
-    yield from (f"  refused   {refusal}" for refusal in refusals)
+        yield _wrapped("becomes", becomes)
+    yield _wrapped("decided", _decided(first))
+    yield _wrapped("runs", f"{first.target}: {first.form}" if first.target else "its original code")
+    yield _wrapped("costs", _costs(first))
+    yield from (_wrapped("refused", f"{refusal.by}: {refusal.reason}") for refusal in first.refusals)
+    yield from (_wrapped("note", note) for note in first.site.notes)
 
 
-def _shape(site: Site) -> str:
-    heads = f"{site.heads} heads" if site.heads == site.kv_heads else f"{site.heads} heads ({site.kv_heads} kv)"
-    dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
-    frame = site.frame.because if site.frame else "unknown"
-    return (
-        f"{site.kind.value} · {site.phase.value} · {heads} of {dims} · "
-        f"{site.q_len} queries × {site.k_len} keys · {site.dtype} · positions: {frame}"
-    )
+def _decided(decision: Decision) -> str:
+    if decision.target is None and decision.refusals:
+        return f"left as written: {decision.rule} was refused" if decision.rule != "no rule" else "left as written"
+    return f"{'exact' if decision.exact else 'approximate'}, by {decision.rule}"
+
+
+def _wrapped(term: str, said: str) -> str:
+    """A term and what is said of it, in lines that fit a terminal."""
+    indent = " " * (12 if term else 4)
+    first = f"  {term:10}" if term else "  "
+    return textwrap.fill(said, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False)
 
 
 def _costs(decision: Decision) -> str:
-    before, after = costs(decision)
-    return f"{_si(before.flops)}FLOP → {_si(after.flops)}FLOP, {_si(before.bytes)}B → {_si(after.bytes)}B of memory traffic"
-
-
-def costs(decision: Decision) -> tuple[Cost, Cost]:
-    """What the model's own code costs, and what the decision does, at the likely lengths."""
-    site = decision.site
-    planned = schedule(decision.variant, site.q_hint, site.k_hint, heads=site.heads, kv_heads=site.kv_heads)
-    saved = planned.cost(site.heads, site.head_dim, site.value_dim, site.dtype)
-    return saved.dense, saved.scheduled if decision.form.startswith("blocks") else saved.dense
+    cost = costs(decision)
+    return (
+        f"{cost.density_before:.1%} → {cost.density_after:.1%} of the map, "
+        f"{si(cost.before.flops)}FLOP → {si(cost.after.flops)}FLOP, "
+        f"{si(cost.before.bytes)}B → {si(cost.after.bytes)}B of memory traffic"
+    )
 
 
 def _record(decision: Decision) -> dict[str, object]:
@@ -169,18 +152,11 @@ def _record(decision: Decision) -> dict[str, object]:
         "exact": decision.exact,
         "target": decision.target,
         "form": decision.form,
-        "costs": dict(zip(("before", "after"), (asdict(cost) for cost in costs(decision)), strict=True)),
+        "notes": list(site.notes),
+        "costs": asdict(costs(decision)),
         "refusals": [{"by": r.by, "reason": r.reason} for r in decision.refusals],
     }
 
 
 def _count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
-
-
-def _si(amount: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:.3g} P"

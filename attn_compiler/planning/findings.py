@@ -1,0 +1,147 @@
+"""What a report says about alike attentions: where they are, what they compute, what they cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from attn_compiler.algebra.expr import Expr, layer, layers
+from attn_compiler.algebra.notation import notation
+from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.planning.cost import Cost
+from attn_compiler.planning.plan import Decision
+from attn_compiler.planning.schedule import Schedule, schedule
+from attn_compiler.planning.site import Site
+
+SKIPPING = ("blocks", "scaled_dot_product_attention(is_causal)")  # forms that leave out what a mask hides
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one row of the batch at the likely lengths, and the part of the map that is computed."""
+
+    before: Cost
+    after: Cost
+    density_before: float
+    density_after: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Attentions that differ in nothing but their place."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def first(self) -> Decision:
+        return self.decisions[0]
+
+    @property
+    def name(self) -> str:
+        """All their names as one: `model.layers.{0-4, 6-10}.self_attn`."""
+        names = list(dict.fromkeys(d.site.name or "(no module)" for d in self.decisions))
+        numbers = [d.site.layer for d in self.decisions if d.site.layer is not None]
+        if len(names) == 1 or len(numbers) < len(names):
+            return ", ".join(names)
+        return _template(self.first.site).replace("{}", "{" + ranges(sorted(set(numbers))) + "}")
+
+
+def findings(decisions: Sequence[Decision]) -> tuple[Finding, ...]:
+    """Group what is alike, however it is interleaved, in the order of each group's first member."""
+    groups: dict[tuple[object, ...], list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault(_alike(decision), []).append(decision)
+    return tuple(Finding(tuple(group)) for group in groups.values())
+
+
+def _alike(d: Decision) -> tuple[object, ...]:
+    refusals = tuple((r.by, r.reason) for r in d.refusals)
+    computes, becomes = meaning(d.site.computes), meaning(d.variant)
+    return _template(d.site), shape(d.site), computes, becomes, d.rule, d.exact, d.target, d.form, refusals, d.site.notes
+
+
+def _template(site: Site) -> str:
+    """A site's name with a hole where the number of its layer stands."""
+    if site.layer is None:
+        return site.name
+    return re.sub(rf"(^|\.){site.layer}(?=\.|$)", r"\g<1>{}", site.name, count=1)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-4, 6-10`; a longer row of equal steps as `0, 2 … 30`."""
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}, {numbers[1]} … {numbers[-1]}"
+    return ", ".join(_runs(numbers))
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[str]:
+    start = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            yield str(numbers[start]) if at - start == 1 else f"{numbers[start]}-{numbers[at - 1]}"
+            start = at
+
+
+def meaning(variant: Variant) -> str:
+    """A variant as mathematics, in one line."""
+    if variant.groups:
+        return "; ".join(f"heads {heads}: {meaning(group)}" for heads, group in variant.groups)
+    parts = [f"{variant.normalizer.name}( {notation(variant.score)} )", f"score = q·k × {notation(variant.scale)}"]
+    if variant.mask.value is not True:
+        parts.append(f"where {notation(variant.mask)}")
+    if variant.empty_rows is not EmptyRows.ZERO:
+        parts.append(f"a row that sees nothing: {variant.empty_rows.value}")
+    if variant.dropout:
+        parts.append(f"dropout {variant.dropout:g}")
+    return ", ".join(parts)
+
+
+def shape(site: Site) -> str:
+    """What kind of attention it is, and how large."""
+    heads = f"{site.heads} heads" if site.heads == site.kv_heads else f"{site.heads} heads ({site.kv_heads} kv)"
+    dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
+    return f"{site.kind.value} · {site.phase.value} · {heads} of {dims} · {site.q_len} queries × {site.k_len} keys · {site.dtype}"
+
+
+def costs(decision: Decision) -> Costs:
+    """What the model's own code costs, and what the decision does."""
+    site = decision.site
+    before, density_before = _cost(site, site.computes, site.form)
+    after, density_after = _cost(site, decision.variant, decision.form)
+    return Costs(before, after, density_before, density_after)
+
+
+def _cost(site: Site, variant: Variant, form: str) -> tuple[Cost, float]:
+    visited = visits(site, variant)
+    saved = visited.cost(site.heads, site.head_dim, site.value_dim, site.dtype)
+    return (saved.scheduled, visited.density) if form.startswith(SKIPPING) else (saved.dense, 1.0)
+
+
+def visits(site: Site, variant: Variant) -> Schedule:
+    """The schedule of a variant at a site; equal ones of different layers are worked out once."""
+    masks = (variant.mask, *(group.mask for _, group in variant.groups))
+    place = (site.layer or 0, site.layers or 1) if any(mask.mentions(layer, layers) for mask in masks) else (0, 1)
+    position = site.frame.position if site.frame else None
+    return _schedule(variant, (site.q_hint, site.k_hint), (site.heads, site.kv_heads), place, position)
+
+
+@lru_cache(maxsize=256)
+def _schedule(
+    variant: Variant, lengths: tuple[int, int], heads: tuple[int, int], place: tuple[int, int], position: Expr | None
+) -> Schedule:
+    return schedule(
+        variant, *lengths, heads=heads[0], kv_heads=heads[1], layer=place[0], layers=max(place[1], 1), position=position
+    )
+
+
+def si(amount: float) -> str:
+    """An amount with the prefix of its size."""
+    for unit in ("", "k", "M", "G", "T"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} P"
