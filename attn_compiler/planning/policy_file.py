@@ -15,9 +15,10 @@ from attn_compiler.algebra.notation import text
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, EmptyRows
 from attn_compiler.errors import AttnError, LanguageError, PolicyError
+from attn_compiler.planning.entries import check_keys
 from attn_compiler.planning.policy import Match, Policy, Rule
 from attn_compiler.planning.site import Kind, Phase
-from attn_compiler.planning.slots import Naming, Slots, check_keys, read_geometry, read_slots
+from attn_compiler.planning.slots import Naming, Slots, read_geometry, read_slots
 from attn_compiler.planning.sources import Array, Source, read_data, read_source
 from attn_compiler.planning.words import Words
 from attn_compiler.planning.yaml_text import Entry, entry_of, read_yaml

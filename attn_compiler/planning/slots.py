@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import DerivedTable, EmptyRows, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
+from attn_compiler.planning.entries import check_keys, located, one_of
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_call, parse_expression, parse_mask
+from attn_compiler.planning.later import SLOTS_LATER, Later, read_mix
 from attn_compiler.planning.words import PerToken, Seen, Words
 from attn_compiler.planning.yaml_text import Entry
 
-# Slots that parse and that no target carries yet, with the folder of their words where they are calls.
-LATER: Mapping[str, str | None] = {
-    "over": None, "select": None, "feature": "features", "state": "states", "mix": None, "operands": None, "context": "contexts",
-    "edit": "edits", "output": "outputs", "storage": None, "emit": None,
-}  # fmt: skip
 NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "heads")
-SLOTS = (*NOW, *LATER)
-Read = TypeVar("Read")
+SLOTS = (*NOW, "mix", *SLOTS_LATER)
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,11 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
     order = _order(given["order"], naming, naming.scope(geometry, None)) if "order" in given else None
     scope = naming.scope(geometry, order)
     slots = _read_now(Slots(geometry=geometry, order=order), given, naming.words, scope)
-    later = {slot: _later(given[slot], slot, naming, scope, within) for slot in LATER if slot in given}
+    later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
+    if later.get("over") == "tokens":  # what every site does
+        del later["over"]
+    if "mix" in given:
+        later["mix"] = read_mix(given["mix"], lambda branch: read_slots(branch, naming, within))
     slots = replace(slots, later={**slots.later, **later})
     return _with_heads(slots, given, naming, within) if "heads" in given else slots
 
@@ -122,23 +121,26 @@ def _read_now(slots: Slots, given: Mapping[str, Entry], words: Words, scope: Sco
         return _real(parse_expression(text, words, scope))
 
     if "mask" in given:
-        slots = replace(slots, mask=_located(given["mask"], lambda text: parse_mask(text, words, scope)))
+        slots = replace(slots, mask=located(given["mask"], lambda text: parse_mask(text, words, scope)))
     if "empty_rows" in given:
-        slots = replace(slots, empty_rows=EmptyRows(_one_of(given["empty_rows"], [rule.value for rule in EmptyRows])))
+        slots = replace(
+            slots,
+            empty_rows=EmptyRows(one_of(given["empty_rows"], [rule.value for rule in EmptyRows if rule is not EmptyRows.NAN])),
+        )
     if "scale" in given:
-        slots = replace(slots, scale=_located(given["scale"], number))
+        slots = replace(slots, scale=located(given["scale"], number))
     if "score" in given:
-        slots = replace(slots, score=_located(given["score"], number))
+        slots = replace(slots, score=located(given["score"], number))
     if "normalizer" not in given:
         return slots
-    normalizer = _located(given["normalizer"], lambda text: parse_call(text, "normalizers", words, scope))
+    normalizer = located(given["normalizer"], lambda text: parse_call(text, "normalizers", words, scope))
     if isinstance(normalizer, Normalizer):
         return replace(slots, normalizer=normalizer)
     return replace(slots, later={"normalizer": normalizer})
 
 
 def _order(entry: Entry, naming: Naming, scope: Scope) -> PerToken:
-    order = _located(entry, lambda text: parse_call(text, "orders", naming.words, scope))
+    order = located(entry, lambda text: parse_call(text, "orders", naming.words, scope))
     assert isinstance(order, PerToken)
     return order
 
@@ -147,39 +149,6 @@ def _real(e: Expr) -> Expr:
     if e.sort is Sort.BOOL:
         raise LanguageError("expected a number, found a truth value; `where(c, 1, 0)` counts one")
     return e
-
-
-def _located(entry: Entry, read: Callable[[str], Read]) -> Read:
-    """Read a text of the language; its errors say where in the file they are."""
-    if isinstance(entry.value, bool) or not isinstance(entry.value, str | int | float):
-        raise PolicyError(f"{entry.place}: expected an expression, found {entry.kind}{_quote_it(entry)}")
-    try:
-        return read(str(entry.value))
-    except LanguageError as error:
-        raise PolicyError(f"{entry.place}: {error}{_quote_it(entry)}") from error
-
-
-def _quote_it(entry: Entry) -> str:
-    """YAML reads a bracket that is open at a comma as the end of the text."""
-    text = entry.value if isinstance(entry.value, str) else ""
-    cut = any(text.count(opening) > text.count(closing) for opening, closing in ("()", "[]"))
-    return "; YAML cut the expression at a comma: quote it" if cut or isinstance(entry.value, Mapping | tuple) else ""
-
-
-def check_keys(entry: Entry, known: tuple[str, ...], what: str) -> None:
-    """Refuse keys that mean nothing."""
-    assert isinstance(entry.value, Mapping)
-    for key, inner in entry.value.items():
-        if key not in known:
-            cut = entry.flow and inner.value is None  # `{mask: window(4, 2)}` is a mask and a key `2)`
-            hint = "; YAML cut the expression before it at a comma: quote it" if cut else did_you_mean(key, known)
-            raise PolicyError(f'{entry.keys.get(key, entry.place)}: unknown {what} "{key}"{hint}')
-
-
-def _one_of(entry: Entry, known: Sequence[str]) -> str:
-    if entry.value not in known:
-        raise PolicyError(f"{entry.place}: expected one of {', '.join(known)}, found {entry.kind}")
-    return str(entry.value)
 
 
 def _geometry(entry: Entry, naming: Naming) -> Geometry:
@@ -204,53 +173,6 @@ def read_geometry(entry: Entry, values: Mapping[str, int | float]) -> Geometry:
         return Geometry.of(size, before, after, values)
     except LanguageError as error:
         raise PolicyError(f"{entry.place}: {error}") from error
-
-
-def _later(entry: Entry, slot: str, naming: Naming, scope: Scope, within: tuple[str, ...]) -> object:
-    """A slot that nothing carries yet: its words are checked, so that a policy that loads stays one that loads."""
-    folder = LATER[slot]
-    if folder is not None:
-        entries = entry.value if isinstance(entry.value, tuple) else (entry,)
-        return tuple(_located(one, lambda text: parse_call(text, folder, naming.words, scope)) for one in entries)
-    if slot == "mix":
-        return _mix(entry, naming, within)
-    if slot == "storage":
-        return _storage(entry, naming, scope)
-    return entry.plain()
-
-
-def _mix(entry: Entry, naming: Naming, within: tuple[str, ...]) -> object:
-    if not isinstance(entry.value, Mapping):
-        raise PolicyError(f"{entry.place}: expected {{how: …, branches: {{…}}}}, found {entry.kind}")
-    check_keys(entry, ("how", "branches", "weights"), "key of a mix")
-    if "how" not in entry.value or "branches" not in entry.value:
-        raise PolicyError(f"{entry.place}: a mix needs `how` and `branches`")
-    how = _one_of(entry.value["how"], ("sum", "gate", "lse", "shared_denominator", "lerp"))
-    branches = entry.value["branches"]
-    if not isinstance(branches.value, Mapping):
-        raise PolicyError(f"{branches.place}: expected branches by name, found {branches.kind}")
-    read = {name: read_slots(branch, naming, within) for name, branch in branches.value.items()}
-    return how, tuple(sorted(read.items(), key=lambda item: item[0]))
-
-
-STORED = ("qk", "pv", "kv_cache", "projections")
-
-
-def _storage(entry: Entry, naming: Naming, scope: Scope) -> object:
-    if not isinstance(entry.value, Mapping):
-        raise PolicyError(f"{entry.place}: expected {{qk: int8, …}}, found {entry.kind}")
-    check_keys(entry, STORED, "operand")
-    found = {}
-    for operand, held in entry.value.items():
-        long = held.value if isinstance(held.value, Mapping) else {"type": held}
-        if isinstance(held.value, Mapping):
-            check_keys(held, ("type", "per", "smooth", "outliers"), "key of a storage")
-        calls = {key: inner for key, inner in long.items() if key in ("type", "per")}
-        parsed = {
-            key: _located(one, lambda text: parse_call(text, "storages", naming.words, scope)) for key, one in calls.items()
-        }
-        found[operand] = (parsed, {key: inner.plain() for key, inner in long.items() if key not in calls})
-    return found
 
 
 def _with_heads(slots: Slots, given: Mapping[str, Entry], naming: Naming, within: tuple[str, ...]) -> Slots:

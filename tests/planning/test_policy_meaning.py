@@ -20,6 +20,7 @@ SITE = Site(
     "model.layers.3.self_attn", Kind.SELF, Phase.PREFILL, 3, 8, 2, 8, 4, 1024, 1024, 64, 64, "float32",
     Variant(mask=k <= q), Frame(), 1024, 1024,
 )  # fmt: skip
+MIX = {"how": "sum", "branches": {"near": {"mask": "window(3)"}, "far": "exact"}}
 ATOMS = ("causal", "window(3)", "sinks(2)", "dilated(2)", 'keys("1:4")')
 
 
@@ -75,7 +76,9 @@ def test_masks_with_one_digest_make_one_variant(some: list[str], others: list[st
         ({"heads": {"0:2": "exact"}}, {"heads": {":2:1": "exact"}}),
         ({"heads": {"0:2, 5": "exact"}}, {"heads": {"5, 0:2": "exact"}}),
         ({"geometry": [4, 8], "mask": "ball(3)"}, {"geometry": "image", "mask": "ball(3)"}),
-        ({"storage": {"qk": "int8"}}, {"storage": {"qk": {"type": "int8"}}}),
+        ({"storage": {"qk": "int8"}}, {"storage": {"qk": {"type": "int8", "smooth": False}}}),
+        ({"mask": "causal"}, {"mask": "causal", "over": "tokens"}),
+        ({"output": "norm(rms)"}, {"output": ["norm( rms )"]}),
     ],
 )
 def test_what_is_written_out_means_what_is_left_out(one: object, other: object) -> None:
@@ -107,6 +110,9 @@ def test_sizes_that_are_named_differ_as_their_names_do(one: object, other: objec
         ({"mask": "same(a)"}, {"mask": "same(b)"}),
         ({"mask": "keys(near)"}, {"mask": "keys(far)"}),
         ({"select": {"size": 64}}, {"select": {"size": 32}}),
+        ({"mix": MIX | {"weights": 1}}, {"mix": MIX | {"weights": 2}}),
+        ({"mix": MIX | {"weights": 1}}, {"mix": MIX}),
+        ({"output": ["norm(rms)", "local_conv(3)"]}, {"output": ["local_conv(3)", "norm(rms)"]}),
     ],
 )
 def test_what_means_another_thing_has_another_digest(one: object, other: object) -> None:
