@@ -178,7 +178,7 @@ def random_case(seed: int) -> Case:
 def _random_variant(draw: random.Random) -> Variant:
     return Variant(
         mask=_random_mask(draw, depth=2),
-        empty_rows=draw.choice(list(EmptyRows)),
+        empty_rows=draw.choice([EmptyRows.ZERO, EmptyRows.MEAN, EmptyRows.UNMASKED]),  # NaN has no budget
         scale=draw.choice((Variant().scale, Variant().scale, e.const(0.3), e.table("slopes", e.h, sort=Sort.REAL))),
         score=_random_score(draw),
         normalizer=_random_normalizer(draw),

@@ -131,6 +131,6 @@ def never_empty(keep: Expr, facts: Box) -> bool:
     candidates = [const(0), i] if facts[i].hi <= facts[k].hi and math.isfinite(facts[k].hi) else [const(0)]
     if facts[k].hi == facts[k].lo:
         candidates.append(const(int(facts[k].lo)))
-    if math.isfinite(facts[i].hi) and facts[k].hi > facts[i].hi:
+    if math.isfinite(facts[k].hi) and facts[k].hi > facts[i].hi:
         candidates.append(i + int(facts[k].hi - facts[i].hi))
     return any(simplify(keep.substitute({k: at}), facts) == true for at in candidates)

@@ -62,7 +62,7 @@ def test_a_bias_does_not_make_a_causal_mask_disappear() -> None:
     assert_case(Case(variant, q, k, v, {}), torch.float32)
 
 
-@pytest.mark.parametrize("rule", list(EmptyRows))
+@pytest.mark.parametrize("rule", [EmptyRows.ZERO, EmptyRows.MEAN, EmptyRows.UNMASKED])
 @pytest.mark.parametrize("score", [e.score, e.tanh(e.score), e.score + e.real(e.k) * 0.1], ids=["plain", "capped", "biased"])
 def test_rows_that_see_nothing_follow_their_rule_with_finite_gradients(rule: EmptyRows, score: e.Expr) -> None:
     q, k, v = qkv()
