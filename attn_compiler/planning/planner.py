@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from attn_compiler.algebra.bounds import Interval, bounds
@@ -37,9 +37,23 @@ class Target(Protocol):
 
 def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_misses: Iterable[NearMiss] = ()) -> Plan:
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
-    asked = [asked_of(policy, site) for site in sites]
+    asked = [_kept(asked_of(policy, site), policy, site) for site in sites]
     decisions = tuple(decide(site, one, targets) for site, one in zip(sites, asked, strict=True))
-    return Plan(decisions, tuple(near_misses), unmatched(policy, asked))
+    return Plan(decisions, tuple(near_misses), unmatched(policy, asked) + _unread(policy))
+
+
+def _kept(asked: Asked, policy: Policy, site: Site) -> Asked:
+    """What is asked for, unless it promises a tolerance: only what is exact keeps one that nobody measures."""
+    rule = next((rule for rule in policy.rules if rule.tolerance and rule.number in asked.rules), None)
+    if rule is None or isinstance(asked.variant, Refusal) or is_same(settled(asked.variant, site), site.computes, site):
+        return asked
+    reason = "its `tolerance` is measured by calibration, which is not built yet"
+    return replace(asked, variant=Refusal(rule.title, reason))
+
+
+def _unread(policy: Policy) -> tuple[str, ...]:
+    """A warning for parameters: no variant that this version carries has any."""
+    return (f"{policy.parameters} is not read: no variant that this version carries has parameters",) if policy.parameters else ()
 
 
 def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:

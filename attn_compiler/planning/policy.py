@@ -32,7 +32,7 @@ class Match:
     def excludes(self, site: Site) -> bool:
         """Whether something other than the layer rules a site out."""
         return bool(
-            (self.module is not None and not _glob(self.module).fullmatch(site.name))
+            (self.module is not None and not _glob(self.module).fullmatch(f".{site.name}" if site.name else ""))
             or (self.kind and site.kind not in self.kind)
             or (self.phase and site.phase not in self.phase)
             or (self.min_tokens is not None and not site.at_least(self.min_tokens))
@@ -58,10 +58,15 @@ def _existing(layers: IntegerSet, count: int) -> frozenset[int]:
 
 @lru_cache(maxsize=256)
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` is one part of a dotted name, `**` any number of parts, `?` one character."""
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
-    written = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}
-    return re.compile("".join(written.get(part, re.escape(part)) for part in parts))
+    """`*` is one part of a dotted name, `**` any number of parts, none included, `?` one character."""
+    # Each part brings the dot before it, so that `**` may stand for nothing at all.
+    parts = (r"(?:\.[^.]+)*" if part == "**" else r"\." + _part(part) for part in pattern.split("."))
+    return re.compile("".join(parts))
+
+
+def _part(pattern: str) -> str:
+    wild = {"*": r"[^.]*", "?": r"[^.]"}
+    return "".join(wild.get(piece, re.escape(piece)) for piece in re.split(r"(\*|\?)", pattern))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Slots:
                 rest = group
                 continue
             members = chosen.members(heads)
+            if not members:
+                raise LanguageError(f"heads {chosen}: the site has {heads}, none of them is among these")
             if members - left:
                 raise LanguageError(f"head {min(members - left)} is named twice")
             left -= members

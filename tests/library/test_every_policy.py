@@ -1,0 +1,44 @@
+"""Every ready policy does something at a plain causal site, or leaves it alone, and never by a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_compiler import library
+from attn_compiler.algebra.expr import k, q
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.targets.choice import TorchTarget
+
+LAYERS = 8
+TOKENS = 32768
+
+
+def sites() -> tuple[Site, ...]:
+    """A model of eight layers with long prompts."""
+    return tuple(
+        Site(
+            f"model.layers.{layer}.self_attn", Kind.SELF, Phase.PREFILL, layer, LAYERS, 1, 8, 8, TOKENS, TOKENS, 64, 64,
+            "float32", Variant(mask=k <= q), Frame(), TOKENS, TOKENS,
+        )
+        for layer in range(LAYERS)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", library.ready_policies())
+def test_a_ready_policy_is_carried_out_everywhere(name: str) -> None:
+    made = plan(sites(), library.load_policy(name), (TorchTarget(),))
+    assert [decision.refusals for decision in made.decisions] == [()] * LAYERS
+    assert made.warnings == ()
+
+
+@pytest.mark.parametrize("name", library.ready_policies())
+def test_a_ready_policy_changes_something_unless_it_is_called_exact(name: str) -> None:
+    made = plan(sites(), library.load_policy(name), (TorchTarget(),))
+    assert all(decision.exact for decision in made.decisions) is (name == "exact")
+
+
+def test_the_digests_of_ready_policies_differ() -> None:
+    digests = [library.load_policy(name).digest for name in library.ready_policies()]
+    assert len(set(digests)) == len(digests)

@@ -1,0 +1,92 @@
+"""What a rule asks for at a site and does not get: names that match, promises nobody checks, heads that are not there."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_compiler import library
+from attn_compiler.algebra.expr import k, q
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import RefusedError
+from attn_compiler.planning.plan import Plan
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.policy import Match
+from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.targets.choice import TorchTarget
+
+
+def site(name: str = "model.layers.3.self_attn") -> Site:
+    return Site(
+        name, Kind.SELF, Phase.PREFILL, 3, 8, 2, 8, 4, 1024, 1024, 64, 64, "float32", Variant(mask=k <= q), Frame(), 1024, 1024
+    )
+
+
+def planned(text: str) -> Plan:
+    return plan((site(),), library.load_policy(f"version: 1\n{text}\n"), (TorchTarget(),))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("dit.**", "dit", True),
+        ("dit.**", "dit.blocks.0", True),
+        ("dit.**", "ditto.blocks", False),
+        ("**.attn", "attn", True),
+        ("**.attn", "a.b.attn", True),
+        ("**.attn", "a.xattn", False),
+        ("a.**.c", "a.c", True),
+        ("a.**.c", "a.b.b.c", True),
+        ("a.**.c", "a.bc", False),
+        ("**", "", True),
+        ("**", "a.b", True),
+        ("*", "a", True),
+        ("*", "a.b", False),
+        ("a.*", "a", False),
+        ("a.*.c", "a.b.c", True),
+        ("a.*.c", "a.b.b.c", False),
+        ("layers.?.attn", "layers.3.attn", True),
+        ("layers.?.attn", "layers.13.attn", False),
+        ("a.(b|c)", "a.b", False),
+    ],
+)
+def test_a_star_is_one_part_of_a_name_and_two_are_any_number(pattern: str, name: str, matches: bool) -> None:
+    assert Match(module=pattern).excludes(site(name)) is not matches
+
+
+def test_a_tolerance_that_nobody_measures_is_refused() -> None:
+    decision = planned("rules: [{attn: {mask: window(4)}, tolerance: {site: 0.02}}]").decisions[0]
+    assert decision.exact
+    assert decision.variant == site().computes
+    assert "calibration, which is not built yet" in decision.refusals[0].reason
+
+
+def test_a_tolerance_that_nobody_measures_is_fatal_where_the_rule_says_so() -> None:
+    with pytest.raises(RefusedError, match="calibration, which is not built yet"):
+        planned("rules: [{attn: {mask: window(4)}, tolerance: {logits: 0.02}, fallback: error}]")
+
+
+@pytest.mark.parametrize("attn", ["exact", "{mask: causal}", "{mask: causal & window(1024)}"])
+def test_what_stays_exact_needs_no_measurement(attn: str) -> None:
+    assert planned(f"rules: [{{attn: {attn}, tolerance: {{site: 0.02}}, fallback: error}}]").decisions[0].exact
+
+
+@pytest.mark.parametrize("heads", ["8:12", "9:20"])
+def test_a_group_without_a_head_of_the_site_is_refused(heads: str) -> None:
+    decision = planned(f'rules: [{{attn: {{heads: {{"{heads}": {{mask: window(4)}}}}}}}}]').decisions[0]
+    assert decision.exact
+    assert decision.refusals[0].reason == f"heads {heads}: the site has 8, none of them is among these"
+
+
+def test_a_slice_of_heads_is_clipped_as_in_python() -> None:
+    decision = planned('rules: [{attn: {heads: {"4:20": {mask: window(4)}}}}]').decisions[0]
+    assert not decision.refusals
+    assert [sorted(heads.members(8)) for heads, _ in decision.variant.groups] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_parameters_that_nothing_reads_are_a_warning() -> None:
+    warnings = planned("parameters: trained.safetensors\nrules: [{attn: exact}]").warnings
+    assert warnings == ("trained.safetensors is not read: no variant that this version carries has parameters",)
+
+
+def test_layers_that_a_model_does_not_have_match_nothing() -> None:
+    assert planned('rules: [{match: {layers: "100"}, attn: exact}]').warnings == ("rule 1 matches nothing",)
