@@ -40,7 +40,8 @@ class Atoms:
             x, y = left.pop(0), right.pop(0)
             if x is y:
                 continue
-            if equal(x.size, y.size):
+            last = not left and not right and not isinstance(x.size + y.size, int)
+            if equal(x.size, y.size) or last:  # the operator needs both to be equal, also where nobody can prove it
                 self._link(x, y)
             elif _divides(y.size, x.size):
                 left[:0] = self._split(x, y.size)

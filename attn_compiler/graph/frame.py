@@ -50,9 +50,15 @@ def frame(site: GraphSite, recovered: Recovered, reader: SymbolicReader) -> Fram
 def first_key(site: GraphSite, mask: Expr) -> FirstKey | None:
     """The padding of a mask, as the table to count positions from. Whoever uses it supplies that table."""
     for part in conjuncts(mask):
-        if part.symbols() <= {b, k} and part.mentions(k) and part.tables():
+        read = any(node.op == "table" and node.mentions(k) for node in part.walk())
+        if read and part.symbols() <= {b, k} and not _is_row_of_mask(site, part):
             return FirstKey(f"first_key:{min(part.tables())}", part)
     return None
+
+
+def _is_row_of_mask(site: GraphSite, part: Expr) -> bool:
+    """Whether a table could be the only row of a whole mask, whose first visible key need not be the row's first valid one."""
+    return equal(site.lengths[0], 1) and any(node.op == "table" and len(node.args) > 2 for node in part.walk())
 
 
 def counted_from(found: Frame, padding: FirstKey) -> Frame:
@@ -110,18 +116,22 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
                 return Frame(i + (k_len - q_len), "the cache that new keys are appended to")
             return None
         if read.op in ("index_copy", "index_put"):
-            return _written(node, reader)
+            return _written(node, site, reader)
         if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same"))):
             return None
         node = source(node)
 
 
-def _written(node: fx.Node, reader: SymbolicReader) -> Frame | None:
+def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | None:
     read = call(node)
     places = read["index"] if read.op == "index_copy" else next((x for x in read["indices"][::-1] if x is not None), None)
     if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1:
         return None
-    return Frame(reader.at(places, (i,)), "the places of the cache that new keys are written to")
+    position = reader.at(places, (i,))
+    sources = [reader.tables[name].node for name in position.tables()]
+    if not all(reader.versions.holds(source, source, site.out.node) for source in sources):
+        position = reader.table(places, (i,))  # a cache counts what it holds in place: read what was added to, not the counter
+    return Frame(position, "the places of the cache that new keys are written to")
 
 
 def kind(site: GraphSite) -> Kind:

@@ -14,6 +14,7 @@ _PROJECTIONS = {"linear": ("input",), "addmm": ("mat1",), "mm": ("self",), "matm
 _PROJECTIONS |= {"convolution": ("input",), "conv1d": ("input",), "conv2d": ("input",)}
 _NORMS = ("layer_norm", "rms_norm", "native_layer_norm", "rsqrt", "mean", "pow", "mul", "add", "sub", "neg", "div", "cat")
 _KEPT = ("slice", "select", "chunk", "split", "split_with_sizes", "unbind", "item", "cast", "dropout", "same", "index", "gelu")
+_WRITES = {"index_copy": "source", "index_put": "values"}
 _LONGEST = 400
 
 
@@ -40,6 +41,9 @@ def streams(node: fx.Node) -> Streams:
             continue
         if current.op == "placeholder":
             learned = learned and is_parameter(current)
+            continue
+        if read.op in _WRITES:  # a cache of fixed size: what is new in it says whose tokens these are
+            stack.append(read[_WRITES[read.op]])
             continue
         if read.op == "cat" and len(read["tensors"]) > 1 and _along_tokens(current, node):
             found.joined = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from attn_compiler.algebra.expr import Expr, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.expr import Expr, Sort, const, every, i, k, q, q_len, rebuild, score
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.variant import EmptyRows, Variant
@@ -109,6 +109,12 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
         return Refusal("rule", "its mask speaks of distances, and nobody knows where this site's queries stand among its keys")
+    if _counts_from_start(seen) and not _padding_is_known(variant.mask, site):
+        return Refusal(
+            "rule",
+            "its mask counts positions from a row's first valid key, and the site's own mask is a run-time table, in which "
+            "padding cannot be told from the rest",
+        )
     kept: Expr | Refusal = variant.mask
     if replace_mask:
         kept = _padding(variant.mask, site.frame or Frame())
@@ -116,6 +122,28 @@ def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Var
         return kept
     keep, phantoms, times = (_placed(part, site) for part in (seen.keep, seen.phantoms, seen.times))
     return with_phantoms(replace(variant, mask=simplify(kept & keep)), replace(seen, keep=keep, phantoms=phantoms, times=times))
+
+
+def _counts_from_start(seen: Seen) -> bool:
+    """Whether a mask means something else when all tokens move by one place."""
+    return any(
+        simplify(_without_tables(part).substitute({q: q + 1, k: k + 1})) != simplify(_without_tables(part))
+        for part in (seen.keep, seen.phantoms, seen.times)
+    )
+
+
+def _without_tables(e: Expr) -> Expr:
+    """`e` where every table is read at one place: tables stay addressed by place, whatever positions are counted from."""
+    return e.transform(lambda node: rebuild(node, tuple(const(0) for _ in node.args)) if node.op == "table" else node)
+
+
+def _padding_is_known(mask: Expr, site: Site) -> bool:
+    """Whether no table of a site's mask could hide padding among other things."""
+    if site.frame and site.frame.first_key is not None:
+        return True
+    return not any(
+        node.op == "table" and node.sort is Sort.BOOL and len(node.args) > 2 and node.mentions(k) for node in mask.walk()
+    )
 
 
 def _placed(e: Expr, site: Site) -> Expr:
