@@ -53,6 +53,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/recall.py $(BENCH_RESULTS)
+	$(BIN)/python benchmarks/whole_models.py $(BENCH_RESULTS)
 
 clean:
 	rm -rf .venv .venv-torch* build dist *.egg-info bench-output demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
