@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as attn
+from attn_compiler import Report
 from end_to_end.models import additive
 
 WINDOW, STREAMING = "causal & window(6)", "causal & (window(6) | sinks(2))"
@@ -45,6 +46,11 @@ def generated(made: nn.Module, cache: str) -> Tensor:
     return out
 
 
+def since(before: tuple[Report, ...]) -> list[Report]:
+    """The reports of what was compiled since then: the list is short, and other tests fill it too."""
+    return [report for report in attn.reports() if not any(report is old for old in before)]
+
+
 def policy(mask: str) -> dict[str, object]:
     return {"policy": {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": {"mask": mask}}]}}
 
@@ -71,10 +77,11 @@ def recomputed(made: nn.Module, sinks: int) -> Tensor:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_without_a_policy_the_tokens_are_the_model_s(implementation: str, cache: str) -> None:
     made = model(implementation)
-    expected = generated(made, cache)
+    expected, before = generated(made, cache), attn.reports()
     made.forward = torch.compile(made.forward, backend="attn")  # type: ignore[method-assign]
     assert torch.equal(generated(made, cache), expected)
-    assert not any(report.plan.warnings for report in attn.reports())
+    assert since(before)
+    assert not any(report.plan.warnings for report in since(before))
 
 
 @pytest.mark.usefixtures("quick")
@@ -84,11 +91,11 @@ def test_with_a_policy_the_tokens_are_what_the_policy_means(implementation: str,
     made = model(implementation)
     expected = recomputed(made, sinks=2 if mask == STREAMING else 0)
     plain = generated(made, cache)
-    seen = len(attn.reports())
+    before = attn.reports()
     made.forward = torch.compile(made.forward, backend="attn", options=policy(mask))  # type: ignore[method-assign]
     assert torch.equal(generated(made, cache), expected)
     assert not torch.equal(plain, expected)
-    decisions = [decision for report in attn.reports()[seen:] for decision in report.decisions]
+    decisions = [decision for report in since(before) for decision in report.decisions]
     assert decisions
     assert all(decision.target == "torch" and not decision.exact for decision in decisions)
 
@@ -97,9 +104,9 @@ def test_with_a_policy_the_tokens_are_what_the_policy_means(implementation: str,
 def test_sinks_are_refused_where_padding_cannot_be_told_from_the_mask() -> None:
     made = model("sdpa")
     expected = generated(made, "static")
-    seen = len(attn.reports())
+    before = attn.reports()
     made.forward = torch.compile(made.forward, backend="attn", options=policy(STREAMING))  # type: ignore[method-assign]
     assert torch.equal(generated(made, "static"), expected)
-    refused = [reason for report in attn.reports()[seen:] for _, reason in report.refusals]
+    refused = [reason for report in since(before) for _, reason in report.refusals]
     assert refused
     assert all("padding cannot be told" in refusal.reason for refusal in refused)
