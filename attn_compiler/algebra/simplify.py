@@ -19,7 +19,7 @@ _NO_FACTS: Box = {}
 
 
 def simplify(e: Expr, facts: Box = _NO_FACTS) -> Expr:
-    """The canonical form of `e`, where `facts` bound its leaves. Real sums and products may be reordered."""
+    """The canonical form of `e`, where `facts` bound its leaves and sums of them. Real sums and products may be reordered."""
     if not facts:
         return _known(e)
     return _simplify(e, facts)
@@ -106,6 +106,8 @@ def _index(e: Expr, facts: Box) -> Expr:
             return expression(linear(e))
         case "floordiv" | "mod" if e.args[1].is_const and e.args[1].value > 0:  # type: ignore[operator]
             return _divided(e, facts)
+        case "floordiv" | "mod":
+            return _divided_by_size(e, facts)
         case "min" | "max":
             return _extreme(e, facts)
         case "abs":
@@ -140,6 +142,30 @@ def _divided(e: Expr, facts: Box) -> Expr:
         return inside if fits else _remainder(inside, divisor)
     quotient = Linear({}) if fits or divisor == 1 else linear(_quotient(inside, divisor))
     return expression(whole + quotient)
+
+
+def _divided_by_size(e: Expr, facts: Box) -> Expr:
+    """`(i * n + k) // n` is `i` and `(i * n + k) % n` is `k` where facts say `0 <= k < n`, whatever number `n` is."""
+    divisor, total = e.args[1], linear(e.args[0])
+    whole = {_without(atom, divisor): m for atom, m in total.factors.items() if _has_factor(atom, divisor)}
+    rest = Linear({a: m for a, m in total.factors.items() if not _has_factor(a, divisor)}, total.constant)
+    inside = expression(rest)
+    left = expression(linear(divisor) - rest)
+    if bounds(inside, facts).lo < 0 or bounds(left, facts).lo < 1:
+        return e
+    return inside if e.op == "mod" else expression(sum((linear(a) * m for a, m in whole.items()), Linear({})))
+
+
+def _has_factor(product: Expr, factor: Expr) -> bool:
+    return product == factor or (product.op == "mul" and any(_has_factor(x, factor) for x in product.args))
+
+
+def _without(product: Expr, factor: Expr) -> Expr:
+    """A product that has a factor, divided by it once."""
+    if product == factor:
+        return const(1)
+    a, b = product.args
+    return expression(linear(_without(a, factor) * b if _has_factor(a, factor) else a * _without(b, factor)))
 
 
 def _quotient(x: Expr, divisor: int) -> Expr:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,8 +73,18 @@ class _Recovery:
         queries, keys = site.lengths
         sizes = {b: product(site.batch), h: product(site.heads), i: queries, k: keys}
         self.facts: Box = {at: Interval(0, size - 1 if isinstance(size, int) else math.inf) for at, size in sizes.items()}
+        self.facts |= {below: Interval(1, math.inf) for below in self._below(sizes)}
         self._notes: list[str] = []
         self._direct: dict[fx.Node, fx.Node] = {}  # tables read by a step itself, after earlier writes through aliases
+
+    def _below(self, sizes: Mapping[Expr, Size]) -> Iterator[Expr]:
+        """How far each coordinate stays below a size that is only known when running; never less than 1."""
+        for at, size in sizes.items():
+            if not isinstance(size, int):
+                try:
+                    yield simplify(self._reader.number(size) - at)
+                except OpaqueError:
+                    continue
 
     def run(self) -> Recovered:
         site = self._site

@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from attn_compiler.algebra.expr import Sort, i, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, Variant
 from attn_compiler.graph import torch_private as private
-from attn_compiler.graph.calls import Argument, shape
+from attn_compiler.graph.calls import Argument, is_tensor, shape
 from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
 from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
+from attn_compiler.graph.record import GraphSite
+from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.targets.operands import Operands, Positions
@@ -40,6 +42,7 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         tables = _tables(replacement)
         found = replacement.described.found
         inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
+        inputs += _sizes(gm.graph, found, inputs)
         _splice(gm.graph, replacement, _record(replacement, list(tables), inputs), inputs)
     drop_dead_code(gm)
     gm.graph.lint()
@@ -84,6 +87,16 @@ def _tables(replacement: Replacement) -> dict[str, fx.Node]:
     return {name: known[name] for name in sorted(needed)}
 
 
+def _sizes(graph: fx.Graph, found: GraphSite, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes that have the symbols of a site's axes as sizes, where q, k and v only have multiples of them."""
+    axes = (*found.q.axes, *found.k.axes, *found.v.axes, *found.out.axes)
+    symbolic = [atom.size for axis in axes for atom in axis if isinstance(atom.size, SymInt)]
+    needed = {str(symbol) for size in symbolic for symbol in size.node.expr.free_symbols}
+    plain = {str(size) for node in inputs if is_tensor(node) for size in shape(node)}
+    known = sizes(graph)
+    return list(dict.fromkeys(known[name].node for name in sorted(needed - plain) if name in known))
+
+
 def _derived(variant: Variant) -> tuple[DerivedTable, ...]:
     return variant.derived + tuple(table for _, group in variant.groups for table in group.derived)
 
@@ -103,7 +116,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         v = arranged(v, found.v.axes, groups_v)
         wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)  # scores may be in more precision than v
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        tables = {name: _tensor(x, dims.get(name), q.device) for name, x in zip(names, values, strict=True)}
+        tables = {name: _tensor(x, dims.get(name), q.device) for name, x in zip(names, values, strict=False)}
         tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(
             q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,

@@ -72,7 +72,7 @@ class SymbolicReader:
     def size(self, name: str) -> Expr:
         """A symbol of the shapes of this graph."""
         if self._sizes is None:
-            self._sizes = _sizes(self._gm.graph)
+            self._sizes = sizes(self._gm.graph)
         if name not in self._sizes:
             raise OpaqueError
         self.tables[name] = self._sizes[name]
@@ -184,7 +184,8 @@ class _View:
         return place
 
 
-def _sizes(graph: fx.Graph) -> dict[str, Table]:
+def sizes(graph: fx.Graph) -> dict[str, Table]:
+    """Where each symbol of a graph's shapes can be read."""
     found: dict[str, Table] = {}
     for node in graph.nodes:
         seen = value(node)
