@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from attn_compiler import library
 from attn_compiler.backend import Settings
@@ -25,10 +25,13 @@ def explain(
     *,
     tables: Mapping[str, Tensor] | None = None,
     values: Mapping[str, int] | None = None,
+    training: bool | None = None,
 ) -> Report:
     """Run `model` once on these arguments, under Dynamo, and report what the backend would do. Nothing is rewritten.
 
-    On the meta device nothing is computed, so that a model of any size can be looked at.
+    On the meta device nothing is computed, so that a model of any size can be looked at. Gradients are recorded if
+    `training`, by default as the model itself says: not after `model.eval()`. What torch.compile compiled before is
+    forgotten, as by `torch.compiler.reset()`.
     """
     settings = Settings(library.load_policy(policy if policy is not None else "exact"), dict(tables or {}), dict(values or {}))
     plans: list[Plan] = []
@@ -38,6 +41,12 @@ def explain(
         return gm.forward
 
     torch.compiler.reset()
-    torch.compile(model, backend=look, dynamic=False)(*args, **(kwargs or {}))
+    with torch.set_grad_enabled(_trains(model) if training is None else training):
+        torch.compile(model, backend=look, dynamic=False)(*args, **(kwargs or {}))
     torch.compiler.reset()
     return Report(sum(plans, Plan()), settings.policy.name, len(plans))
+
+
+def _trains(model: Callable[..., Any]) -> bool:
+    """Whether a model is in training mode; a function is not."""
+    return isinstance(model, nn.Module) and model.training

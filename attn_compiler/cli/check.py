@@ -8,15 +8,25 @@ from typing import Annotated
 import typer
 
 from attn_compiler.errors import AttnError
-from attn_compiler.library import load_policy
+from attn_compiler.library import load_policy, ready_policies
 from attn_compiler.planning.policy import Match, Policy, Rule
+from attn_compiler.planning.schema import policy_schema
 
 
 def check(
-    policy: Annotated[str, typer.Argument(help="A policy file, or the name of a ready policy.")],
+    policy: Annotated[str | None, typer.Argument(help="A policy file, or the name of a ready policy.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of policy files, for editors.")] = False,
 ) -> None:
-    """Check a policy file: print its rules and its digest, or all that is wrong with it."""
+    """Check a policy file: print its rules and its digest, or all that is wrong with it.
+
+    `attn check --schema > attn.schema.json` writes what an editor needs to complete and check policies while they are typed.
+    """
+    if schema:
+        typer.echo(json.dumps(policy_schema(), indent=2))
+        return
+    if policy is None:
+        raise typer.BadParameter(f"name a policy file or a ready policy: {', '.join(ready_policies())}", param_hint="POLICY")
     try:
         found = load_policy(policy)
     except AttnError as error:

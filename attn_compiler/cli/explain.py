@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from attn_compiler.cli.model_source import Asked, build
@@ -28,8 +27,7 @@ def explain(
 ) -> None:
     """Explain what a policy makes of a model, without running it: models named hf:… have no weights at all."""
     built = build(model, Asked(length, batch, implementation, train))
-    with torch.set_grad_enabled(train):
-        report = explained(built.model, built.args, built.kwargs, policy)
+    report = explained(built.model, built.args, built.kwargs, policy, training=train)
     if html is not None:
         report.to_html(html)
     typer.echo(report.to_json() if as_json else str(report))

@@ -85,7 +85,8 @@ class Binding:
             self._operand(q), self._operand(k), self._operand(v),
             batch, heads, queries, keys, depth, width,
             (*left.factors, *right.factors, *steps), after,
-            extra=self.extra, softmax_dtype=self.anchor.computes_in, name=module_path(out), where=source_line(out),
+            extra=self.extra, product_dtype=dtype(qk.node), softmax_dtype=self.anchor.computes_in, name=module_path(out),
+            where=source_line(out),
         )  # fmt: skip
         return settled(self._sharing(found, k, v), self.atoms, self.versions, (q, k, v))
 

@@ -103,6 +103,7 @@ class GraphSite:
     causal: bool = False  # SDPA's own flag: query `i` sees keys `k <= i`, applied after `steps`
     extra: int | None = None  # columns that a step `cat` put beside the keys and that are dropped after the softmax
     empty_rows_are_zero: bool = False  # SDPA's softmax; a plain one gives NaN where every score is -inf
+    product_dtype: torch.dtype | None = None  # what q·k is computed in; None: what `out` is held in
     softmax_dtype: torch.dtype | None = None  # what the softmax computes in
     escapes: tuple[fx.Node, ...] = ()  # others that read scores or weights
     name: str = ""  # `model.layers.3.self_attn`
@@ -122,8 +123,8 @@ class GraphSite:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What q is held in."""
-        return self.q.node.meta["val"].dtype  # type: ignore[no-any-return]
+        """What the products are computed in: under autocast not what q is held in."""
+        return self.product_dtype or self.out.node.meta["val"].dtype
 
     @property
     def dropout(self) -> float:

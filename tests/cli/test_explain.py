@@ -1,4 +1,4 @@
-"""`attn explain`, `attn check` and `attn demo`: what people see, what programs read, and errors as one message."""
+"""`attn explain`: what people see, what programs read, and errors as one message."""
 
 import json
 import sys
@@ -101,23 +101,3 @@ def test_models_of_transformers_without_it_say_what_to_install(monkeypatch: pyte
     result = runner.invoke(app, ["explain", TINY])
     assert result.exit_code == 2
     assert "pip install transformers" in result.stderr
-
-
-def test_a_checked_policy_shows_its_rules_and_its_digest(tmp_path: Path) -> None:
-    policy = tmp_path / "window.attn.yaml"
-    policy.write_text("version: 1\nrules:\n  - {match: {kind: self, layers: '0:2'}, attn: {mask: causal}}\n", encoding="utf-8")
-    shown = runner.invoke(app, ["check", str(policy)])
-    assert shown.exit_code == 0
-    assert "rule 1: self, layers 0:2 → mask: causal" in shown.stdout
-    found = json.loads(runner.invoke(app, ["check", str(policy), "--json"]).stdout)
-    assert found["digest"] in shown.stdout
-    assert found["rules"][0]["attn"] == {"mask": "causal"}
-
-
-def test_a_wrong_policy_exits_with_one_and_says_where(tmp_path: Path) -> None:
-    policy = tmp_path / "wrong.attn.yaml"
-    policy.write_text("version: 1\nrules:\n  - {match: {kind: self}, attn: {mask: causl}}\n", encoding="utf-8")
-    shown, read = (runner.invoke(app, ["check", str(policy), *more]) for more in ([], ["--json"]))
-    assert (shown.exit_code, read.exit_code) == (1, 1)
-    assert "wrong.attn.yaml:3" in shown.stderr
-    assert json.loads(read.stdout)["ok"] is False
