@@ -6,7 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,8 +20,9 @@ from attn_compiler.graph.tables import Tables
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.report import Report
+from attn_compiler.planning.report import Report, report_of
 from attn_compiler.planning.site import Site
+from attn_compiler.planning.uses import Uses
 from attn_compiler.targets.choice import TorchTarget
 
 log = logging.getLogger("attn_compiler")
@@ -29,11 +30,21 @@ OURS = ("policy", "tables", "values")
 ENVIRONMENT = "ATTN_POLICY"
 _FOR_THE_USER = (PolicyError, LanguageError, TableError, RefusedError)  # what only the user can mend
 _RECENT: deque[Report] = deque(maxlen=64)
+_USES: dict[str, Uses] = {}  # by a policy's digest, over all graphs that were compiled with it
 
 
 def reports() -> tuple[Report, ...]:
-    """What was decided in the latest graphs that this process compiled, oldest first."""
-    return tuple(_RECENT)
+    """What was decided in the latest graphs that this process compiled, oldest first.
+
+    A model may be compiled as several graphs. Which rules of a policy are idle is judged over all of its graphs, and said in
+    the report of the last one.
+    """
+    last = {report.digest: report for report in _RECENT}
+    return tuple(_with_uses(report, report is last[report.digest]) for report in _RECENT)
+
+
+def _with_uses(report: Report, last: bool) -> Report:
+    return replace(report, plan=replace(report.plan, uses=_USES[report.digest] if last else Uses()))
 
 
 @dataclass(frozen=True)
@@ -84,18 +95,23 @@ def _rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The graph to compile, and the tables that it reads besides the model's own inputs."""
-    name = settings.policy.name
+    policy = settings.policy
     if not has_anchor(gm):
         return gm, ()
     try:
         analysis = analyze(gm, example_inputs, settings.planner)
-        extra = carry_out(analysis, settings.policy.tables, settings.tables)
+        extra = carry_out(analysis, policy.tables, settings.tables)
     except (*_FOR_THE_USER, private.DYNAMO_CONTROL_FLOW):
         raise
     except Exception as failure:  # whatever it is, the model of the user must compile
         log.warning("a graph is left as it is: %s: %s", type(failure).__name__, failure, exc_info=failure)
-        _RECENT.append(Report(Plan(warnings=(f"the graph is left as it is: {type(failure).__name__}: {failure}",)), name))
+        _remember(Plan(remarks=(f"the graph is left as it is: {type(failure).__name__}: {failure}",)), policy)
         return gm, ()
-    _RECENT.append(Report(analysis.plan, name))
-    log.info("%s", _RECENT[-1])
+    _remember(analysis.plan, policy)
+    log.info("%s", reports()[-1])
     return (gm, ()) if extra is None else (analysis.graph, extra)
+
+
+def _remember(plan: Plan, policy: Policy) -> None:
+    _USES[policy.digest] = _USES.get(policy.digest, Uses()) + plan.uses
+    _RECENT.append(report_of(plan, policy))

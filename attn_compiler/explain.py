@@ -14,7 +14,7 @@ from attn_compiler.backend import Settings
 from attn_compiler.graph.analysis import analyze
 from attn_compiler.planning.plan import Plan
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.report import Report
+from attn_compiler.planning.report import Report, report_of
 
 
 def explain(
@@ -44,7 +44,7 @@ def explain(
     with torch.set_grad_enabled(_trains(model) if training is None else training):
         torch.compile(model, backend=look, dynamic=False)(*args, **(kwargs or {}))
     torch.compiler.reset()
-    return Report(sum(plans, Plan()), settings.policy.name, len(plans))
+    return report_of(sum(plans, Plan()), settings.policy, len(plans))
 
 
 def _trains(model: Callable[..., Any]) -> bool:

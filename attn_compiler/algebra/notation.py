@@ -15,12 +15,12 @@ _SIGNS = {
     "eq": (" = ", 4),
     "add": (" + ", 5),
     "sub": (" − ", 5),
-    "mul": ("·", 6),
-    "div": (" / ", 6),
     "mod": (" mod ", 6),
-    "pow": ("^", 8),
+    "mul": ("·", 7),
+    "div": (" / ", 7),
+    "pow": ("^", 9),
 }
-_TIGHTEST = 9
+_TIGHTEST = 10
 
 
 def notation(e: Expr) -> str:
@@ -43,29 +43,29 @@ def _write(e: Expr) -> tuple[str, int]:
         return f"{e.value}[{', '.join(texts)}]" if texts else str(e.value), _TIGHTEST
     if e.op in _SIGNS:
         sign, binds = _SIGNS[e.op]
-        left = _enclosed(inner[0], binds)
-        right = _enclosed(inner[1], binds + (e.op in ("sub", "div", "mod", "pow")))
+        left = _enclosed(inner[0], 8 if e.op == "mod" else binds)  # people disagree on what `a·b mod c` is
+        right = _enclosed(inner[1], 8 if e.op == "mod" else binds + (e.op in ("sub", "div", "pow")))
         return left + sign + right, binds
     match e.op:
         case "not" if e.args[0].op == "eq":
             left, right = (_enclosed(_write(a), 4) for a in e.args[0].args)
             return f"{left} ≠ {right}", 4
         case "not":
-            return "¬" + _enclosed(inner[0], 7), 7
+            return "¬" + _enclosed(inner[0], 8), 8
         case "neg":
-            return "−" + _enclosed(inner[0], 6), 5
+            return "−" + _enclosed(inner[0], 7), 5
         case "abs":
             return f"|{texts[0]}|", _TIGHTEST
         case "floordiv":
-            return f"⌊{_enclosed(inner[0], 6)} / {_enclosed(inner[1], 7)}⌋", _TIGHTEST
+            return f"⌊{_enclosed(inner[0], 7)} / {_enclosed(inner[1], 8)}⌋", _TIGHTEST
         case "floor" | "ceil":
             return ("⌊{}⌋" if e.op == "floor" else "⌈{}⌉").format(texts[0]), _TIGHTEST
         case "sqrt":
-            return "√" + _enclosed(inner[0], _TIGHTEST), 8
+            return "√" + _enclosed(inner[0], _TIGHTEST), 9
         case "real":
             return inner[0]
         case "where":
-            return f"({texts[1]} if {texts[0]} else {texts[2]})", _TIGHTEST
+            return f"{_enclosed(inner[1], 1)} if {_enclosed(inner[0], 1)} else {_enclosed(inner[2], 1)}", 0
     return f"{e.op}({', '.join(texts)})", _TIGHTEST
 
 
@@ -100,7 +100,8 @@ def _enclosed(written: tuple[str, int], least: int) -> str:
 def _number(e: Expr) -> str:
     if isinstance(e.value, bool):
         return "everywhere" if e.value else "nowhere"
-    return f"{e.value:.6g}".replace("inf", "∞") if isinstance(e.value, float) else str(e.value)
+    written = f"{e.value:.6g}".replace("inf", "∞") if isinstance(e.value, float) else str(e.value)
+    return written.replace("-", "−")
 
 
 @lru_cache(maxsize=1 << 16)

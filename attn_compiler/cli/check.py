@@ -9,7 +9,7 @@ import typer
 
 from attn_compiler.errors import AttnError
 from attn_compiler.library import load_policy, ready_policies
-from attn_compiler.planning.policy import Match, Policy, Rule
+from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.schema import policy_schema
 
 
@@ -46,7 +46,7 @@ def _print(policy: Policy) -> None:
     if policy.because:
         typer.echo(f"  because {policy.because.strip()}")
     for rule in policy.rules:
-        typer.echo(f"  {rule.title}: {_where(rule.match)} → {_says(rule)}")
+        typer.echo(f"  {rule.title}: {rule.match} → {_says(rule)}")
         if rule.because:
             typer.echo(f"    because {rule.because.strip()}")
     typer.echo(f"  digest {policy.digest}")
@@ -57,7 +57,7 @@ def _record(policy: Policy) -> dict[str, object]:
         {
             "number": r.number,
             "name": r.name,
-            "where": _where(r.match),
+            "where": str(r.match),
             "attn": r.attn.plain(),
             "also": r.also,
             "fallback": r.fallback,
@@ -65,19 +65,6 @@ def _record(policy: Policy) -> dict[str, object]:
         for r in policy.rules
     ]
     return {"ok": True, "name": policy.name, "digest": policy.digest, "rules": rules}
-
-
-def _where(match: Match) -> str:
-    """The conditions of a rule, in words."""
-    parts = [
-        f"{match.module}" if match.module else "",
-        " or ".join(kind.value for kind in match.kind),
-        f"layers {match.layers}" if match.layers else "",
-        " or ".join(phase.value for phase in match.phase),
-        f"at least {match.min_tokens} tokens" if match.min_tokens is not None else "",
-        f"at most {match.max_tokens} tokens" if match.max_tokens is not None else "",
-    ]
-    return ", ".join(filter(None, parts)) or "every attention"
 
 
 def _says(rule: Rule) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import SymInt, fx
 
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
 from attn_compiler.graph.frame import FirstKey, counted_from, first_key, frame, kind, phase, restated
@@ -134,4 +135,4 @@ def _blocked(found: GraphSite) -> str:
 def _shape(table: Table) -> TableShape:
     seen = value(table.node)
     shape = () if table.dim is not None or not hasattr(seen, "shape") else tuple(_length(size) for size in seen.shape)
-    return TableShape(shape, table.sort)
+    return TableShape(shape, table.sort, "" if table.dim is not None else private.title(table.node))

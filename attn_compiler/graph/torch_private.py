@@ -228,6 +228,16 @@ def argument_name(node: fx.Node) -> str:
     return found[1] if found else ""
 
 
+def title(node: fx.Node) -> str:
+    """What a model calls an input or parameter of its graph, or nothing: `position_ids`, `relative_attention_bias.weight`."""
+    source = vars(node).get("_dynamo_source")
+    if source is None:
+        return argument_name(node) if node.op == "placeholder" else ""
+    words = re.findall(r"\w+", source.name if isinstance(source.name, str) else source.name())
+    own = [word for word in words if word not in ("L", "G", "self", "_modules", "_parameters", "_buffers")]
+    return ".".join(own[-2:] if own[-1:] in (["weight"], ["bias"]) else own[-1:])
+
+
 def add_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
     """Give the graph one more input, which Dynamo knows nothing of; its shape is fixed."""
     last = gm.graph.find_nodes(op="placeholder")[-1:]

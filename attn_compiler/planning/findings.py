@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
-from attn_compiler.algebra.expr import Expr, layer, layers
+from attn_compiler.algebra.expr import Expr, i, layer, layers
 from attn_compiler.algebra.notation import notation
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.cost import Cost
+from attn_compiler.planning.formula import Formula, formulas, whole
 from attn_compiler.planning.plan import Decision
 from attn_compiler.planning.schedule import Schedule, schedule
 from attn_compiler.planning.site import Site
@@ -27,6 +29,14 @@ class Costs:
     after: Cost
     density_before: float
     density_after: float
+
+
+class Row(NamedTuple):
+    """What is said under a term; a part of a formula has a name, filled up to the width of those around it."""
+
+    term: str
+    says: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,36 @@ class Finding:
             return ", ".join(names)
         return _template(self.first.site).replace("{}", "{" + ranges(sorted(set(numbers))) + "}")
 
+    @property
+    def title(self) -> str:
+        """Their names, how many they are, and what became of them."""
+        count = f" ({len(self.decisions)} alike)" if len(self.decisions) > 1 else ""
+        return f"{self.name}{count}: {self.outcome}"
+
+    @property
+    def outcome(self) -> str:
+        """What became of them, and by which rule."""
+        return _outcome(self.first)
+
+    def rows(self, because: str = "") -> Iterator[Row]:
+        """All that is said of them, the most important first; `because` is why their rule is there."""
+        first = self.first
+        site, written = first.site, formulas(first.site.computes, first.site)
+        if because:
+            yield Row("because", because)
+        yield from (Row("refused", f"{refusal.by}: {refusal.reason}") for refusal in first.refusals)
+        yield from _formula("computes", written)
+        if first.target is not None:
+            yield from _formula("becomes", formulas(first.variant, site)) if not first.exact else ()
+        yield Row("shape", shape(site))
+        if site.frame is None:
+            yield Row("positions", "nobody knows where its queries stand among its keys")
+        elif site.frame.position != i:
+            yield Row("positions", f"q = {notation(site.frame.position)}, from {site.frame.because}")
+        yield Row("runs", _runs_as(first))
+        yield Row("costs", _costs(costs(first)))
+        yield from (Row("note", note) for note in site.notes)
+
 
 def findings(decisions: Sequence[Decision]) -> tuple[Finding, ...]:
     """Group what is alike, however it is interleaved, in the order of each group's first member."""
@@ -59,8 +99,9 @@ def findings(decisions: Sequence[Decision]) -> tuple[Finding, ...]:
 
 def _alike(d: Decision) -> tuple[object, ...]:
     refusals = tuple((r.by, r.reason) for r in d.refusals)
-    computes, becomes = meaning(d.site.computes), meaning(d.variant)
-    return _template(d.site), shape(d.site), computes, becomes, d.rule, d.exact, d.target, d.form, refusals, d.site.notes
+    computes, becomes = (whole(formulas(variant, d.site)) for variant in (d.site.computes, d.variant))
+    form = d.site.form, d.form
+    return _template(d.site), shape(d.site), computes, becomes, d.rule, d.outcome, d.target, form, refusals, d.site.notes
 
 
 def _template(site: Site) -> str:
@@ -86,25 +127,51 @@ def _runs(numbers: Sequence[int]) -> Iterator[str]:
             start = at
 
 
-def meaning(variant: Variant) -> str:
-    """A variant as mathematics, in one line."""
-    if variant.groups:
-        return "; ".join(f"heads {heads}: {meaning(group)}" for heads, group in variant.groups)
-    parts = [f"{variant.normalizer.name}( {notation(variant.score)} )", f"score = q·k × {notation(variant.scale)}"]
-    if variant.mask.value is not True:
-        parts.append(f"where {notation(variant.mask)}")
-    if variant.empty_rows is not EmptyRows.ZERO:
-        parts.append(f"a row that sees nothing: {variant.empty_rows.value}")
-    if variant.dropout:
-        parts.append(f"dropout {variant.dropout:g}")
-    return ", ".join(parts)
+def _outcome(decision: Decision) -> str:
+    by = "" if decision.rule == "no rule" else f", by {decision.rule}"
+    match decision.outcome:
+        case "refused":
+            return f"kept as written, {decision.rule} is refused"
+        case "kept":
+            return f"kept as written{by}"
+    return f"{decision.outcome}{by}"
+
+
+def _formula(term: str, found: Sequence[Formula]) -> Iterator[Row]:
+    """A formula under its term, its parts below it."""
+    for one in found:
+        heads = f"heads {one.heads}: " if one.heads else ""
+        yield Row(term, heads + one.says)
+        term = ""
+        width = max((len(part.name) for part in one.parts), default=0)
+        yield from (Row("", part.says, f"{part.name:{width}}  ") for part in one.parts)
+
+
+def _runs_as(decision: Decision) -> str:
+    if decision.target is None:
+        return decision.form
+    return f"{decision.form} (was: {decision.site.form})" if decision.form != decision.site.form else decision.form
+
+
+def _costs(cost: Costs) -> str:
+    part = f"{cost.density_after:.1%} of the map" if cost.density_after < 1 else "the whole map"
+    return (
+        f"{change(cost.before.flops, cost.after.flops, 'FLOP')}, {change(cost.before.bytes, cost.after.bytes, 'B')} of memory "
+        f"traffic, {part}"
+    )
+
+
+def change(before: float, after: float, unit: str) -> str:
+    """`17.2 GFLOP → 9.13 GFLOP`, or the amount that stays."""
+    was, becomes = f"{si(before)}{unit}", f"{si(after)}{unit}"
+    return was if was == becomes else f"{was} → {becomes}"
 
 
 def shape(site: Site) -> str:
     """What kind of attention it is, and how large."""
     heads = f"{site.heads} heads" if site.heads == site.kv_heads else f"{site.heads} heads ({site.kv_heads} kv)"
     dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
-    return f"{site.kind.value} · {site.phase.value} · {heads} of {dims} · {site.q_len} queries × {site.k_len} keys · {site.dtype}"
+    return f"{site.kind.value}, {site.phase.value} · {heads} of {dims} · {site.q_len} queries × {site.k_len} keys · {site.dtype}"
 
 
 def costs(decision: Decision) -> Costs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from attn_compiler.planning.findings import Finding, costs, meaning, shape, si, visits
+from attn_compiler.planning.findings import Finding, Row, visits
 from attn_compiler.planning.plan import Plan
 
 _STYLE = """
@@ -20,59 +20,48 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font: 600 1rem ui-monospace, mo
   padding: 1rem 1.3rem; margin: 1rem 0; }
 dl { display: grid; grid-template-columns: 6.5rem 1fr; gap: .25rem .8rem; margin: .7rem 0 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
-.math { font-family: ui-monospace, monospace; }
+.math { font-family: ui-monospace, monospace; white-space: pre-wrap; }
 .map { font: 7px/1 ui-monospace, monospace; color: var(--full); margin: .8rem 0 0; }
 .tag { float: right; border-radius: 99px; padding: 0 .7rem; font-size: .85rem; color: #fff; background: #3b7d4f; }
-.approximate { background: #b5651d; } .left { background: #67727e; } .refused { color: #b5402d; }
+.approximate { background: #b5651d; } .kept { background: #67727e; } .tag.refused { background: #b5402d; }
+dd.refused, p.refused { color: #b5402d; }
 """
 
 
-def page(title: str, found: tuple[Finding, ...], plan: Plan) -> str:
+def page(title: str, because: str, found: tuple[Finding, ...], plan: Plan) -> str:
     """The whole page."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
             f"<title>attn-compiler</title><style>{_STYLE}</style>\n<h1>Attentions of this model</h1>",
-            f'<p class="soft">{escape(title)}</p>',
-            *(_card(finding) for finding in found),
-            *_rest(plan),
+            f'<p class="soft">{escape(title)}{f"<br>{escape(because)}" if because else ""}</p>',
+            *(f'<p class="refused">warning: {escape(warning)}</p>' for warning in plan.warnings),
+            *(_card(finding, plan.uses.because(finding.first.rule)) for finding in found),
+            *_near_misses(plan),
             "</html>\n",
         ]
     )
 
 
-def _card(finding: Finding) -> str:
+def _card(finding: Finding, because: str) -> str:
     first = finding.first
-    tag, says = ("left", "as written") if first.target is None else ("exact", "exact") if first.exact else ("approximate",) * 2
     count = f' <span class="soft">({len(finding.decisions)} alike)</span>' if len(finding.decisions) > 1 else ""
-    rows = "".join(f"<dt>{term}</dt><dd{style}>{escape(text)}</dd>" for term, text, style in _rows(finding))
+    rows = "".join(map(_row, finding.rows(because)))
     visited = visits(first.site, first.variant)
     picture = f'<pre class="map">{visited.text(96)}</pre>' if 0 < visited.density < 1 else ""
     return (
-        f'<article><span class="tag {tag}">{says}</span><h2>{escape(finding.name)}{count}</h2><dl>{rows}</dl>{picture}</article>'
+        f'<article><span class="tag {first.outcome}">{finding.outcome}</span><h2>{escape(finding.name)}{count}</h2>'
+        f"<dl>{rows}</dl>{picture}</article>"
     )
 
 
-def _rows(finding: Finding) -> Iterator[tuple[str, str, str]]:
-    first = finding.first
-    cost, math = costs(first), ' class="math"'
-    computes, becomes = meaning(first.site.computes), meaning(first.variant)
-    yield "is", shape(first.site), ""
-    yield "computes", computes, math
-    if becomes != computes:
-        yield "becomes", becomes, math
-    yield "decided by", first.rule, ""
-    yield "runs", f"{first.target}: {first.form}" if first.target else "its original code", ""
-    yield "computed", f"{cost.density_before:.1%} of the map → {cost.density_after:.1%}", ""
-    yield "costs", f"{si(cost.before.flops)}FLOP → {si(cost.after.flops)}FLOP", ""
-    yield "memory", f"{si(cost.before.bytes)}B → {si(cost.after.bytes)}B of traffic", ""
-    yield from (("refused", f"{r.by}: {r.reason}", ' class="refused"') for r in first.refusals)
-    yield from (("note", note, "") for note in first.site.notes)
+def _row(row: Row) -> str:
+    style = "refused" if row.term == "refused" else "math" if row.term in ("computes", "becomes", "") else ""
+    return f'<dt>{row.term}</dt><dd class="{style}">{escape(row.name + row.says)}</dd>'
 
 
-def _rest(plan: Plan) -> Iterator[str]:
+def _near_misses(plan: Plan) -> Iterator[str]:
     if plan.near_misses:
         texts = [f"{miss.name or '(no module)'}: {miss.anchor}: {miss.reason}" for miss in plan.near_misses]
         misses = "".join(f"<li>{escape(text)}</li>" for text in texts)
-        yield f"<article><h2>Looked like an attention, and did not match</h2><ul>{misses}</ul></article>"
-    yield from (f'<p class="refused">warning: {escape(warning)}</p>' for warning in plan.warnings)
+        yield f"<article><h2>Left alone: what looked like an attention, and did not match</h2><ul>{misses}</ul></article>"

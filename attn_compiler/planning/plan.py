@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.site import Site
+from attn_compiler.planning.uses import Uses
+
+# Rewritten with the same meaning, rewritten as a rule asks, the model's own code as asked, or in spite of what a rule asks.
+Outcome = Literal["exact", "approximate", "kept", "refused"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,20 @@ class Decision:
     site: Site
     rule: str  # "rule 2 (name)", or "no rule"
     variant: Variant
-    exact: bool
+    exact: bool  # whether what runs computes what the model does
     target: str | None
     form: str = ""  # how the target runs it
     refusals: tuple[Refusal, ...] = ()
+    refused: bool = False  # the rule wanted something else, and could not have it
+
+    @property
+    def outcome(self) -> Outcome:
+        """What this means for the results of the model, in one word."""
+        if self.refused:
+            return "refused"
+        if self.target is None:
+            return "kept"
+        return "exact" if self.exact else "approximate"
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,19 @@ class Plan:
 
     decisions: tuple[Decision, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
-    warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    uses: Uses = field(default_factory=Uses)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever compiles the model should look at."""
+        return (*self.remarks, *self.uses.warnings())
 
     def __add__(self, other: Plan) -> Plan:
         """Plans of several graphs of one model, as one."""
-        return Plan(self.decisions + other.decisions, self.near_misses + other.near_misses, self.warnings + other.warnings)
+        return Plan(
+            self.decisions + other.decisions,
+            self.near_misses + other.near_misses,
+            tuple(dict.fromkeys(self.remarks + other.remarks)),
+            self.uses + other.uses,
+        )

@@ -14,7 +14,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import RefusedError
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.resolve import Asked, asked_of, unmatched
+from attn_compiler.planning.resolve import Asked, asked_of, uses
 from attn_compiler.planning.site import Site
 
 
@@ -39,7 +39,7 @@ def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
     asked = [_kept(asked_of(policy, site), policy, site) for site in sites]
     decisions = tuple(decide(site, one, targets) for site, one in zip(sites, asked, strict=True))
-    return Plan(decisions, tuple(near_misses), unmatched(policy, asked) + _unread(policy))
+    return Plan(decisions, tuple(near_misses), uses=uses(policy, sites, [one.rules for one in asked]))
 
 
 def _kept(asked: Asked, policy: Policy, site: Site) -> Asked:
@@ -49,11 +49,6 @@ def _kept(asked: Asked, policy: Policy, site: Site) -> Asked:
         return asked
     reason = "its `tolerance` is measured by calibration, which is not built yet"
     return replace(asked, variant=Refusal(rule.title, reason))
-
-
-def _unread(policy: Policy) -> tuple[str, ...]:
-    """A warning for parameters: no variant that this version carries has any."""
-    return (f"{policy.parameters} is not read: no variant that this version carries has parameters",) if policy.parameters else ()
 
 
 def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
@@ -82,7 +77,7 @@ def _left(site: Site, asked: Asked, refusals: tuple[Refusal, ...]) -> Decision:
     if asked.fatal:
         reasons = "; ".join(f"{refusal.by}: {refusal.reason}" for refusal in refusals)
         raise RefusedError(f"{site.name}: {asked.rule} says `fallback: error`, and it cannot be carried out: {reasons}")
-    return Decision(site, asked.rule, site.computes, exact=True, target=None, form=site.form, refusals=refusals)
+    return Decision(site, asked.rule, site.computes, exact=True, target=None, form=site.form, refusals=refusals, refused=True)
 
 
 def settled(variant: Variant, site: Site) -> Variant:

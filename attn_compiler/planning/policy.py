@@ -39,6 +39,18 @@ class Match:
             or (self.max_tokens is not None and site.at_least(self.max_tokens + 1))
         )
 
+    def __str__(self) -> str:
+        """Its conditions, in words."""
+        parts = [
+            f"named {self.module}" if self.module else "",
+            " or ".join(kind.value for kind in self.kind),
+            f"in layers {self.layers}" if self.layers else "",
+            " or ".join(phase.value for phase in self.phase),
+            f"at least {self.min_tokens} tokens long" if self.min_tokens is not None else "",
+            f"at most {self.max_tokens} tokens long" if self.max_tokens is not None else "",
+        ]
+        return ", ".join(filter(None, parts)) or "every attention"
+
     def in_layer(self, site: Site) -> bool | None:
         """Whether the site's layer is one of the rule's; None where the site's layer is unknown."""
         if self.layers is None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
-from attn_compiler.planning.findings import Finding, costs, findings, meaning, shape, si
+from attn_compiler.planning.findings import Row, costs, findings
+from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.page import page
-from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
+from attn_compiler.planning.plan import Decision, NearMiss, Outcome, Plan, Refusal
+from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
 
 JSON_VERSION = 1
 WIDTH = 100
+INDENT = 12  # of what stands beside a term
+MOST_LINES = 8  # of one formula
+
+
+_SAYS: Mapping[Outcome, str] = {"kept": "kept as written"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,8 @@ class Report:
     plan: Plan
     policy: str = "exact"
     graphs: int = 1
+    because: str = ""
+    digest: str = ""
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -47,11 +58,14 @@ class Report:
         return "\n".join(self._lines())
 
     def to_json(self) -> str:
-        """All of it as JSON; `version` tells the shape of the document."""
+        """All of it as JSON; `version` tells the shape of the document, README.md what it holds."""
         document = {
             "version": JSON_VERSION,
             "policy": self.policy,
+            "digest": self.digest,
+            "because": self.because,
             "graphs": self.graphs,
+            "rules": [{"rule": r.title, "because": r.because, "decides": r.decided} for r in self.plan.uses.rules],
             "sites": [_record(d) for d in self.plan.decisions],
             "near_misses": [vars(miss) for miss in self.plan.near_misses],
             "warnings": list(self.plan.warnings),
@@ -63,73 +77,55 @@ class Report:
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            unfinished.write_text(page(self._title(), findings(self.plan.decisions), self.plan), encoding="utf-8")
+            unfinished.write_text(page(self.title, self.because, findings(self.plan.decisions), self.plan), encoding="utf-8")
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _title(self) -> str:
-        rewritten = sum(d.target is not None for d in self.plan.decisions)
-        found = len(self.plan.decisions)
-        return (
-            f"policy {self.policy} · {_count(found, 'attention')} in {_count(self.graphs, 'graph')} · "
-            f"{rewritten} rewritten, {found - rewritten} left as written"
-        )
+    @property
+    def title(self) -> str:
+        """The policy, and what became of how many attentions."""
+        counted = Counter(decision.outcome for decision in self.plan.decisions)
+        found = f"{_count(len(self.plan.decisions), 'attention')} in {_count(self.graphs, 'graph')}"
+        became = ", ".join(f"{counted[one]} {_SAYS.get(one, one)}" for one in get_args(Outcome) if counted[one])
+        return f"policy {self.policy} · {found}" + (f": {became}" if became else "")
 
     def _lines(self) -> Iterator[str]:
-        yield self._title()
+        yield self.title
+        if self.because:
+            yield _wrapped(Row("because", self.because))
         for finding in findings(self.plan.decisions):
             yield ""
-            yield from _paragraph(finding)
-        if self.plan.near_misses:
-            yield f"\nlooked like an attention, but {_count(len(self.plan.near_misses), 'anchor')} did not match"
-            for miss in self.plan.near_misses:
-                yield _wrapped("", f"{miss.name or '(no module)'}: {miss.anchor}: {miss.reason}")
+            yield finding.title
+            yield from map(_wrapped, finding.rows(self.plan.uses.because(finding.first.rule)))
+        yield from _near_misses(self.plan.near_misses)
         for warning in self.plan.warnings:
             yield "\n" + textwrap.fill(f"warning: {warning}", WIDTH, subsequent_indent="  ")
 
 
-def _paragraph(finding: Finding) -> Iterator[str]:
-    first, count = finding.first, len(finding.decisions)
-    yield finding.name + (f" ({count} alike)" if count > 1 else "")
-    computes, becomes = meaning(first.site.computes), meaning(first.variant)
-    frame = first.site.frame.because if first.site.frame else "unknown"
-    yield _wrapped("is", shape(first.site))
-    yield _wrapped("positions", frame)
-    yield _wrapped("computes", computes)
-    if becomes != computes:
-        yield _wrapped("becomes", becomes)
-    yield _wrapped("decided", _decided(first))
-    yield _wrapped("runs", f"{first.target}: {first.form}" if first.target else "its original code")
-    yield _wrapped("costs", _costs(first))
-    yield from (_wrapped("refused", f"{refusal.by}: {refusal.reason}") for refusal in first.refusals)
-    yield from (_wrapped("note", note) for note in first.site.notes)
+def report_of(plan: Plan, policy: Policy, graphs: int = 1) -> Report:
+    """The report of a plan that was made by a policy."""
+    return Report(plan, policy.name, graphs, policy.because.strip(), policy.digest)
 
 
-def _decided(decision: Decision) -> str:
-    if decision.target is None and decision.refusals:
-        return f"left as written: {decision.rule} was refused" if decision.rule != "no rule" else "left as written"
-    return f"{'exact' if decision.exact else 'approximate'}, by {decision.rule}"
+def _near_misses(misses: Sequence[NearMiss]) -> Iterator[str]:
+    if misses:
+        yield "\nleft alone: what looked like an attention, and did not match"
+    for miss in misses:
+        says = f"{miss.name or '(no module)'}: {miss.anchor}: {miss.reason}"
+        yield textwrap.fill(says, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
 
 
-def _wrapped(term: str, said: str) -> str:
-    """A term and what is said of it, in lines that fit a terminal."""
-    indent = " " * (12 if term else 4)
-    first = f"  {term:10}" if term else "  "
-    return textwrap.fill(said, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False)
-
-
-def _costs(decision: Decision) -> str:
-    cost = costs(decision)
-    return (
-        f"{cost.density_before:.1%} → {cost.density_after:.1%} of the map, "
-        f"{si(cost.before.flops)}FLOP → {si(cost.after.flops)}FLOP, "
-        f"{si(cost.before.bytes)}B → {si(cost.after.bytes)}B of memory traffic"
-    )
+def _wrapped(row: Row) -> str:
+    """A row in lines that fit a terminal, those after the first below the beginning of what is said."""
+    first = f"  {row.term:{INDENT - 2}}{row.name}"
+    text = textwrap.TextWrapper(WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False)
+    text.max_lines, text.placeholder = MOST_LINES, " … (all of it in the JSON)"
+    return text.fill(row.says)
 
 
 def _record(decision: Decision) -> dict[str, object]:
-    site = decision.site
+    site, found = decision.site, formulas(decision.site.computes, decision.site)
     return {
         "name": site.name,
         "layer": site.layer,
@@ -145,11 +141,12 @@ def _record(decision: Decision) -> dict[str, object]:
         "value_dim": site.value_dim,
         "dtype": site.dtype,
         "frame": site.frame and site.frame.because,
-        "computes": meaning(site.computes),
-        "becomes": meaning(decision.variant),
+        "computes": whole(found),
+        "parts": [{"name": part.name, "says": part.says} for one in found for part in one.parts],
         "tables": sorted(site.computes.tables()),
         "rule": decision.rule,
-        "exact": decision.exact,
+        "outcome": decision.outcome,
+        "becomes": whole(formulas(decision.variant, site)) if decision.target else None,
         "target": decision.target,
         "form": decision.form,
         "notes": list(site.notes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from attn_compiler.algebra.expr import Expr, Sort, const, every, i, k, q, q_len, rebuild, score
@@ -14,6 +14,7 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
 from attn_compiler.planning.slots import SLOTS, Slots
+from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import Seen, with_phantoms
 
 
@@ -172,7 +173,15 @@ def _padding(mask: Expr, frame: Frame) -> Expr | Refusal:
     return every(*kept)
 
 
-def unmatched(policy: Policy, asked: Iterable[Asked]) -> tuple[str, ...]:
-    """A warning for every rule that matched nothing."""
-    used = {number for one in asked for number in one.rules}
-    return tuple(f"{rule.title} matches nothing" for rule in policy.rules if rule.number not in used)
+def uses(policy: Policy, sites: Sequence[Site], took: Sequence[Sequence[int]]) -> Uses:
+    """Count over the sites of one graph; `took` are the numbers of the rules that decided each."""
+    plain = [replace(site, longer=None) for site in sites]  # only to count, no length becomes a condition
+
+    def use(rule: Rule) -> RuleUse:
+        matched = sum(not rule.match.excludes(site) and rule.match.in_layer(site) is not False for site in plain)
+        decided = sum(rule.number in numbers for numbers in took)
+        named = rule.match.module is not None
+        return RuleUse(rule.title, rule.because.strip(), str(rule.match), named, rule.also, matched, decided)
+
+    example = next((site.name for site in sites if site.name), "")
+    return Uses(tuple(map(use, policy.rules)), len(sites), example, policy.parameters)

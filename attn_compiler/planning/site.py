@@ -55,6 +55,7 @@ class TableShape:
 
     shape: tuple[Length, ...]
     sort: Sort
+    title: str = ""  # what the model calls it
 
 
 @dataclass(frozen=True)

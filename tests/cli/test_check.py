@@ -28,7 +28,7 @@ def test_a_checked_policy_shows_its_rules_and_its_digest(tmp_path: Path) -> None
     policy.write_text("version: 1\nrules:\n  - {match: {kind: self, layers: '0:2'}, attn: {mask: causal}}\n", encoding="utf-8")
     shown = runner.invoke(app, ["check", str(policy)])
     assert shown.exit_code == 0
-    assert "rule 1: self, layers 0:2 → mask: causal" in shown.stdout
+    assert "rule 1: self, in layers 0:2 → mask: causal" in shown.stdout
     found = json.loads(runner.invoke(app, ["check", str(policy), "--json"]).stdout)
     assert found["digest"] in shown.stdout
     assert found["rules"][0]["attn"] == {"mask": "causal"}

@@ -24,7 +24,7 @@ def _explained(*options: str, model: str = TINY) -> dict[str, object]:
 def test_a_model_is_explained_without_weights() -> None:
     sites = _explained()["sites"]
     assert [site["name"] for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert {(site["phase"], site["exact"], site["q_len"]) for site in sites} == {("prefill", True, 128)}
+    assert {(site["phase"], site["outcome"], site["q_len"]) for site in sites} == {("prefill", "exact", 128)}
 
 
 def test_an_implementation_is_the_idiom_of_the_site() -> None:
@@ -41,7 +41,7 @@ def test_a_policy_shows_what_becomes_of_the_model(tmp_path: Path) -> None:
     policy = tmp_path / "window.attn.yaml"
     policy.write_text("version: 1\nrules:\n  - {match: {layers: 1}, attn: {mask: causal & window(16)}}\n", encoding="utf-8")
     sites = _explained("--policy", str(policy))["sites"]
-    assert [(site["exact"], site["rule"]) for site in sites] == [(True, "no rule"), (False, "rule 1")]
+    assert [(site["outcome"], site["rule"]) for site in sites] == [("exact", "no rule"), ("approximate", "rule 1")]
 
 
 def test_a_page_is_written(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from attn_compiler.algebra.expr import Expr, i, k, k_len, q, q_len, score
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.graph.capture import capture
-from attn_compiler.graph.classify import classify
 from attn_compiler.graph.frame import first_key, frame, kind, phase, restated
 from attn_compiler.graph.match import match
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.symbolic import SymbolicReader
+from attn_compiler.planning.classify import classify
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.site import Frame, Kind, Phase
 

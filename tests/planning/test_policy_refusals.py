@@ -89,4 +89,5 @@ def test_parameters_that_nothing_reads_are_a_warning() -> None:
 
 
 def test_layers_that_a_model_does_not_have_match_nothing() -> None:
-    assert planned('rules: [{match: {layers: "100"}, attn: exact}]').warnings == ("rule 1 matches nothing",)
+    found = planned('rules: [{match: {layers: "100"}, attn: exact}]').warnings
+    assert found == ("rule 1 matches nothing: no attention is in layers 100",)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from attn_compiler import library
 from attn_compiler.algebra.expr import Expr, Sort, b, const, i, k, q, same, table
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.findings import costs, findings, ranges
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
-from attn_compiler.planning.report import WIDTH, Report
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.report import WIDTH, Report, report_of
 from attn_compiler.planning.site import Form, Frame, Kind, Phase, Site
+from attn_compiler.targets.choice import TorchTarget
 
 CAUSAL = Variant(mask=k <= q)
 LOCAL = Variant(mask=(k <= q) & (q <= k + 255))
@@ -69,9 +72,17 @@ def test_a_refusal_sets_an_attention_apart() -> None:
 
 def test_a_report_fits_a_terminal_and_says_everything() -> None:
     reason = "a long reason " * 20
-    text = str(Report(_plan(replace(_decision(0, LOCAL), target=None, refusals=(Refusal("torch", reason),)))))
+    refused = replace(_decision(0, LOCAL), rule="rule 1", target=None, refusals=(Refusal("torch", reason),), refused=True)
+    text = str(Report(_plan(refused)))
     assert max(map(len, text.splitlines())) <= WIDTH
-    for said in ("q − k < 256", "left as written", "model.router", "warning: rule 3 matches nothing", "a long reason"):
+    for said in (
+        "window(256)",
+        "q − k < 256",
+        "attn: kept as written, rule 1 is refused",
+        "model.router",
+        "warning: rule 3 matches nothing",
+        "a long reason",
+    ):
         assert said in text
 
 
@@ -81,6 +92,32 @@ def test_json_holds_every_site_and_its_version() -> None:
     assert [site["layer"] for site in found["sites"]] == [0, 1]
     assert found["sites"][0]["costs"]["density_after"] < found["sites"][1]["costs"]["density_after"] < 1
     assert found["warnings"] == ["rule 3 matches nothing"]
+    assert found["sites"][0]["parts"][1] == {"name": "window(256)", "says": "q − k < 256"}
+
+
+def test_a_record_cannot_be_taken_for_what_it_is_not() -> None:
+    """What runs where a rule is refused is exact, and still not what was asked for."""
+    refused = replace(_decision(0), rule="rule 1", target=None, refusals=(Refusal("rule 1", "cannot"),), refused=True)
+    decisions = [_decision(0), replace(_decision(1), exact=False), replace(_decision(2), target=None), refused]
+    records = json.loads(Report(Plan(tuple(decisions))).to_json())["sites"]
+    assert [record["outcome"] for record in records] == ["exact", "approximate", "kept", "refused"]
+    assert [record["becomes"] is None for record in records] == [False, False, True, True]
+    assert all("exact" not in record for record in records)
+    assert str(Report(Plan(tuple(decisions)))).startswith(
+        "policy exact · 4 attentions in 1 graph: 1 exact, 1 approximate, 1 kept as written, 1 refused\n"
+    )
+
+
+def test_why_a_policy_and_its_rules_are_there_is_shown() -> None:
+    policy = library.load_policy(
+        "version: 1\nbecause: Long prompts.\nrules: [{match: {kind: self}, because: It may., attn: {mask: window(9)}}]"
+    )
+    report = report_of(plan((_decision(0).site,), policy, (TorchTarget(),)), policy)
+    text, document = str(report), json.loads(report.to_json())
+    assert "because   Long prompts." in text
+    assert "because   It may." in text
+    assert (document["because"], document["digest"]) == ("Long prompts.", policy.digest)
+    assert document["rules"] == [{"rule": "rule 1", "because": "It may.", "decides": 1}]
 
 
 def test_a_page_is_escaped_and_leaves_no_other_file(tmp_path: Path) -> None:

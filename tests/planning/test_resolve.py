@@ -180,4 +180,37 @@ def test_weights_that_are_read_elsewhere_keep_their_code() -> None:
 
 def test_a_rule_that_matches_nothing_is_a_warning() -> None:
     found = planned("  - {name: far, match: {module: nowhere}, attn: {mask: window(4)}}")
-    assert found.warnings == ('rule 1 "far" matches nothing',)
+    (says,) = found.warnings
+    assert says.startswith('rule 1 "far" matches nothing: no attention is named nowhere; they are called like model.layers.')
+
+
+def test_a_rule_behind_one_that_takes_everything_is_a_warning() -> None:
+    found = planned("  - attn: exact\n  - {match: {kind: self}, attn: {mask: window(4)}}")
+    assert found.warnings == ("rule 2 decides nothing: earlier rules take all that it matches",)
+
+
+def test_an_addition_to_what_no_rule_decided_is_a_warning() -> None:
+    found = planned("  - {also: true, attn: {mask: window(4)}}")
+    assert found.warnings == ("rule 1 adds nothing: no earlier rule decides what it matches",)
+
+
+def test_rules_are_judged_over_all_graphs_of_a_model() -> None:
+    rules = "  - {match: {kind: self}, attn: exact}\n  - {match: {kind: cross}, attn: exact}"
+    one, other = planned(rules, site()), planned(rules, site(kind=Kind.CROSS))
+    assert "rule 2 matches nothing" in one.warnings[0]
+    assert "rule 1 matches nothing" in other.warnings[0]
+    assert (one + other).warnings == ()
+    assert len((one + one).warnings) == 1
+
+
+def test_a_policy_that_met_no_attention_says_so_once() -> None:
+    rules = "  - {match: {kind: self}, attn: exact}\n  - {match: {kind: cross}, attn: exact}"
+    policy = library.load_policy("version: 1\nrules:\n" + rules)
+    assert plan((), policy, ()).warnings == ("no attention was found, so that no rule decided anything",)
+
+
+def test_counting_what_a_rule_matches_makes_no_length_a_condition() -> None:
+    asked: list[int] = []
+    dynamic = site(longer=lambda tokens: bool(asked.append(tokens)))
+    planned("  - attn: exact\n  - {match: {min_tokens: 7}, attn: exact}", dynamic)
+    assert asked == []

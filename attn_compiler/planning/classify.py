@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from attn_compiler.algebra.bounds import Box
-from attn_compiler.algebra.expr import Expr, Sort, b, i, k, same, score
-from attn_compiler.algebra.linear import linear
+from attn_compiler.algebra.expr import Expr, Sort, b, i, k, q, same, score
+from attn_compiler.algebra.linear import Linear, expression, linear
 from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 
 
@@ -21,11 +21,17 @@ class Named:
 
 def classify(mask: Expr, value: Expr, facts: Box) -> tuple[Named, ...]:
     """A name for every condition of the mask and every term that is added to the score."""
-    conditions = [Named(_condition(part, facts), part) for part in conjuncts(mask)]
+    conditions = [Named(_condition(part, facts), part) for part in _paired(mask)]
     return (*conditions, *(Named(_term(term), term) for term in _terms(value) if term != score))
 
 
+def _indexed(part: Expr) -> Expr:
+    """The same, where queries that are known by their positions alone are as if those were their indices."""
+    return part.substitute({q: i}) if part.mentions(q) and not part.mentions(i) else part
+
+
 def _condition(part: Expr, facts: Box) -> str:
+    part = _indexed(part)
     for recognize in (_bound, _documents, _padding, _chunk):
         found = recognize(part)
         if found is not None and simplify(found[1], facts) == simplify(part, facts):
@@ -34,10 +40,31 @@ def _condition(part: Expr, facts: Box) -> str:
         inner = [_condition(x, facts) for x in disjuncts(part)]
         return f"prefix ({' or '.join(inner)})" if "causal" in inner else " or ".join(inner)
     if part.op == "and":
-        return " and ".join(_condition(x, facts) for x in conjuncts(part))
+        return _two_sided(part) or " and ".join(_condition(x, facts) for x in _paired(part))
     if part.op == "table" and part.mentions(i) and part.mentions(k):
         return "dense table"
     return "condition on tables" if part.tables() else "condition on places"
+
+
+def _paired(mask: Expr) -> list[Expr]:
+    """The conditions of a mask, where the two sides of a window, as far ahead as back, are one condition."""
+    parts = list(conjuncts(mask))
+    for part in parts:
+        other = next((x for x in parts if _two_sided(part & x)), None)
+        if other is not None:
+            return [part & other, *(x for x in parts if x not in (part, other))]
+    return parts
+
+
+def _two_sided(part: Expr) -> str:
+    """`k <= i + n - 1` and `i <= k + n - 1` are `window(n)`."""
+    sides = [_bound(_indexed(side)) for side in part.args] if part.op == "and" else []
+    names = [found[0] for found in sides if found]
+    for ahead, back in (names, names[::-1]) if len(names) == 2 else ():
+        n = back.removeprefix("window(").removesuffix(")")
+        if n.isdigit() and n != back and ahead == ("causal" if n == "1" else f"causal({int(n) - 1})"):
+            return back
+    return ""
 
 
 Found = tuple[str, Expr] | None
@@ -50,6 +77,8 @@ def _bound(part: Expr) -> Found:
     difference = linear(part.args[0]) - linear(part.args[1])
     rest = {a: n for a, n in difference.factors.items() if a not in (i, k)}
     ik = difference.factors.get(i, 0), difference.factors.get(k, 0)
+    if not rest and ik == (0, 1):
+        return f"sinks({1 - difference.constant})", k <= -difference.constant
     if not rest and ik == (-1, 1):
         offset = -difference.constant
         return ("causal" if offset == 0 else f"causal({offset})"), k <= i + offset
@@ -73,14 +102,28 @@ def _remapped(part: Expr, rest: dict[Expr, int]) -> Found:
     return ("window on remapped positions", part) if below.substitute({k: i}) == above and below.mentions(k) else None
 
 
+def label(part: Expr) -> Expr | None:
+    """The formula, read at the key, of a condition that says it is the same at the query."""
+    part = _indexed(part)
+    if part.op != "eq":
+        return None
+    if part.args[0].sort is Sort.INDEX:  # canonically, a difference that is zero
+        both = linear(part.args[0]) - linear(part.args[1])
+        mine = Linear({atom: n for atom, n in both.factors.items() if atom.mentions(i)})
+        other = Linear({atom: -n for atom, n in both.factors.items() if atom.mentions(k)})
+        read = expression(other if sum(other.factors.values()) > 0 else other * -1)
+        alike = simplify(expression(mine).substitute({i: k})) == simplify(expression(other))
+        return read if alike and both == mine - other and not read.mentions(i) else None
+    for one, same_at_key in (part.args, part.args[::-1]):
+        if one.mentions(i) and not one.mentions(k) and one.substitute({i: k}) == same_at_key:
+            return same_at_key
+    return None
+
+
 def _documents(part: Expr) -> Found:
     """Both sides are one formula, read at the query and at the key."""
-    if part.op != "eq" or not part.tables():
-        return None
-    for mine, other in (part.args, part.args[::-1]):
-        if mine.mentions(i) and not mine.mentions(k) and mine.substitute({i: k}) == other:
-            return "documents", same(mine, other)
-    return None
+    found = label(part) if part.tables() else None
+    return ("documents", same(found.substitute({k: i}), found)) if found is not None else None
 
 
 def _padding(part: Expr) -> Found:
@@ -106,9 +149,10 @@ def _terms(value: Expr) -> Iterator[Expr]:
 
 _SHAPES: tuple[tuple[str, Callable[[Expr], bool]], ...] = (
     ("function of the score", lambda e: e.mentions(score)),
+    ("regions", lambda e: e.op == "where" and label(e.args[0]) is not None),
     ("ALiBi", lambda e: e.mentions(k) and all(not x.mentions(k) for x in e.walk() if x.op == "table") and not e.mentions(b)),
     ("relative table", lambda e: any(_is_relative(x) for x in e.walk() if x.op == "table")),
-    ("dense table", lambda e: any(x.op == "table" and x.mentions(i) and x.mentions(k) for x in e.walk())),
+    ("bias table", lambda e: any(x.op == "table" and x.mentions(i) and x.mentions(k) for x in e.walk())),
     ("padding", lambda e: e.symbols() <= {b, k}),
 )
 
