@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from attn_compiler import library
+from attn_compiler import torch_private as private
 from attn_compiler.errors import LanguageError, PolicyError, RefusedError, TableError, did_you_mean
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.analysis import analyze, carry_out
 from attn_compiler.graph.bodies import has_anchor
 from attn_compiler.graph.tables import Tables

@@ -16,6 +16,10 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60  # the aim is 40; a long table in a function is fine, a long argument is not
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 
+# A new torch release is this file's work; benchmarks and tests may look into torch, to see what it does.
+TORCH_PRIVATE = Path("attn_compiler/torch_private.py")
+PRIVATE_THOUGH_NAMED_LIKE_PUBLIC = ("torch.fx.experimental", "torch.fx.proxy", "torch.fx.traceback", "torch.compiler.config")
+
 # A graph that cannot be rewritten must still compile, whatever the reason.
 MAY_CATCH_EVERYTHING = {Path("attn_compiler/backend.py")}
 
@@ -41,6 +45,40 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def _is_private_to_torch(dotted: str) -> bool:
+    """Operators (`torch.ops.aten._softmax`) have a schema that is public, whatever they are called."""
+    if dotted.startswith("torch.ops."):
+        return False
+    inside = any(map(_is_private, dotted.split(".")))
+    return dotted.split(".")[0] == "torch" and (inside or dotted.startswith(PRIVATE_THOUGH_NAMED_LIKE_PUBLIC))
+
+
+def _dotted(node: ast.expr, imported: dict[str, str]) -> str:
+    """An attribute as it would be imported: `fx.Node` is `torch.fx.Node`; of a value, `?.Node`."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value, imported)}.{node.attr}"
+    return imported.get(node.id, "?") if isinstance(node, ast.Name) else "?"
+
+
+def _touches_private_torch(tree: ast.Module) -> set[str]:
+    imported = {"self": "self", "cls": "cls"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {(x.asname or x.name.split(".")[0]): (x.name if x.asname else x.name.split(".")[0]) for x in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {(x.asname or x.name): f"{node.module}.{x.name}" for x in node.names}
+    read = {_dotted(node, imported) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {name for name in (*_imports(tree), *read) if _is_private_to_torch(name)}
+    own = {name.removeprefix("self.") for name in read} | {function.name for function in _functions(tree)}
+    last = {name: name.split(".")[-1] for name in read if name.startswith("?.")}
+    of_values = {name for name, attribute in last.items() if _is_private(attribute) and attribute not in own}
+    return names | of_values | {name for name in read if name.endswith(".node.expr")}
 
 
 def _swallows_everything(handler: ast.ExceptHandler) -> bool:
@@ -84,6 +122,30 @@ def test_the_engine_imports_no_content(path: Path) -> None:
     content = (*CONTENT, *(f"attn_compiler.{folder}" for folder in CONTENT))
     found = {name for name in _imports(_tree(path)) if name.startswith(tuple(f"{x}." for x in content))}
     assert found == set()
+
+
+@pytest.mark.parametrize(
+    "path", [x for x in MODULES if x.parts[0] not in ("tests", "benchmarks") and x != TORCH_PRIVATE], ids=str
+)
+def test_what_is_private_to_torch_is_touched_in_one_place(path: Path) -> None:
+    assert _touches_private_torch(_tree(path)) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "touched"),
+    [
+        ("from torch._ops import OpOverload", "torch._ops.OpOverload"),
+        ("from torch import _C", "torch._C"),
+        ("import torch._dynamo", "torch._dynamo"),
+        ("import torch\ndef f(): return torch._C._functorch", "torch._C._functorch"),
+        ("from torch import fx\nfx.experimental.proxy_tensor", "torch.fx.experimental.proxy_tensor"),
+        ("from torch.fx.experimental.symbolic_shapes import hint_int", "torch.fx.experimental.symbolic_shapes.hint_int"),
+        ("def f(node): return node.target._schema", "?.target._schema"),
+        ("def f(size): return size.node.expr", "?.node.expr"),
+    ],
+)
+def test_what_is_private_to_torch_is_seen(source: str, touched: str) -> None:
+    assert touched in _touches_private_torch(ast.parse(source))
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "tests"], ids=str)

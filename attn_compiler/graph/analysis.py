@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from attn_compiler.graph import torch_private as private
+from attn_compiler import torch_private as private
 from attn_compiler.graph.bodies import Part, parts
 from attn_compiler.graph.capture import capture
 from attn_compiler.graph.describe import Described, describe, with_layers

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import SymInt, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attn_compiler import torch_private as private
 from attn_compiler.graph.atom import Atom, Axes, Axis, product
 from attn_compiler.graph.calls import Call, Size, call, dtype, equal, is_one, is_tensor, shape
 
@@ -189,8 +189,8 @@ def source(node: fx.Node) -> fx.Node:
 def quotient(a: Size, b: Size) -> Size:
     """`a / b`, known to be whole; a number where the symbols cancel."""
     result = a // b
-    if isinstance(result, SymInt) and result.node.expr.is_number:
-        return int(result.node.expr)
+    if isinstance(result, SymInt) and private.formula(result).is_number:
+        return int(private.formula(result))
     return result
 
 
@@ -198,4 +198,4 @@ def _divides(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a != 0 and b % a == 0
     rest: Size = b % a  # type: ignore[operator]  # a number modulo a symbol is fine
-    return bool(statically_known_true(rest == 0))
+    return bool(private.statically_known_true(rest == 0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from attn_compiler.graph import torch_private as private
+from attn_compiler import torch_private as private
 from attn_compiler.graph.atom import Axes, Axis, product
 from attn_compiler.graph.axes import Atoms, quotient
 from attn_compiler.graph.calls import call, dtype, equal, is_number, is_one, is_tensor, shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from attn_compiler.graph import torch_private as private
+from attn_compiler import torch_private as private
 from attn_compiler.graph.capture import Body, bodies, capture_body, drop_dead_code
 from attn_compiler.graph.symbolic import SymbolicReader
 

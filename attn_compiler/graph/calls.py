@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attn_compiler import torch_private as private
 
 Size = int | torch.SymInt
 Argument = Any  # a node, a number, a list of those: what fx puts into `Node.args`
@@ -111,7 +112,7 @@ def call(node: fx.Node) -> Call:
     if node.op != "call_function":
         return Call(node.op, {})
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, private.Operator):
         return _aten(node, target)
     if target in _PYTHON:
         return Call(_PYTHON[target], dict(zip(("self", "other"), node.args, strict=False)))
@@ -120,17 +121,17 @@ def call(node: fx.Node) -> Call:
     return Call(name, {**positional, **node.kwargs})
 
 
-def _aten(node: fx.Node, target: torch._ops.OpOverload) -> Call:
-    schema = target._schema
+def _aten(node: fx.Node, target: private.Operator) -> Call:
+    schema = private.schema(target)
     arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     arguments.update(zip((a.name for a in schema.arguments), node.args, strict=False))
     arguments.update(node.kwargs)
     return Call(canonical(target), arguments, schema.is_mutable)
 
 
-def canonical(target: torch._ops.OpOverload) -> str:
+def canonical(target: private.Operator) -> str:
     """The one name for all spellings of an ATen operation, in place or not."""
-    schema = target._schema
+    schema = private.schema(target)
     name = schema.name.split("::")[-1]
     if schema.is_mutable and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
@@ -162,7 +163,7 @@ def equal(a: Size, b: Size) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return a is b or bool(statically_known_true(a == b))
+    return a is b or bool(private.statically_known_true(a == b))
 
 
 def is_one(size: Size) -> bool:

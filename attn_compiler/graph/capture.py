@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from attn_compiler import torch_private as private
 from attn_compiler.errors import CaptureError
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.calls import Argument
 from attn_compiler.graph.leaves import LEAVES
 
@@ -60,7 +59,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[Body]:
     for node in gm.graph.nodes:
         if node.op != "call_function" or not private.is_higher_order(node):
             continue
-        flat: list[fx.Node] = [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
+        flat: list[fx.Node] = [x for x in private.tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
         modules = {x: gm.get_submodule(str(x.target)) for x in flat if _is_body(gm, x)}
         operands = tuple(x for x in flat if x not in modules)
         for at, module in modules.items():
@@ -96,7 +95,7 @@ class _Retrace(fx.Interpreter):
             if n.op not in ("call_function", "call_method"):
                 return super().run_node(n)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            inside = any(isinstance(x, fx.Proxy) for x in pytree.tree_leaves((args, kwargs)))
+            inside = any(isinstance(x, fx.Proxy) for x in private.tree_leaves((args, kwargs)))
             self._depth += max(private.nesting(n), 0)
             if self._depth or inside:
                 return self._copy_inside(n, args, kwargs)
@@ -119,8 +118,8 @@ class _Retrace(fx.Interpreter):
 def _write_out_constants(gm: fx.GraphModule, mode: private.FakeMode) -> None:
     """Turn the constants that tracing keeps as attributes into literals: AOTAutograd rejects buffers that Dynamo never saw."""
     for node in list(gm.graph.nodes):
-        constant = vars(gm).get(str(node.target), gm._buffers.get(str(node.target))) if node.op == "get_attr" else None
-        if not isinstance(constant, torch.Tensor):
+        constant = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if not isinstance(constant, torch.Tensor) or isinstance(constant, torch.nn.Parameter):
             continue
         if private.is_fake(constant):
             raise CaptureError(f"a value that is not known while compiling became a constant of the graph: {node}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import Call, call, dtype, is_number, is_tensor, shape
 from attn_compiler.graph.contraction import Contraction, contraction
@@ -148,25 +149,18 @@ def steps_of(node: fx.Node, read: Call) -> Iterator[tuple[fx.Node, Step]]:
         return
     if not _is_pointwise(node, read):
         return
-    plain = (read.writes and _functional(_overload(node))) or _overload(node)
+    plain = (read.writes and private.functional(_overload(node))) or _overload(node)
     for name, value in read.arguments.items():
         if name != "condition" and name != "mask" and is_tensor(value) and not is_number(value):
             yield value, Step(plain, {**read.arguments, name: SCORE}, node)
 
 
-def _overload(node: fx.Node) -> torch._ops.OpOverload:
-    assert isinstance(node.target, torch._ops.OpOverload)
+def _overload(node: fx.Node) -> private.Operator:
+    assert isinstance(node.target, private.Operator)
     return node.target
 
 
-def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """The operator that gives a new tensor where `target` writes in place."""
-    name = target._schema.name.removeprefix("aten::").removesuffix("_")
-    overload: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, name), target._overloadname)
-    return overload
-
-
 def _is_pointwise(node: fx.Node, read: Call) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+    if not isinstance(node.target, private.Operator) or not is_tensor(node):
         return False
     return torch.Tag.pointwise in node.target.tags or read.op in _POINTWISE

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import SymInt, fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
 from attn_compiler.graph.frame import FirstKey, counted_from, first_key, frame, kind, phase, restated
@@ -18,7 +18,7 @@ from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
-from attn_compiler.targets.sizes import likely
+from attn_compiler.torch_private import likely
 
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Expr, Sort, b, i, k, k_len, q, q_len, rebuild, table
 from attn_compiler.algebra.linear import expression, linear
 from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attn_compiler import torch_private as private
+
 
 def encoder_layer(
     x: Tensor,
@@ -23,7 +25,7 @@ def encoder_layer(
     eps: float,
     *rest: Any,
 ) -> Tensor:
-    """Write out `torch._transformer_encoder_layer_fwd`, the fast path of `nn.TransformerEncoderLayer` in evaluation."""
+    """Write out the fast path of `nn.TransformerEncoderLayer` in evaluation."""
     first_weight, first_bias, second_weight, second_bias, up_weight, up_bias, down_weight, down_bias, *masks = rest
     mask, kind = (*masks, None, None)[:2]
 
@@ -60,4 +62,4 @@ def _visible(mask: Tensor | None, kind: int | None, batch: int, length: int) -> 
     return ~seen if seen.dtype == torch.bool else seen
 
 
-LEAVES: Mapping[Any, Callable[..., Tensor]] = {torch._transformer_encoder_layer_fwd: encoder_layer}
+LEAVES: Mapping[Any, Callable[..., Tensor]] = {private.ENCODER_LAYER: encoder_layer}

@@ -7,6 +7,8 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
+
 
 class Versions:
     """Follows writes through a graph. Tensors that share memory are a family; a write through another member is not followed."""
@@ -49,18 +51,18 @@ def _shares_memory_with(node: fx.Node) -> fx.Node | None:
     """The argument whose memory the result of `node` may share."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, private.Operator):
         return node.args[0] if getattr(node.target, "__name__", "") == "getitem" else None
-    schema = node.target._schema
+    schema = private.schema(node.target)
     shares = any(result.alias_info is not None for result in schema.returns)
     maybe = torch.Tag.maybe_aliasing_or_mutating in node.target.tags
     return node.args[0] if shares or maybe else None
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, private.Operator):
         return []
-    schema = node.target._schema
+    schema = private.schema(node.target)
     named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
     written = [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     flat = [x for value in written for x in (value if isinstance(value, list | tuple) else (value,))]

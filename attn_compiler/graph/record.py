@@ -21,6 +21,7 @@ from typing import Final, Literal
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Expr, b, const, h, i, k
 from attn_compiler.graph.atom import Atom, Axes, Axis, coordinates, product
 from attn_compiler.graph.calls import Size, canonical
@@ -57,7 +58,7 @@ class Step:
     symbolic size or a Python float that is an input), or a constant. Names are those of the operator's schema.
     """
 
-    target: torch._ops.OpOverload
+    target: private.Operator
     arguments: Mapping[str, StepArgument]
     node: fx.Node  # where it was found: provenance, and the type of its result
 
@@ -72,8 +73,9 @@ class Step:
 
     def run(self, value: Callable[[StepArgument], object]) -> torch.Tensor:
         """Compute this step, each argument being what `value` makes of it."""
-        given = {a.name: value(self.arguments[a.name]) for a in self.target._schema.arguments if a.name in self.arguments}
-        named = {a.name: given.pop(a.name) for a in self.target._schema.arguments if a.kwarg_only and a.name in given}
+        arguments = private.schema(self.target).arguments
+        given = {a.name: value(self.arguments[a.name]) for a in arguments if a.name in self.arguments}
+        named = {a.name: given.pop(a.name) for a in arguments if a.kwarg_only and a.name in given}
         return self.target(*given.values(), **named)  # type: ignore[no-any-return]
 
     def operands(self) -> tuple[Operand, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.bounds import Box, Interval
 from attn_compiler.algebra.expr import (
     Expr,
@@ -32,7 +33,6 @@ from attn_compiler.algebra.expr import (
 from attn_compiler.algebra.simplify import implied, simplify
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
 from attn_compiler.errors import AlgebraError, CaptureError
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Call, Size, is_tensor
 from attn_compiler.graph.fills import Fill, Split, assume, empty_rows, never_empty, split
@@ -69,7 +69,7 @@ def recover(gm: fx.GraphModule, site: GraphSite, reader: SymbolicReader) -> Reco
 
 class _Recovery:
     def __init__(self, gm: fx.GraphModule, site: GraphSite, reader: SymbolicReader) -> None:
-        self._gm, self._site, self._reader = gm, site, reader
+        self._gm, self._site, self.reader = gm, site, reader
         queries, keys = site.lengths
         sizes = {b: product(site.batch), h: product(site.heads), i: queries, k: keys}
         self.facts: Box = {at: Interval(0, size - 1 if isinstance(size, int) else math.inf) for at, size in sizes.items()}
@@ -82,7 +82,7 @@ class _Recovery:
         for at, size in sizes.items():
             if not isinstance(size, int):
                 try:
-                    yield simplify(self._reader.number(size) - at)
+                    yield simplify(self.reader.number(size) - at)
                 except OpaqueError:
                     continue
 
@@ -107,7 +107,7 @@ class _Recovery:
         )
         variant = self._after(variant).map(self._lengths())
         literal = self._literal(variant, value).map(self._lengths()) if self._notes else None
-        tables = {name: self._reader.tables[name] for name in sorted(variant.tables() | (literal or variant).tables())}
+        tables = {name: self.reader.tables[name] for name in sorted(variant.tables() | (literal or variant).tables())}
         for found_table in tables.values():
             self._holds(found_table.node)
         return Recovered(variant, tables, self.facts, tuple(self._notes), literal)
@@ -139,8 +139,8 @@ class _Recovery:
 
     def _flex(self) -> Expr:
         try:
-            made = flex_score(self._gm, self._site.anchor, self._reader, self.facts)
-            shown = flex_mask(self._gm, self._site.anchor, self._reader, self.facts)
+            made = flex_score(self._gm, self._site.anchor, self.reader, self.facts)
+            shown = flex_mask(self._gm, self._site.anchor, self.reader, self.facts)
         except (OpaqueError, CaptureError) as failure:
             raise _CannotError(f"a function of `{self._site.anchor}` has no formula") from failure
         return made if shown == true else where(shown, made, -math.inf)
@@ -221,7 +221,7 @@ class _Recovery:
     def _number(self, x: fx.Node, step: Step) -> Expr:
         if is_tensor(x):
             return self._read(x, (const(0),) * len(x.meta["val"].shape), step)
-        return self._reader.number(x)
+        return self.reader.number(x)
 
     def operand(self, x: Operand, step: Step) -> Expr:
         """A tensor beside the scores, at the place that `b h i k` name."""
@@ -231,14 +231,14 @@ class _Recovery:
         return self._read(x.node, tuple(simplify(at, self.facts) for at in index if at is not None), step)
 
     def _read(self, node: fx.Node, index: Index, step: Step) -> Expr:
-        seen = self._reader.versions.read(node, step.node)
+        seen = self.reader.versions.read(node, step.node)
         if seen is None:
             self._direct[node] = step.node
-            return self._reader.table(node, index)
-        return self._reader.at(seen, index, self.facts)
+            return self.reader.table(node, index)
+        return self.reader.at(seen, index, self.facts)
 
     def _holds(self, node: fx.Node) -> None:
-        if not self._reader.versions.holds(node, self._direct.get(node, node), self._site.out.node):
+        if not self.reader.versions.holds(node, self._direct.get(node, node), self._site.out.node):
             raise _CannotError(f"{node} is written before the attention ends")
 
     def _lengths(self) -> _Renamed:
@@ -259,7 +259,7 @@ class _Renamed:
 
 
 def _name(size: Size) -> str | None:
-    return None if isinstance(size, int) or not size.node.expr.is_Symbol else str(size.node.expr)
+    return None if isinstance(size, int) or not private.formula(size).is_Symbol else str(size)
 
 
 _CAUSAL = Fill(-math.inf, replaces=True)
@@ -273,7 +273,7 @@ class _StepReading(Reading):
     """A step of the score program, as the rules of pointwise operations see it."""
 
     def __init__(self, recovery: _Recovery, step: Step, value: Expr) -> None:
-        super().__init__(recovery._reader._view(recovery.facts), step.node, Call(step.op, step.arguments), ())
+        super().__init__(recovery.reader.view(recovery.facts), step.node, Call(step.op, step.arguments), ())
         object.__setattr__(self, "_recovery", (recovery, step, value))
 
     @property

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import SymInt, Tensor, fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, Variant
-from attn_compiler.graph import torch_private as private
 from attn_compiler.graph.calls import Argument, is_tensor, shape
 from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
@@ -91,7 +91,7 @@ def _sizes(graph: fx.Graph, found: GraphSite, inputs: Sequence[fx.Node]) -> list
     """Nodes that have the symbols of a site's axes as sizes, where q, k and v only have multiples of them."""
     axes = (*found.q.axes, *found.k.axes, *found.v.axes, *found.out.axes)
     symbolic = [atom.size for axis in axes for atom in axis if isinstance(atom.size, SymInt)]
-    needed = {str(symbol) for size in symbolic for symbol in size.node.expr.free_symbols}
+    needed = {str(symbol) for size in symbolic for symbol in private.formula(size).free_symbols}
     plain = {str(size) for node in inputs if is_tensor(node) for size in shape(node)}
     known = sizes(graph)
     return list(dict.fromkeys(known[name].node for name in sorted(needed - plain) if name in known))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.errors import TableError, did_you_mean
-from attn_compiler.graph import torch_private as private
 from attn_compiler.planning.sources import Source
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.bounds import Box, Interval
 from attn_compiler.algebra.expr import Expr, Sort, const, symbol, table
 from attn_compiler.algebra.simplify import simplify
@@ -56,11 +57,11 @@ class SymbolicReader:
 
     def at(self, node: fx.Node, index: Index, facts: Box = _NO_FACTS) -> Expr:
         """The value of `node` at `index`, where `facts` bound the coordinates."""
-        return self._view(facts).value(node, index)
+        return self.view(facts).value(node, index)
 
     def number(self, x: Argument) -> Expr:
         """A Python number, a symbolic size or a node of one."""
-        return self._view(_NO_FACTS).number(x)
+        return self.view(_NO_FACTS).number(x)
 
     def table(self, node: fx.Node, index: Index) -> Expr:
         """`node` as a run-time tensor."""
@@ -93,7 +94,7 @@ class SymbolicReader:
                 return found.transform(lambda e: table(inner[str(e.value)].name, *e.args, sort=e.sort) if e.op == "table" else e)
         return self.table(node, index)
 
-    def _view(self, facts: Box) -> _View:
+    def view(self, facts: Box) -> _View:
         key = frozenset(facts.items())
         if key not in self._views:
             self._views[key] = _View(self, dict(facts))
@@ -126,7 +127,7 @@ class _View:
         if self._steps > _MOST_STEPS:
             return self._reader.table(node, index)
         try:
-            if read.op == "_remove_batch_dim":
+            if private.leaves_region(node):
                 return self.simplified(read_vmapped(self, node, index))
             if rule is None:
                 return self._reader.table(node, index)
@@ -152,7 +153,7 @@ class _View:
         if isinstance(seen, bool | int | float):
             return const(seen)
         if isinstance(seen, torch.SymInt):
-            return self._symbolic(seen.node.expr)
+            return self._symbolic(private.formula(seen))
         if isinstance(x, fx.Node):
             return self._reader.table(x, ())
         raise OpaqueError
@@ -189,10 +190,10 @@ def sizes(graph: fx.Graph) -> dict[str, Table]:
     found: dict[str, Table] = {}
     for node in graph.nodes:
         seen = value(node)
-        if node.op == "placeholder" and isinstance(seen, torch.SymInt) and seen.node.expr.is_Symbol:
-            found[str(seen.node.expr)] = Table(node, Sort.INDEX)
+        if node.op == "placeholder" and isinstance(seen, torch.SymInt) and private.formula(seen).is_Symbol:
+            found[str(seen)] = Table(node, Sort.INDEX)
         elif is_tensor(node):
             for dim, size in enumerate(shape(node)):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                    found.setdefault(str(size.node.expr), Table(node, Sort.INDEX, dim))
+                if isinstance(size, torch.SymInt) and private.formula(size).is_Symbol:
+                    found.setdefault(str(size), Table(node, Sort.INDEX, dim))
     return found

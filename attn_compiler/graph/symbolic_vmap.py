@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Expr, const, same
 from attn_compiler.graph.calls import Argument, call, is_tensor, shape
 from attn_compiler.graph.symbolic_reading import Index, OpaqueError, as_bool, as_number, combine, is_exact
@@ -30,7 +31,7 @@ def read_vmapped(view: _View, node: fx.Node, index: Index) -> Expr:
     """The result of a nest of vmaps, of a function that returns one number, at `index`."""
     lanes: dict[Argument, Expr] = {}
     rest, inner = list(index), node
-    while isinstance(inner, fx.Node) and call(inner).op == "_remove_batch_dim":
+    while isinstance(inner, fx.Node) and private.leaves_region(inner):
         source, level, _, dim = inner.args
         lanes[level] = rest.pop(dim)  # type: ignore[arg-type]
         inner = source  # type: ignore[assignment]
@@ -60,7 +61,7 @@ class _Region:
         return self._view.number(x)
 
     def _applied(self, op: str, x: fx.Node) -> Expr:
-        if op == "_add_batch_dim":
+        if private.enters_region(x):
             source, _, level = x.args
             if not is_tensor(source) or len(shape(source)) != 1:
                 raise OpaqueError

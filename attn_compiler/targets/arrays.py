@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attn_compiler.algebra.evaluate import PYTHON
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.errors import TableError
+from attn_compiler.torch_private import statically_known_true
 
 Number = bool | int | float | torch.SymInt
 Value = Tensor | Number

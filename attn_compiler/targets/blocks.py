@@ -14,7 +14,7 @@ from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reach import Reach, reach, shows_itself
-from attn_compiler.targets.sizes import likely, statically_known_true
+from attn_compiler.torch_private import likely, statically_known_true
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant
@@ -17,6 +16,7 @@ from attn_compiler.targets.explicit import explicit
 from attn_compiler.targets.fused import fits, fused
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.reach import is_causal
+from attn_compiler.torch_private import statically_known_true
 
 Result = tuple[Tensor, Tensor | None]  # the output, and the log-sum-exp where it was asked for
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from attn_compiler.graph import torch_private as private
+from attn_compiler import torch_private as private
 from end_to_end.models import interpreted
 
 

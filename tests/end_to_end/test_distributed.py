@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import attn_compiler as attn
-from attn_compiler.graph import torch_private as private
+from attn_compiler import torch_private as private
 from end_to_end.models import WINDOW, assert_outcome, interpreted, like_llama, llama, tokens
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import attn_compiler as attn
+from attn_compiler import torch_private as private
 from attn_compiler.errors import PolicyError, TableError
-from attn_compiler.graph import torch_private as private
 from attn_compiler.testing import assert_within_budget
 from end_to_end.models import WINDOW, double, like_llama, llama, near, tokens
 

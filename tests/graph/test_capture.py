@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from attn_compiler.graph.capture import bodies, capture, capture_body
-from attn_compiler.graph.torch_private import forget_values, inductor
+from attn_compiler.torch_private import forget_values, inductor
 
 
 class Attention(nn.Module):

@@ -9,22 +9,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import SymInt, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.frontend_utils import process_inputs
 from torch._guards import TracingContext, detect_fake_mode
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 from torch.utils import _pytree as pytree
 
+Operator = OpOverload
 FakeMode = FakeTensorMode | None
 Traced = Any  # whatever flows along an edge of a graph: tensors, symbolic numbers, containers of those
 RETRACE_FAILURES = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
 DYNAMO_CONTROL_FLOW = TorchDynamoException  # restarts of its analysis come as exceptions: they must pass
+statically_known_true = symbolic_shapes.statically_known_true
+tree_leaves = pytree.tree_leaves
+ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 
 _OPENS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_func_increment_nesting")
 _CLOSES = ("_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_func_decrement_nesting")
@@ -138,6 +143,32 @@ def follow(proxy: fx.Proxy, value: Traced, mode: FakeMode) -> Traced:
     return track_tensor_tree(known, proxy, constant=None, tracer=_tracer())
 
 
+def schema(operator: Operator) -> torch.FunctionSchema:
+    """The names, defaults and aliases of an operator's arguments and results."""
+    return operator._schema
+
+
+def functional(operator: Operator) -> Operator:
+    """The operator that gives a new tensor where `operator` writes in place."""
+    name = operator._schema.name.removeprefix("aten::").removesuffix("_")
+    overload: Operator = getattr(getattr(torch.ops.aten, name), operator._overloadname)
+    return overload
+
+
+def formula(size: SymInt) -> Any:
+    """A symbolic size as sympy knows it."""
+    return size.node.expr
+
+
+def likely(size: int | SymInt, unknown: int) -> int:
+    """The length a trace was made with, or `unknown` where there was none; adds no guard."""
+    if isinstance(size, int):
+        return size
+    if hasattr(symbolic_shapes, "optimization_hint"):  # torch 2.12 and later
+        return int(symbolic_shapes.optimization_hint(size, unknown))
+    return int(symbolic_shapes.size_hint(size, unknown))  # type: ignore[attr-defined]
+
+
 def is_fake(x: Traced) -> bool:
     return isinstance(x, FakeTensor)
 
@@ -150,6 +181,11 @@ def nesting(node: fx.Node) -> int:
     """How much deeper into a functorch transform (vmap, grad) `node` leads: 1, 0 or -1."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     return (name in _OPENS) - (name in _CLOSES)
+
+
+def enters_region(node: fx.Node) -> bool:
+    """Whether `node` hands a value to a vmapped region."""
+    return getattr(node.target, "__name__", "") == "_add_batch_dim"
 
 
 def leaves_region(node: fx.Node) -> bool:
@@ -166,8 +202,8 @@ def has_effect(node: fx.Node) -> bool:
         return name.endswith("_") and not name.endswith("__")
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable or bool(node.is_impure())
+    if isinstance(node.target, Operator):
+        return schema(node.target).is_mutable or bool(node.is_impure())
     return getattr(node.target, "__name__", "") in _EFFECTS or "out" in node.kwargs or bool(node.is_impure())
 
 
