@@ -21,6 +21,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Operator = OpOverload
 FakeMode = FakeTensorMode | None
@@ -351,3 +352,17 @@ def inductor_options(mode: str | None, options: Mapping[str, Traced]) -> dict[st
     wanted = {key.replace("-", "_"): value for key, value in options.items()}
     unknown = next((key for key in wanted if key not in known), None)
     return unknown or {**(list_mode_options(mode) if mode else {}), **wanted}
+
+
+class EveryResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While this is entered, every tensor that an operator makes anew is what `change(operator, tensor)` makes of it."""
+
+    def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._change = change
+
+    def __torch_dispatch__(self, func: Operator, types: Traced, args: Traced = (), kwargs: Traced = None) -> Traced:
+        found = func(*args, **(kwargs or {}))
+        if any(result.alias_info for result in func._schema.returns):
+            return found
+        return pytree.tree_map_only(torch.Tensor, lambda x: self._change(func._schema.name.removeprefix("aten::"), x), found)

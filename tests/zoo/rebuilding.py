@@ -14,6 +14,7 @@ from attn_compiler.graph.analysis import analyze, carry_out
 from attn_compiler.graph.capture import capture
 from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.site import Site
+from attn_compiler.testing.budget import budget, largest, over_budget
 from zoo.capture import Example, visit_graphs
 from zoo.entry import TOKENS, Inputs
 
@@ -101,22 +102,19 @@ def _never_drop(model: nn.Module) -> None:
 def _compare(original: fx.GraphModule, rewritten: fx.GraphModule, values: Sequence[Any], found: Rebuilt) -> None:
     """In float64, where nothing rounds, the two may differ by less than the model itself errs; and as they are, by the budget."""
     reference, rebuilt = _results(_Wide(original), values, wide=True), _results(_Wide(rewritten), values, wide=True)
-    plain, ours = _results(original, values), _results(rewritten, values)
-    groups: dict[str, float] = {}
-    for name, x in reference.items():
-        groups[name.split()[0]] = max(groups.get(name.split()[0], 0.0), _largest(x))
-    for name, exact in reference.items():
-        magnitude = groups[name.split()[0]]
-        error = _distance(plain[name], exact)
-        eps = torch.finfo(plain[name].dtype).eps
-        found.compared += 1
-        for what, other, allowed in (
-            ("float64", rebuilt[name], error + 4 * torch.finfo(torch.float64).eps * magnitude),
-            (str(plain[name].dtype), ours[name], 2 * error + 4 * eps * magnitude),
-        ):
-            distance = _distance(other, exact)
-            if not distance <= allowed:
-                found.differences.append(f"{name}, {what}: differs by {distance:.2g}, where {allowed:.2g} is allowed")
+    ours, exact = _results(rewritten, values), list(reference.values())
+    found.compared += len(exact)
+
+    def plain() -> list[Tensor]:
+        results = _results(original, values)
+        return [results[name] for name in reference]
+
+    def less_than_the_model(error: float, x: Tensor, _: torch.dtype) -> float:
+        return error + 4 * torch.finfo(torch.float64).eps * largest(x)
+
+    for what, other, allowed in (("float64", rebuilt, less_than_the_model), ("as it is", ours, budget)):
+        names = [f"{name}, {what}" for name in reference]
+        found.differences += over_budget([other[name] for name in reference], exact, plain, names, allowed)
 
 
 def _results(run: Callable[..., Any], values: Sequence[Any], *, wide: bool = False) -> dict[str, Tensor]:
@@ -143,18 +141,6 @@ def _leaf(x: Tensor, wide: bool) -> Tensor:
 def _weighed(x: Tensor) -> Tensor:
     """A sum in which no two entries count the same."""
     return (x.double() * torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)).mean()
-
-
-def _largest(x: Tensor) -> float:
-    finite = x[x.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
-
-
-def _distance(x: Tensor, exact: Tensor) -> float:
-    """The largest difference; where the model has no number, ours must have none either."""
-    if not torch.equal(x.isfinite(), exact.isfinite()):
-        return float("inf")
-    return (x.double() - exact)[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
 
 
 class _Wide(fx.Interpreter):

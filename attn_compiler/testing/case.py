@@ -1,0 +1,86 @@
+"""One call of attention, run by a target, by the reference and by the plain formula: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.runtime.attend import attend
+from attn_compiler.runtime.call import operands_of
+from attn_compiler.targets.blocks import in_real, whole
+from attn_compiler.targets.torch_target import by_group, carry_out
+from attn_compiler.testing.budget import assert_all_within_budget
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant and the operands of one call; tables by name."""
+
+    variant: Variant
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Mapping[str, Tensor]
+    q_positions: int | Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another precision, as new leaves that want gradients."""
+        real = {name: t.to(dtype).detach().requires_grad_() for name, t in self.tables.items() if t.dtype.is_floating_point}
+        q, k, v = (x.to(dtype).detach().requires_grad_() for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, tables={**self.tables, **real})
+
+    def names(self) -> list[str]:
+        """What gradients are taken of."""
+        return ["q", "k", "v", *sorted(name for name, t in self.tables.items() if t.dtype.is_floating_point)]
+
+    def leaves(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, *(self.tables[name] for name in self.names()[3:])]
+
+
+Attend = Callable[[Case], Tensor]
+
+
+def on(target: str) -> Attend:
+    """How a target attends."""
+
+    def run(case: Case) -> Tensor:
+        out = attend(case.q, case.k, case.v, case.variant, tables=case.tables, q_positions=case.q_positions, target=target)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out
+
+    return run
+
+
+def plain(case: Case) -> Tensor:
+    """The formula, every step in the operands' own precision: what a target's error is measured by."""
+    operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
+
+    def written_out(part: object, of_group: Variant) -> tuple[Tensor, Tensor | None]:
+        arrangement = in_real(whole(part, case.q.dtype), case.q.dtype)  # type: ignore[arg-type]
+        return carry_out(arrangement, of_group, dropout=0.0, lse=False)
+
+    return by_group(operands, case.variant, written_out)[0]
+
+
+def with_gradients(attend_with: Attend, case: Case) -> list[Tensor]:
+    """The output, and the gradients of everything that has one."""
+    out = attend_with(case)
+    leaves = case.leaves()
+    if not out.requires_grad:
+        return [out.detach()]
+    weights = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64)[: out.numel()].reshape(out.shape).to(out.dtype)
+    gradients = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+    filled = (torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True))
+    return [out.detach(), *filled]
+
+
+def assert_case(case: Case, dtype: torch.dtype, target: str = "torch") -> None:
+    """Check one case in one precision: the output and all gradients are within budget of the float64 reference."""
+    low = case.to(dtype)
+    actual, exact = with_gradients(on(target), low), with_gradients(on("reference"), low.to(torch.float64))
+    names = [f"{target}, {dtype}, {what}" for what in ("output", *(f"gradient of {name}" for name in low.names()))]
+    assert_all_within_budget(actual, exact, lambda: with_gradients(plain, low), names[: len(actual)])
