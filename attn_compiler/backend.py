@@ -23,7 +23,7 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import Report, report_of
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.uses import Uses
-from attn_compiler.targets.choice import TorchTarget
+from attn_compiler.runtime.targets import TARGETS
 
 log = logging.getLogger("attn_compiler")
 OURS = ("policy", "tables", "values")
@@ -57,7 +57,7 @@ class Settings:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def planner(self, sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan(sites, self.policy.with_values(self.values), (TorchTarget(),), near_misses)
+        return plan(sites, self.policy.with_values(self.values), tuple(TARGETS.values()), near_misses)
 
 
 def attn(

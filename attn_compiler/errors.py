@@ -46,6 +46,10 @@ class MissingPackageError(AttnError, ImportError):
     """An optional package is needed for what was asked."""
 
 
+class CompilerError(AttnError, RuntimeError):
+    """A generated kernel cannot be built on this machine."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean "…"?`, or else the list of known words, to end an error message with."""
     names = sorted(set(known))

@@ -69,6 +69,10 @@ class Variant:
     derived: tuple[DerivedTable, ...] = ()
     dropout: float = 0.0
 
+    def parts(self) -> tuple[Variant, ...]:
+        """The variant of all heads that no group names, and those of the groups."""
+        return (self, *(of_group for _, of_group in self.groups))
+
     def expressions(self) -> tuple[Expr, ...]:
         """All expressions of this variant and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output)

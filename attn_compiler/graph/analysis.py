@@ -17,6 +17,7 @@ from attn_compiler.graph.supply import Supply
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.sources import Source
+from attn_compiler.runtime.targets import TARGETS
 
 Planner = Callable[[Sequence[Site], Sequence[NearMiss]], Plan]
 
@@ -67,7 +68,9 @@ def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[
         if decision.target is not None:
             own = supply.nodes(sorted(decision.variant.tables() - set(one.tables)))
             reached = {name: home.reach(node) for name, node in own.items()}
-            changes.setdefault(id(home), (home, []))[1].append(Replacement(one, decision.variant, reached))
+            changes.setdefault(id(home), (home, []))[1].append(
+                Replacement(one, decision.variant, TARGETS[decision.target], reached)
+            )
     for home, replacements in reversed(changes.values()):  # the inner graphs first: the outer ones hold them
         rewrite(home.graph, replacements)
         home.put_back()

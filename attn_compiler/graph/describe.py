@@ -70,6 +70,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         frame=stands,
         q_hint=_hint(q_len),
         k_hint=_hint(k_len),
+        device=value(found.q.node).device.type,
         form=_form(found),
         blocked=_blocked(found),
         notes=recovered.notes,

@@ -21,18 +21,19 @@ from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Site
 from attn_compiler.runtime.call import derived_tables
+from attn_compiler.runtime.targets import Target
 from attn_compiler.targets.operands import Operands, Positions
-from attn_compiler.targets.torch_target import attend_torch
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site, what to compute in its place, and nodes for the tables that the site does not know of itself."""
+    """A site, what to compute in its place and by what, and nodes for the tables that the site does not know of itself."""
 
     described: Described
     variant: Variant
+    target: Target
     given: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
@@ -98,7 +99,7 @@ def _sizes(graph: fx.Graph, found: GraphSite, inputs: Sequence[fx.Node]) -> list
 
 
 def _derived(variant: Variant) -> tuple[DerivedTable, ...]:
-    return variant.derived + tuple(table for _, group in variant.groups for table in group.derived)
+    return tuple(table for part in variant.parts() for table in part.derived)
 
 
 def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[..., Tensor]:
@@ -124,7 +125,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)
-        out, _ = attend_torch(replace(operands, q_positions=_positions(operands, site)), variant)
+        out, _ = replacement.target.attend(replace(operands, q_positions=_positions(operands, site)), variant)
         return returned(out, (*wanted[:3], found.width), found.out.axes, out_shape).to(dtype)
 
     return compute

@@ -18,7 +18,7 @@ from attn_compiler.planning.plan import Decision
 from attn_compiler.planning.schedule import Schedule, schedule
 from attn_compiler.planning.site import Site
 
-SKIPPING = ("blocks", "scaled_dot_product_attention(is_causal)")  # forms that leave out what a mask hides
+SKIPPING = ("blocks", "scaled_dot_product_attention(is_causal)", "a generated kernel")  # forms that leave out what a mask hides
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -24,6 +25,37 @@ def natural_order(variant: Variant, length: int, size: Sequence[int] = (), *, be
     if len(size) < 2:
         return None
     return _tiled(length, size, before, tile)
+
+
+def arrangements(mask: Expr, q_len: int, k_len: int, tile: int) -> Iterator[tuple[Integers | None, Integers | None]]:
+    """Orders of queries and of keys in which a tile of queries may meet fewer keys; the first leaves both as they are."""
+    yield None, None
+    step = dilation(mask)
+    if 1 < step < min(q_len, k_len):
+        yield tuple(np.argsort(np.arange(n) % step, kind="stable") for n in (q_len, k_len))  # type: ignore[misc]
+    grid = grid_of(mask, q_len)
+    if grid:
+        yield _tiled(q_len, grid[0], grid[1], tile), None
+
+
+def grid_of(mask: Expr, length: int) -> tuple[tuple[int, ...], int] | None:
+    """The grid that a mask sees in a row of tokens, and how many tokens come before it."""
+    steps: set[int] = set()
+    before: set[int] = set()
+    for node in mask.walk():
+        if node.op not in ("floordiv", "mod") or node.sort is not Sort.INDEX or not isinstance(node.args[1].value, int):
+            continue
+        place = linear(node.args[0])
+        if place.factors == {q: 1}:
+            steps.add(node.args[1].value)
+            before.add(-place.constant)
+    sizes = sorted(steps)
+    if not sizes or len(before) > 1 or any(b % a for a, b in pairwise(sizes)) or sizes[0] < 2:
+        return None
+    start = max(0, before.pop())
+    inner = [b // a for a, b in pairwise([1, *sizes])]
+    outer = (length - start) // sizes[-1]
+    return ((outer, *reversed(inner)), start) if outer > 1 else None
 
 
 def dilation(mask: Expr) -> int:

@@ -167,6 +167,29 @@ def _masks(variant: Variant, count: int) -> Iterator[tuple[Sequence[int], Expr]]
     yield sorted(rest), variant.mask
 
 
+def visits(
+    mask: Expr,
+    q_len: int,
+    k_len: int,
+    tile: tuple[int, int],
+    position: Expr,
+    query_order: Integers | None,
+    key_order: Integers | None,
+    tables: Mapping[str, TableValues],
+) -> Runs:
+    """The runs of one mask in one row, its tokens laid out in the given orders."""
+    if not (q_len and k_len):
+        return sweep(-(-q_len // tile[0]), -(-k_len // tile[1]), [], [])
+    keys = Tokens(k_len, tile[1], k, key_order, {}, tables)
+    queries = Tokens(q_len, tile[0], i, query_order, {q: position}, tables)
+    parts = formula(mask)
+    solved = solve(parts, queries, keys, tables)
+    if solved is not None:
+        return solved
+    analysis = Analysis(parts, queries, keys, tables)
+    return refine(analysis, any(analysis.undecided(atom) for atom in atoms(parts)))
+
+
 @dataclass(frozen=True)
 class _Call:
     q_len: int
@@ -178,8 +201,6 @@ class _Call:
 
     def runs(self, mask: Expr) -> Runs:
         """The runs that serve every row of the batch."""
-        if not (self.q_len and self.k_len):
-            return sweep(-(-self.q_len // self.tile[0]), -(-self.k_len // self.tile[1]), [], [])
         if not (mask.mentions(b) or self.position.mentions(b)):
             return self._row(mask, self.position)
         rows = [{b: const(n)} for n in range(self._batch(mask))]
@@ -197,14 +218,8 @@ class _Call:
 
     def _row(self, mask: Expr, position: Expr) -> Runs:
         key_order = None if self.order is None else np.asarray(self.order, np.int64)
-        keys = Tokens(self.k_len, self.tile[1], k, key_order, {}, self.tables)
-        queries = Tokens(self.q_len, self.tile[0], i, self._query_order(key_order, position), {q: position}, self.tables)
-        parts = formula(mask)
-        solved = solve(parts, queries, keys, self.tables)
-        if solved is not None:
-            return solved
-        analysis = Analysis(parts, queries, keys, self.tables)
-        return refine(analysis, any(analysis.undecided(atom) for atom in atoms(parts)))
+        query_order = self._query_order(key_order, position)
+        return visits(mask, self.q_len, self.k_len, self.tile, position, query_order, key_order, self.tables)
 
     def _query_order(self, key_order: Integers | None, position: Expr) -> Integers | None:
         if key_order is None:

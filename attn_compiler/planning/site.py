@@ -79,6 +79,7 @@ class Site:
     frame: Frame | None  # None: nobody knows where the queries stand, so rules that speak of distances are refused
     q_hint: int  # a likely length, where it is dynamic
     k_hint: int
+    device: str = "cpu"
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model

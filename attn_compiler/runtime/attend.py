@@ -12,14 +12,15 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.errors import ShapeError
+from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.call import Positions, check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
+from attn_compiler.runtime.targets import TARGETS
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
-from attn_compiler.targets.torch_target import Result, attend_torch, refuse
+from attn_compiler.targets.torch_target import Result
 
-Target = Literal["auto", "torch", "reference"]
+Target = Literal["auto", "cpp", "torch", "reference"]
 Attended = Tensor | tuple[Tensor, Tensor]
 SITE_BIAS = "site.bias"  # the name under which `bias=` is read
 
@@ -83,16 +84,16 @@ def reference(
     )  # fmt: skip
 
 
-def _carried(operands: Operands, variant: Variant, lse: bool, target: Target) -> Result:
-    reason = refuse(variant, lse=lse)
+def _carried(operands: Operands, variant: Variant, lse: bool, target: str) -> Result:
+    if target == "reference":
+        return attend_reference(operands, variant, lse=lse)
+    if target != "auto" and target not in TARGETS:
+        raise ShapeError(f'no target "{target}" here{did_you_mean(target, ("auto", "reference", *TARGETS))}')
+    chosen = TARGETS["torch" if target == "auto" else target]
+    reason = chosen.refuse(operands, variant, lse=lse)
     if reason:
-        raise ShapeError(reason)
-    match target:
-        case "reference":
-            return attend_reference(operands, variant, lse=lse)
-        case "auto" | "torch":
-            return attend_torch(operands, variant, lse=lse)
-    raise ShapeError(f'no target "{target}" here; known: auto, reference, torch')
+        raise ShapeError(f"the target {chosen.name}: {reason}")
+    return chosen.attend(operands, variant, lse=lse)
 
 
 def _attended(result: Result, lse: bool) -> Attended:

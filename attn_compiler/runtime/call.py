@@ -51,8 +51,7 @@ def operands_of(
 
 def derived_tables(variant: Variant, length: int, device: torch.device) -> dict[str, Tensor]:
     """The tables that follow from the number of keys, made once for each."""
-    parts = (variant, *(of_group for _, of_group in variant.groups))
-    return {table.name: _derived(table, int(length), device) for part in parts for table in part.derived}
+    return {table.name: _derived(table, int(length), device) for part in variant.parts() for table in part.derived}
 
 
 @lru_cache(maxsize=64)

@@ -11,8 +11,9 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Site
 from attn_compiler.targets.blocks import pays
 from attn_compiler.targets.fused import bias_of
+from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.reach import is_causal, reach, shows_itself
-from attn_compiler.targets.torch_target import refuse
+from attn_compiler.targets.torch_target import Result, attend_torch, refuse
 
 # From the slowest to the fastest.
 _RANK = {form: rank for rank, form in enumerate(get_args(Form))}
@@ -22,6 +23,12 @@ class TorchTarget:
     """Plain torch operators."""
 
     name = "torch"
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        return refuse(variant, lse=lse)
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        return attend_torch(operands, variant, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         reason = refuse(variant)

@@ -23,8 +23,7 @@ Result = tuple[Tensor, Tensor | None]  # the output, and the log-sum-exp where i
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     """Why this target cannot carry a variant; None if it can."""
-    parts = (variant, *(of_group for _, of_group in variant.groups))
-    unnormalized = [part.normalizer.name for part in parts if part.normalizer.total is None]
+    unnormalized = [part.normalizer.name for part in variant.parts() if part.normalizer.total is None]
     if lse and unnormalized:
         return f"the rows of `{unnormalized[0]}` are not normalized, so they have no log-sum-exp"
     return None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from attn_compiler import backend
 from attn_compiler import torch_private as private
 from end_to_end.models import interpreted
 
@@ -14,6 +15,7 @@ from end_to_end.models import interpreted
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_yet() -> Iterator[None]:
     torch.compiler.reset()
+    backend._RECENT.clear()  # it holds a limited number: tests count what is new
     yield
     torch.compiler.reset()
 

@@ -1,0 +1,58 @@
+"""The target of generated C++: which calls its kernels can run, and at which sites they should."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Phase, Site
+from attn_compiler.runtime.compiler import why_not
+from attn_compiler.runtime.operator import attend_cpp, dtype_name
+from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result
+
+DTYPES = ("float32", "bfloat16", "float16")
+FEW = 32  # queries below which calling a kernel costs more than it saves
+
+
+class CppTarget:
+    """Kernels in C++, generated for one variant and built by the compiler of the machine."""
+
+    name = "cpp"
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        q, k, v = operands.q, operands.k, operands.v
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands.tables.values())):
+            return "its kernels compute no gradients yet"
+        if operands.training and any(part.dropout for part in variant.parts()):
+            return "its kernels have no dropout yet"
+        stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
+        counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
+        return _machine(q.device.type, dtype_name(q.dtype)) or _meaning(variant, counted, stored)
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        return attend_cpp(operands, variant, lse=lse)
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        reason = _machine(site.device, site.dtype) or _meaning(variant, (True, True), {})
+        if site.phase is Phase.TRAIN:
+            reason = "its kernels compute no gradients yet"
+        if site.q_hint < FEW:
+            reason = f"{site.q_hint} queries are too few for its kernels to pay"
+        return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
+
+
+def _machine(device: str, dtype: str) -> str | None:
+    if device not in ("cpu", "meta") or dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES)} on the CPU; found {dtype} on {device}"
+    return why_not()
+
+
+def _meaning(variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored]) -> str | None:
+    q_counted, k_counted = counted
+    reasons = (refuse(in_places(part, q_counted=q_counted, k_counted=k_counted), stored) for part in variant.parts())
+    return next(filter(None, reasons), None)

@@ -1,0 +1,173 @@
+"""Which kernels one call needs, and what each of them visits: worked out once for all calls of the same shape."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr, const
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.layout import arrangements
+from attn_compiler.planning.runs import Integers, Runs
+from attn_compiler.planning.schedule import visits
+from attn_compiler.runtime.compiler import load
+from attn_compiler.targets.cpp.source import source
+from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Stored, in_places, spec_of
+from attn_compiler.targets.operands import PLACE, head_groups
+
+LONG = 1 << 15  # keys from which a schedule speaks of groups of them
+WORTH_THREADS = 1 << 19  # multiplications below which starting threads costs more than they save
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all calls with one set of kernels and schedules have in common."""
+
+    variant: Variant
+    names: tuple[str, ...]  # of the tables
+    stored: tuple[Stored, ...]
+    q_counted: bool
+    k_counted: bool
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    dim: int
+    value_dim: int
+    dtype: str
+    layer: int
+    layers: int
+    first_query: int
+    first_key: int
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """The runs of keys that each vector of queries meets, for all schedules of a launch, as a kernel reads them."""
+
+    q_order: NDArray[np.int32] | None
+    k_order: NDArray[np.int32] | None
+    head_numbers: NDArray[np.int32]
+    schedule_of: NDArray[np.int32]
+    vectors: int
+    offsets: Integers
+    start: NDArray[np.int32]
+    stop: NDArray[np.int32]
+    full: NDArray[np.bool_]
+
+    def words(self) -> list[int]:
+        """The fields in the order of the kernel's structure."""
+        orders = [0 if x is None else x.ctypes.data for x in (self.q_order, self.k_order)]
+        arrays = (self.head_numbers, self.schedule_of, self.offsets, self.start, self.stop, self.full)
+        head_numbers, schedule_of, *runs = (x.ctypes.data for x in arrays)
+        return [*orders, len(self.head_numbers), head_numbers, schedule_of, self.vectors, *runs]
+
+    @property
+    def pairs(self) -> int:
+        return int((self.stop - self.start).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel for some of the heads."""
+
+    run: Callable[[int], object]
+    visits: Visits
+    numbers: tuple[int, ...]  # the places of its tables among those of the call
+    words: tuple[int, ...]
+    parallel: int
+
+
+@lru_cache(maxsize=256)
+def launches(shape: Shape) -> tuple[Launch, ...]:
+    """The launches of a call, its groups of heads one after the other."""
+    return tuple(_launch(shape, members, variant) for members, variant in head_groups(shape.variant, shape.heads))
+
+
+def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
+    tables = dict(zip(shape.names, shape.stored, strict=True))
+    placed = in_places(variant, q_counted=shape.q_counted, k_counted=shape.k_counted)
+    spec = spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables)
+    library = load(source(spec))
+    library.lanes.restype = _word
+    visited = _visits(shape, members, variant, placed.mask, int(library.lanes()))
+    numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
+    work = visited.pairs * int(library.lanes()) * shape.batch * len(members) * (shape.dim + shape.value_dim)
+    library.forward.argtypes = [_pointer]
+    return Launch(library.forward, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
+
+
+def _visits(shape: Shape, members: Sequence[int], variant: Variant, mask: Expr, lanes: int) -> Visits:
+    """The schedule that visits the fewest pairs among the orders that suit the mask."""
+    sizes = {e.heads: shape.heads, e.q_len: shape.q_len, e.k_len: shape.k_len, e.layer: shape.layer, e.layers: shape.layers}
+    known = {leaf: const(n) for leaf, n in sizes.items()} | {e.dim: const(shape.dim)}
+    known |= {FIRST_QUERY: const(shape.first_query), FIRST_KEY: const(shape.first_key), PLACE: e.k, e.b: _ANY_ROW}
+    masks = [
+        mask.substitute({**known, e.h: const(head), e.kv: const(head // (shape.heads // shape.kv_heads))}) for head in members
+    ]
+    keys = 1 if shape.k_len < LONG else 8
+    best = None
+    for q_order, k_order in arrangements(variant.mask, shape.q_len, shape.k_len, lanes):
+        runs: dict[Expr, Runs] = {}
+        for one in masks:
+            if one not in runs:
+                runs[one] = visits(one, shape.q_len, shape.k_len, (lanes, keys), e.i, q_order, k_order, {})
+        found = _joined(shape, members, masks, runs, keys, q_order, k_order)
+        best = found if best is None or found.pairs < best.pairs else best
+    assert best is not None
+    return best
+
+
+_ANY_ROW = e.table("any row")
+_word, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+def _joined(
+    shape: Shape,
+    members: Sequence[int],
+    masks: Sequence[Expr],
+    runs: dict[Expr, Runs],
+    keys: int,
+    q_order: Integers | None,
+    k_order: Integers | None,
+) -> Visits:
+    order, parts = list(runs), list(runs.values())
+    before = np.cumsum([0] + [len(part.start) for part in parts])
+    return Visits(
+        None if q_order is None else q_order.astype(np.int32),
+        None if k_order is None else k_order.astype(np.int32),
+        np.array(members, np.int32),
+        np.array([order.index(mask) for mask in masks], np.int32),
+        parts[0].rows,
+        np.concatenate([part.offsets + n for part, n in zip(parts, before, strict=False)]).astype(np.int64),
+        np.concatenate([part.start * keys for part in parts]).astype(np.int32),
+        np.minimum(np.concatenate([part.stop * keys for part in parts]), shape.k_len).astype(np.int32),
+        np.concatenate([part.full for part in parts]),
+    )
+
+
+def run(shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, totals: Tensor | None, tables: Sequence[Tensor]) -> None:
+    """Fill `out` and `totals`."""
+    pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if totals is None else totals.data_ptr()]
+    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
+    sizes = [shape.batch, shape.heads, shape.kv_heads, shape.q_len, shape.k_len, shape.layer, shape.layers]
+    sizes += [shape.first_query, shape.first_key]
+    given = [_table(table) for table in tables]
+    for launch in launches(shape):
+        of_tables = [x for n in launch.numbers for x in given[n]]
+        words = array("q", [*pointers, *strides, launch.parallel, *launch.words, *sizes, *of_tables])
+        launch.run(words.buffer_info()[0])
+
+
+def _table(table: Tensor) -> list[int]:
+    rest = (0,) * (4 - table.ndim)
+    return [table.data_ptr(), *table.shape, *rest, *table.stride(), *rest]

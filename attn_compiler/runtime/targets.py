@@ -1,0 +1,34 @@
+"""The targets, in the order in which they are asked: what a plan chooses from, and what runs a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Site
+from attn_compiler.runtime.cpp import CppTarget
+from attn_compiler.targets.choice import TorchTarget
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result
+
+
+class Target(Protocol):
+    """One way to run attention."""
+
+    @property
+    def name(self) -> str: ...
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        """How a site would run, or why it should not."""
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        """Why a call cannot run; None if it can."""
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        """Run a call that is not refused."""
+
+
+TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TorchTarget())}

@@ -1,0 +1,75 @@
+"""Fills the holes of a skeleton: a spec becomes a C++ file that reads as if written by hand."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from attn_compiler.algebra.expr import const
+from attn_compiler.algebra.variant import EmptyRows
+from attn_compiler.library import folder
+from attn_compiler.targets.cpp.printer import Dialect, Level, Printer
+from attn_compiler.targets.cpp.spec import Spec
+
+CHUNK = 128  # keys that meet a tile of queries together: their scores stay in the first cache
+_HOLE = re.compile(r"^([ \t]*)// <(.+)>\n", re.MULTILINE)
+_EMPTY_ROWS = {EmptyRows.ZERO: "ZERO", EmptyRows.MEAN: "MEAN", EmptyRows.NAN: "NOT_A_NUMBER", EmptyRows.UNMASKED: "UNMASKED"}
+
+
+@lru_cache(maxsize=256)
+def source(spec: Spec) -> str:
+    """The forward kernel of a spec."""
+    dialect = _dialect()
+    tables = {name: (number, stored) for number, (name, stored) in enumerate(spec.tables)}
+    printer = Printer(dialect, tables)
+    normalizer = spec.variant.normalizer
+    assert spec.factor is not None
+    functions = {
+        "visible": printer.function(spec.variant.mask, real="exact"),
+        "score": printer.function(spec.score),
+        "weight": printer.function(const(0.0) if spec.by_peak else normalizer.weight),
+        "factor": printer.function(spec.factor),
+        "total": printer.function(const(0.0) if spec.total is None else spec.total),
+    }
+    names = {Level.TASK: "per task", Level.LANE: "per lane", Level.ROW: "per row"}
+    scopes = {
+        f"{names[level]}: {part}": lines
+        for level, scope in printer.scopes.items()
+        for part, lines in (("fields", scope.fields), ("values", scope.values))
+    }
+    skeletons = "\n".join(_skeleton(name) for name in ("tiles.h", "view.h", "forward.cpp"))
+    body = _filled(skeletons, {**functions, **scopes})
+    return f"{_skeleton('lanes.h')}\n{_constants(spec, dialect)}\n{body}"
+
+
+def _constants(spec: Spec, dialect: Dialect) -> str:
+    index = "int64_t" if spec.wide else "int32_t"
+    return "\n".join(
+        (
+            f"typedef {dialect['stored'][spec.dtype]} Stored;",
+            f"typedef {index} index_t;",
+            f"typedef {'vl' if spec.wide else 'vi'} vindex;",
+            f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {CHUNK};",
+            f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else CHUNK};",
+            f"typedef ContextOf<{max(1, len(spec.tables))}> Context;",
+            f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
+            "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",
+            f"constexpr int EMPTY_ROWS = {_EMPTY_ROWS[spec.variant.empty_rows]};  // what a query gets that sees no key",
+        )
+    )
+
+
+def _filled(skeleton: str, holes: Mapping[str, Sequence[str]]) -> str:
+    return _HOLE.sub(lambda hole: "".join(f"{hole[1]}{line}\n" for line in holes[hole[2]]), skeleton)
+
+
+@lru_cache
+def _skeleton(name: str) -> str:
+    return (folder("codegen") / "cpp" / name).read_text(encoding="utf-8")
+
+
+@lru_cache
+def _dialect() -> Dialect:
+    return tomllib.loads(_skeleton("dialect.toml"))

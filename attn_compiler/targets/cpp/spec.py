@@ -1,0 +1,122 @@
+"""All that determines the source of one kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.bounds import Interval, bounds
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.targets.operands import PLACE
+
+FIRST_QUERY, FIRST_KEY = e.symbol("first_query", Sort.INDEX), e.symbol("first_key", Sort.INDEX)
+Q_POSITIONS, K_POSITIONS = "attn.q_positions", "attn.k_positions"
+MOST_AXES = 4
+LONGEST = 1 << 28  # of what counts tokens, so that narrow integers can hold them
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run-time tensor as a kernel reads it."""
+
+    dtype: str
+    axes: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel: a variant without groups over (b, h, i, place), and how its operands are stored."""
+
+    variant: Variant
+    dim: int
+    value_dim: int
+    dtype: str
+    tables: tuple[tuple[str, Stored], ...]
+
+    @property
+    def by_peak(self) -> bool:
+        """Whether weights are relative to the row's largest score."""
+        return self.variant.normalizer.tracks_peak
+
+    @property
+    def score(self) -> Expr:
+        return self.variant.score.substitute({e.score: e.dot * self.variant.scale})
+
+    @property
+    def factor(self) -> Expr | None:
+        """What the sum of weight · v is multiplied with; None where the output is not proportional to it."""
+        return _proportion(self.variant.normalizer.output)
+
+    @property
+    def total(self) -> Expr | None:
+        """The log-sum-exp of a row."""
+        total = self.variant.normalizer.total
+        return None if total is None else e.log(total) + e.peak
+
+    @property
+    def wide(self) -> bool:
+        """Whether some index may need more than 32 bits."""
+        return not all(_is_narrow(node) for node in self._nodes() if node.sort is Sort.INDEX)
+
+    def _nodes(self) -> Iterator[Expr]:
+        for root in (self.variant.mask, self.score, self.variant.normalizer.weight, self.factor, self.total):
+            yield from root.walk() if root is not None else ()
+
+
+def in_places(variant: Variant, *, q_counted: bool, k_counted: bool) -> Variant:
+    """The variant with positions spelled out: by counting from the first, or by reading a table."""
+    q = e.i + FIRST_QUERY if q_counted else e.table(Q_POSITIONS, e.b, e.h, e.i)
+    k = PLACE + FIRST_KEY if k_counted else e.table(K_POSITIONS, e.b, e.h, PLACE)
+    return variant.map(lambda expression: expression.substitute({e.q: q, e.k: k}))
+
+
+def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
+    """Why no kernel can be made for a variant without groups; None if one can."""
+    spec = Spec(variant, 1, 1, "float32", ())
+    normalizer = variant.normalizer
+    if spec.by_peak and normalizer.weight != SOFTMAX.weight:
+        return f"the weights of `{normalizer.name}` follow the peak in another way than exp(score − peak)"
+    if spec.factor is None:
+        return f"the output of `{normalizer.name}` is not proportional to the sum of weight · v"
+    if normalizer.weight.mentions(e.k, PLACE):
+        return f"the weights of `{normalizer.name}` depend on the key besides its score"
+    wide = [name for name, stored in tables.items() if stored.axes > MOST_AXES]
+    return f'the table "{wide[0]}" has more than {MOST_AXES} axes' if wide else None
+
+
+def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapping[str, Stored]) -> Spec:
+    """The spec of a variant in places; only the tables that it reads count."""
+
+    def at_last(node: Expr) -> Expr:
+        """A table that has fewer axes than coordinates is read at the last ones."""
+        return e.rebuild(node, node.args[len(node.args) - tables[str(node.value)].axes :]) if node.op == "table" else node
+
+    own = replace(variant, derived=(), groups=(), dropout=0.0).map(lambda expression: expression.transform(at_last))
+    return Spec(own, dim, value_dim, dtype, tuple((name, tables[name]) for name in sorted(own.tables())))
+
+
+def _proportion(output: Expr) -> Expr | None:
+    match output.op:
+        case _ if output == e.acc:
+            return e.const(1.0)
+        case "div" if output.args[0] == e.acc and not output.args[1].mentions(e.acc):
+            return 1.0 / output.args[1]
+        case "mul" if output.args[0] == e.acc and not output.args[1].mentions(e.acc):
+            return output.args[1]
+    return None
+
+
+_TOKENS, _COUNTS = Interval(0, LONGEST), Interval(0, 1 << 20)
+_BOX = {
+    **dict.fromkeys((e.i, PLACE, e.q_len, e.k_len), _TOKENS),
+    **dict.fromkeys((FIRST_QUERY, FIRST_KEY), Interval(-LONGEST, LONGEST)),
+    **dict.fromkeys((e.b, e.h, e.kv, e.heads, e.dim, e.layer, e.layers), _COUNTS),
+}
+
+
+def _is_narrow(node: Expr) -> bool:
+    lo, hi = bounds(node, _BOX)
+    return -math.inf < lo and lo >= -(1 << 31) and hi < (1 << 31)

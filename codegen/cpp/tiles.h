@@ -1,0 +1,130 @@
+// Tiles of lanes against rows that are read where they lie: for every row, `lanes` numbers at once.
+//   products:    scores[row][lane] = sum over d of data[row][d] * packed[d][lane]      (data[row][d] is broadcast)
+//   accumulate:  sums[d][lane] += sum over rows of data[row][d] * weights[row][lane]
+// Nothing but the tokens in the lanes is ever packed or transposed.
+
+INLINE vf* at(float* rows, int row, int n) { return (vf*)(rows + row * TILE + n * LANES); }
+INLINE const vf* at(const float* rows, int row, int n) { return (const vf*)(rows + row * TILE + n * LANES); }
+
+template <int COUNT, int FROM, int TO>
+INLINE void products_of(const float* const* data, int dim, const float* packed, float* scores) {
+  vf sum[COUNT][VECTORS] = {};
+  const float* row[COUNT];
+  UNROLLED for (int r = 0; r < COUNT; r++) row[r] = data[r];
+#pragma GCC unroll 2
+  for (int d = 0; d < dim; d++) {
+    vf x[VECTORS];
+    UNROLLED for (int n = FROM; n < TO; n++) x[n] = *at(packed, d, n);
+    UNROLLED for (int r = 0; r < COUNT; r++) {
+      const float y = row[r][d];
+      UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] += y * x[n];
+    }
+  }
+  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(scores, r, n) = sum[r][n];
+}
+
+// `data` may be read up to the next multiple of ROWS.
+template <int FROM, int TO> INLINE void products(const float* const* data, int count, int dim, const float* packed, float* scores) {
+  for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, dim, packed, scores + j * TILE);
+}
+
+template <int COUNT, int FROM, int TO>
+INLINE void accumulate_some(const float* const* data, int count, int d, const float* weights, float* sums, const vf* keep) {
+  vf sum[COUNT][VECTORS];
+  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = *at(sums, d + r, n) * keep[n];
+  for (int j = 0; j < count; j++) {
+    const float* row = data[j] + d;
+    vf w[VECTORS];
+    UNROLLED for (int n = FROM; n < TO; n++) w[n] = *at(weights, j, n);
+    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] += row[r] * w[n];
+  }
+  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(sums, d + r, n) = sum[r][n];
+}
+
+// What was there before is multiplied by `keep`.
+template <int WIDTH, int FROM, int TO>
+INLINE void accumulate(const float* const* data, int count, const float* weights, float* sums, const vf* keep) {
+  constexpr int LAST = WIDTH % ROWS;
+  for (int d = 0; d < WIDTH - LAST; d += ROWS) accumulate_some<ROWS, FROM, TO>(data, count, d, weights, sums, keep);
+  if constexpr (LAST > 0) accumulate_some<LAST, FROM, TO>(data, count, WIDTH - LAST, weights, sums, keep);
+}
+
+// Rows as floats: where they lie, or converted.
+INLINE const float* floats(const float* stored, float*, int) { return stored; }
+template <class T> INLINE const float* floats(const T* stored, float* room, int dim) {
+  for (int d = 0; d < dim; d++) room[d] = (float)stored[d];
+  return room;
+}
+
+// Pointers to rows as floats, with as many more as `products` may read.
+template <int WIDTH> struct Data {
+  const float* row[CHUNK + ROWS];
+  alignas(64) float room[CONVERTED * WIDTH];
+  INLINE_METHOD void take(const Stored* const* stored, int count) {
+    for (int j = 0; j < count; j++) row[j] = floats(stored[j], room + j * WIDTH, WIDTH);
+    for (int j = count; j < count + ROWS; j++) row[j] = row[count - 1];
+  }
+};
+
+template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
+  for (int m = 0; m < TILE; m++)
+    for (int d = 0; d < WIDTH; d++) packed[d * TILE + m] = (float)stored[m][d];
+}
+
+// Which rows the lanes of a launch meet. A schedule lists, for each vector of lanes, runs of rows.
+struct Visits {
+  const int32_t *lane_order, *row_order;  // the tokens in the order in which they are scheduled; null: as they come
+  int64_t members;                        // the heads of the launch, and which of the schedules each of them follows
+  const int32_t *head_numbers, *schedule_of;
+  int64_t vectors;                        // of each schedule
+  const int64_t* offsets;                 // [schedules][vectors + 1]: the runs of each vector
+  const int32_t *start, *stop;            // a run of rows
+  const uint8_t* full;                    // whether every lane sees all of them
+
+  INLINE_METHOD int64_t lane(int64_t n) const { return lane_order ? lane_order[n] : n; }
+  INLINE_METHOD int64_t row(int64_t n) const { return row_order ? row_order[n] : n; }
+
+  // Calls meet(first vector, last vector + 1, start, stop, mixed) for stretches of rows that the same vectors of a tile meet.
+  template <class F> INLINE_METHOD void each(int64_t member, int64_t tile, F meet) const {
+    const int64_t* of = offsets + schedule_of[member] * (vectors + 1);
+    int64_t run[VECTORS], end[VECTORS], here = 0;
+    for (int n = 0; n < VECTORS; n++) {
+      const int64_t vector = std::min(tile * VECTORS + n, vectors);
+      run[n] = of[vector], end[n] = of[std::min(vector + 1, vectors)];
+    }
+    for (;;) {
+      int from = VECTORS, to = 0;
+      bool mixed = false;
+      int64_t next = INT64_MAX, begin = INT64_MAX;
+      for (int n = 0; n < VECTORS; n++) {
+        if (run[n] < end[n] && stop[run[n]] <= here) run[n]++;
+        if (run[n] < end[n]) begin = std::min(begin, std::max<int64_t>(here, start[run[n]]));
+      }
+      if (begin == INT64_MAX) return;
+      here = begin;
+      for (int n = 0; n < VECTORS; n++) {
+        if (run[n] == end[n]) continue;
+        if (start[run[n]] > here) {
+          next = std::min<int64_t>(next, start[run[n]]);
+          continue;
+        }
+        next = std::min<int64_t>(next, stop[run[n]]);
+        mixed |= !full[run[n]] || (to && to < n);  // a vector in between that meets nothing here
+        from = std::min(from, n), to = n + 1;
+      }
+      meet(from, to, here, next, mixed);
+      here = next;
+    }
+  }
+};
+
+// Calls f<from, to>() for numbers that are only known at run time.
+template <class F> INLINE void with_vectors(int from, int to, F f) {
+  if (from == 0 && to == VECTORS) return f(Vectors<0, VECTORS>{});
+  if constexpr (VECTORS == 2) return from ? f(Vectors<1, 2>{}) : f(Vectors<0, 1>{});
+  if constexpr (VECTORS == 3) {
+    if (from == 0) return to == 1 ? f(Vectors<0, 1>{}) : f(Vectors<0, 2>{});
+    if (from == 1) return to == 2 ? f(Vectors<1, 2>{}) : f(Vectors<1, 3>{});
+    return f(Vectors<2, 3>{});
+  }
+}

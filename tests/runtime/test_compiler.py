@@ -1,0 +1,69 @@
+"""Building kernels: found again, safe among processes, bounded, and clear where something is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attn_compiler.errors import CompilerError
+from attn_compiler.runtime import compiler
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    yield
+    compiler.compiler.cache_clear()
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("it is compiled again")
+
+
+def test_what_is_built_once_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler.load(SOURCE).answer() == 42
+    monkeypatch.setattr(compiler, "_compile", forbidden)
+    assert compiler.load(SOURCE).answer() == 42
+
+
+def test_the_source_lies_beside_the_kernel(tmp_path: Path) -> None:
+    compiler.load(SOURCE)
+    [source] = tmp_path.glob("*.cpp")
+    assert source.read_text() == SOURCE
+
+
+def test_nothing_is_left_of_a_build_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(CompilerError, match="nonsense"):
+        compiler.load("nonsense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_processes_build_the_same_kernel_at_once(tmp_path: Path) -> None:
+    program = f"from attn_compiler.runtime import compiler; assert compiler.load({SOURCE!r}).answer() == 42"
+    started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert not list(tmp_path.glob("building-*"))
+
+
+def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "MOST_KERNELS", 2)
+    for number in range(4):
+        compiler.load(f'extern "C" int answer() {{ return {number}; }}\n')
+    assert len(list(tmp_path.glob("*.so"))) == 2
+    assert len(list(tmp_path.glob("*.cpp"))) == 2
+
+
+def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.compiler.cache_clear()
+    with pytest.raises(
+        CompilerError, match=r"there is no C\+\+ compiler: install g\+\+, or name one in the environment variable CXX"
+    ):
+        compiler.load(SOURCE)
