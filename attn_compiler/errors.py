@@ -42,6 +42,10 @@ class RefusedError(AttnError, RuntimeError):
     """A rule said `fallback: error` and its decision was refused."""
 
 
+class UnknownLengthError(AttnError, RuntimeError):
+    """A rule asks for a length that is only known when the model runs."""
+
+
 class MissingPackageError(AttnError, ImportError):
     """An optional package is needed for what was asked."""
 

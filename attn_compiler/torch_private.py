@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import SymInt, fx
+from torch import SymBool, SymInt, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.frontend_utils import process_inputs
@@ -168,6 +168,14 @@ def likely(size: int | SymInt, unknown: int) -> int:
     if hasattr(symbolic_shapes, "optimization_hint"):  # torch 2.12 and later
         return int(symbolic_shapes.optimization_hint(size, unknown))
     return int(symbolic_shapes.size_hint(size, unknown))  # type: ignore[attr-defined]
+
+
+def guarded(condition: bool | SymBool) -> bool | None:
+    """The answer to a question about sizes, None if data decides it; of dynamic sizes, it becomes a guard."""
+    try:
+        return bool(condition)
+    except symbolic_shapes.GuardOnDataDependentSymNode:
+        return None
 
 
 def is_fake(x: Traced) -> bool:

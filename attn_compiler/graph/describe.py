@@ -11,7 +11,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
-from attn_compiler.graph.frame import FirstKey, counted_from, first_key, frame, kind, phase, restated
+from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
 from attn_compiler.graph.names import layer_numbers
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
@@ -78,7 +78,8 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,
         where=found.where,
-        longer=(lambda tokens: bool(k_len >= tokens)) if isinstance(k_len, SymInt) else None,
+        longer=(lambda tokens: answer(k_len >= tokens)) if isinstance(k_len, SymInt) else None,
+        decodes=(lambda: decodes(found)) if any(isinstance(size, SymInt) for size in found.lengths) else None,
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import SymBool, fx
 
 from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Expr, Sort, b, i, k, k_len, q, q_len, rebuild, table
 from attn_compiler.algebra.linear import expression, linear
 from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.graph.atom import product
+from attn_compiler.errors import UnknownLengthError
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor
 from attn_compiler.graph.record import GraphSite
@@ -147,10 +147,24 @@ def kind(site: GraphSite) -> Kind:
 
 
 def phase(site: GraphSite) -> Phase:
-    """Whether gradients are recorded, few queries meet many keys, or neither."""
+    """Whether gradients are recorded, few queries meet more keys, or neither; dynamic lengths are taken for the likely ones."""
     if private.records_gradients(site.q.node):
         return Phase.TRAIN
-    queries, keys = product(site.queries), product(site.keys)
-    few = isinstance(queries, int) and queries <= _MOST_DECODED
-    longer = not isinstance(keys, int) or not isinstance(queries, int) or keys > queries
-    return Phase.DECODE if few and longer else Phase.PREFILL
+    queries, keys = (private.likely(size, 2 * _MOST_DECODED) for size in site.lengths)
+    return Phase.DECODE if queries <= _MOST_DECODED and keys > queries else Phase.PREFILL
+
+
+def decodes(site: GraphSite) -> bool:
+    """Whether few queries meet more keys; where that depends on dynamic lengths, the answer becomes a guard."""
+    queries, keys = site.lengths
+    if private.statically_known_true(keys <= queries):
+        return False
+    return answer(queries <= _MOST_DECODED) and answer(keys > queries)
+
+
+def answer(question: bool | SymBool) -> bool:
+    """What holds of lengths in this compilation: where they are dynamic, it becomes a guard."""
+    known = private.guarded(question)
+    if known is None:
+        raise UnknownLengthError("the length here depends on data: it is only known when the model runs")
+    return known

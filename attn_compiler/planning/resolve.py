@@ -9,7 +9,7 @@ from attn_compiler.algebra.expr import Expr, Sort, const, every, i, k, q, q_len,
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.variant import EmptyRows, Variant
-from attn_compiler.errors import LanguageError
+from attn_compiler.errors import LanguageError, UnknownLengthError
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
@@ -36,20 +36,32 @@ def asked_of(policy: Policy, site: Site) -> Asked:
     taken: frozenset[str] = frozenset()
     fatal = False
     for rule in policy.rules:
-        if bool(titles) is not rule.also or rule.match.excludes(site):  # what adds needs something to add to
+        if bool(titles) is not rule.also:  # what adds needs something to add to
             continue
-        in_layer = rule.match.in_layer(site)
-        if in_layer is False:
+        holds = _holds(rule, site)
+        if holds is False:
             continue
         titles, numbers, fatal = [*titles, rule.title], [*numbers, rule.number], fatal or rule.fallback == "error"
-        if in_layer is None:
-            alone = Refusal(rule.title, "it speaks of layers, and this block is compiled alone: nobody knows its layer")
-            return Asked(alone, rule.title, fatal, tuple(numbers))
+        if isinstance(holds, Refusal):
+            return Asked(holds, rule.title, fatal, tuple(numbers))
         added, taken = _added(variant, policy.slots(rule, site), taken, rule, site)
         if isinstance(added, Refusal):
             return Asked(added, " and ".join(titles), fatal, tuple(numbers))
         variant = added
     return Asked(variant, " and ".join(titles) or "no rule", fatal, tuple(numbers))
+
+
+def _holds(rule: Rule, site: Site) -> bool | Refusal:
+    """Whether a rule speaks of a site, or why nobody can tell. The layer is asked first: a length may become a guard."""
+    in_layer = rule.match.in_layer(site)
+    try:
+        if in_layer is False or rule.match.excludes(site):
+            return False
+    except UnknownLengthError as error:
+        return Refusal(rule.title, f"it speaks of lengths, and {error}")
+    if in_layer is None:
+        return Refusal(rule.title, "it speaks of layers, and this block is compiled alone: nobody knows its layer")
+    return True
 
 
 def _added(
@@ -175,7 +187,7 @@ def _padding(mask: Expr, frame: Frame) -> Expr | Refusal:
 
 def uses(policy: Policy, sites: Sequence[Site], took: Sequence[Sequence[int]]) -> Uses:
     """Count over the sites of one graph; `took` are the numbers of the rules that decided each."""
-    plain = [replace(site, longer=None) for site in sites]  # only to count, no length becomes a condition
+    plain = [site.likely() for site in sites]  # only to count, no length becomes a condition
 
     def use(rule: Rule) -> RuleUse:
         matched = sum(not rule.match.excludes(site) and rule.match.in_layer(site) is not False for site in plain)

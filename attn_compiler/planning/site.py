@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
@@ -87,8 +87,21 @@ class Site:
     tables: Mapping[str, TableShape] = field(default_factory=dict, hash=False)
     idiom: str = ""
     where: str = ""  # file and line of the model's source
-    longer: Callable[[int], bool] | None = field(default=None, compare=False, repr=False)  # asking makes it a guard
+    # Questions about dynamic lengths: asking makes the answer a guard.
+    longer: Callable[[int], bool] | None = field(default=None, compare=False, repr=False)
+    decodes: Callable[[], bool] | None = field(default=None, compare=False, repr=False)
 
     def at_least(self, tokens: int) -> bool:
         """Whether there are that many keys; where their number is dynamic, that becomes a condition of the compilation."""
         return self.longer(tokens) if self.longer else self.k_hint >= tokens
+
+    def is_in(self, phases: Collection[Phase]) -> bool:
+        """Whether its phase is one of these; where lengths are dynamic and decide it, that becomes a condition too."""
+        lengths_decide = (Phase.PREFILL in phases) != (Phase.DECODE in phases)
+        if self.phase is Phase.TRAIN or self.decodes is None or not lengths_decide:
+            return self.phase in phases
+        return (Phase.DECODE if self.decodes() else Phase.PREFILL) in phases
+
+    def likely(self) -> Site:
+        """The same site at its likely lengths: asking about them adds no condition."""
+        return replace(self, longer=None, decodes=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -24,3 +24,17 @@ def _nothing_is_compiled_yet() -> Iterator[None]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What we do to a graph is all that is tested."""
     monkeypatch.setattr(private, "inductor", lambda: interpreted)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As `quick`, with one entry for each graph that was compiled to its end: Dynamo also calls backends, then starts again."""
+    done: list[int] = []
+
+    def counting(gm: torch.fx.GraphModule, inputs: Sequence[object], config_patches: object = None) -> Callable[..., object]:
+        result = interpreted(gm, inputs)
+        done.append(len(gm.graph.nodes))
+        return result
+
+    monkeypatch.setattr(private, "inductor", lambda: counting)
+    return done
