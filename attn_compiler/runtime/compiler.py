@@ -52,9 +52,13 @@ def folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attn-compiler"
 
 
+def digest(*texts: str) -> str:
+    """A name for some texts as this compiler, with these flags, on this machine makes something of them."""
+    return hashlib.sha256("\0".join((*texts, _identity(), *FLAGS)).encode()).hexdigest()[:32]
+
+
 def _built(source: str) -> Path:
-    key = hashlib.sha256("\0".join((source, _identity(), *FLAGS)).encode()).hexdigest()[:32]
-    place = folder()
+    key, place = digest(source), folder()
     path = place / f"{key}.so"
     if path.exists():
         os.utime(path)  # it was used

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
-from attn_compiler.planning.site import Phase, Site
+from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime.compiler import why_not
+from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import attend_cpp, dtype_name
+from attn_compiler.targets.choice import form_of
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
 
 DTYPES = ("float32", "bfloat16", "float16")
+WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
+_DENSE: Mapping[Form, bool] = {"scaled_dot_product_attention": False, "scaled_dot_product_attention(is_causal)": True}
 FEW = 32  # queries below which calling a kernel costs more than it saves
 
 
@@ -43,7 +52,24 @@ class CppTarget:
             reason = "its kernels compute no gradients yet"
         if site.q_hint < FEW:
             reason = f"{site.q_hint} queries are too few for its kernels to pay"
+        if not reason and form_of(site, variant) in _DENSE and _dense_gain(site.dtype, form_of(site, variant)) < WORTH:
+            reason = f"{form_of(site, variant)} is as fast on this machine"
         return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
+
+
+@cache
+def _dense_gain(dtype: str, form: Form) -> float:
+    """How many times faster a kernel is than PyTorch's own operator where nothing, or only the future, is hidden."""
+    causal = _DENSE[form]
+    q, k, v = torch.randn(3, 1, 2, 512, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    operands = Operands(q, k, v, {}, 0, 0, (0, 1), 2, 2, 0, 1)
+    variant = Variant(mask=e.k <= e.q) if causal else Variant()
+    with torch.no_grad():
+        return faster(
+            f"{dtype} {form} of torch {torch.__version__}",
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+            lambda: attend_cpp(operands, variant),
+        )
 
 
 def _machine(device: str, dtype: str) -> str | None:

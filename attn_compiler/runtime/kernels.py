@@ -19,6 +19,7 @@ from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs
 from attn_compiler.planning.schedule import visits
 from attn_compiler.runtime.compiler import load
+from attn_compiler.runtime.machine import pairs_are_faster
 from attn_compiler.targets.cpp.source import source
 from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Stored, in_places, spec_of
 from attn_compiler.targets.operands import PLACE, head_groups
@@ -96,7 +97,7 @@ def launches(shape: Shape) -> tuple[Launch, ...]:
 def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
     tables = dict(zip(shape.names, shape.stored, strict=True))
     placed = in_places(variant, q_counted=shape.q_counted, k_counted=shape.k_counted)
-    spec = spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables)
+    spec = spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=_pairs(shape.dtype))
     library = load(source(spec))
     library.lanes.restype = _word
     visited = _visits(shape, members, variant, placed.mask, int(library.lanes()))
@@ -104,6 +105,10 @@ def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
     work = visited.pairs * int(library.lanes()) * shape.batch * len(members) * (shape.dim + shape.value_dim)
     library.forward.argtypes = [_pointer]
     return Launch(library.forward, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
+
+
+def _pairs(dtype: str) -> bool:
+    return dtype == "bfloat16" and pairs_are_faster()
 
 
 def _visits(shape: Shape, members: Sequence[int], variant: Variant, mask: Expr, lanes: int) -> Visits:

@@ -39,8 +39,8 @@ struct alignas(64) Work {
   Lanes queries;
   Rows keys[VECTORS][VECTORS + 1];  // collected for the vectors from … to
   const Stored* values[VECTORS][VECTORS + 1][CHUNK];
-  Data<DIM> k;
-  Data<VALUE_DIM> v;
+  std::conditional_t<PAIRED, PairedAlong<DIM>, Data<DIM>> k;
+  std::conditional_t<PAIRED, PairedAcross<VALUE_DIM>, Data<VALUE_DIM>> v;
 };
 
 // The keys that have been collected for some vectors of queries meet these.
@@ -50,7 +50,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   prepare(task, keys);
   work.k.take(keys.data, count);
   work.v.take(work.values[FROM][TO], count);
-  products<FROM, TO>(work.k.row, count, DIM, work.q, work.scores);
+  products<FROM, TO>(work.k.row, count, PAIRED ? DIM / 2 : DIM, work.q, work.scores);
 
   vf peak[VECTORS], keep[VECTORS], mass[VECTORS] = {};
   UNROLLED for (int n = FROM; n < TO; n++) peak[n] = work.peak[n], keep[n] = splat<vf>(1.0f);
@@ -82,7 +82,8 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
     }
   }
   UNROLLED for (int n = FROM; n < TO; n++) work.mass[n] = work.mass[n] * keep[n] + mass[n];
-  accumulate<VALUE_DIM, FROM, TO>(work.v.row, count, work.scores, work.out, keep);
+  const int steps = PAIRED ? pair_up<FROM, TO>(work.scores, count) : count;
+  accumulate<VALUE_DIM, FROM, TO>(work.v.row, steps, work.scores, work.out, keep);
   keys.count = 0;
 }
 
@@ -175,7 +176,8 @@ INLINE void attend(const Call& call, const Task& task, Work& work, int64_t membe
     work.queries.lane[m / LANES][m % LANES] = places.of[m];
     work.queries.data[m] = q + places.of[m] * call.q_stride[2];
   }
-  pack<DIM>(work.queries.data, work.q);
+  if constexpr (PAIRED) pack_pairs<DIM>(work.queries.data, work.q);
+  else pack<DIM>(work.queries.data, work.q);
   prepare(task, work.queries);
   gather(call, task, work, [&](auto meet) { call.visits.each(member, tile, meet); });
   bool left = finish(call, task, work, places);

@@ -1,52 +1,65 @@
 // Tiles of lanes against rows that are read where they lie: for every row, `lanes` numbers at once.
 //   products:    scores[row][lane] = sum over d of data[row][d] * packed[d][lane]      (data[row][d] is broadcast)
 //   accumulate:  sums[d][lane] += sum over rows of data[row][d] * weights[row][lane]
-// Nothing but the tokens in the lanes is ever packed or transposed.
+// Nothing but the tokens in the lanes is ever transposed. Sums go in steps of one float, or of two bfloat16 where the machine
+// multiplies those faster.
+
+struct __attribute__((packed, aligned(2), may_alias)) Pair {
+  uint32_t both;
+};
+
+INLINE vf fused(vf sum, float y, vf x) { return sum + y * x; }
+#if defined(__AVX512BF16__)
+INLINE vf fused(vf sum, Pair y, vf x) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(splat<vi>(y.both)), (__m512bh)x);
+}
+#endif
 
 INLINE vf* at(float* rows, int row, int n) { return (vf*)(rows + row * TILE + n * LANES); }
 INLINE const vf* at(const float* rows, int row, int n) { return (const vf*)(rows + row * TILE + n * LANES); }
 
-template <int COUNT, int FROM, int TO>
-INLINE void products_of(const float* const* data, int dim, const float* packed, float* scores) {
+template <int COUNT, int FROM, int TO, class Step>
+INLINE void products_of(const Step* const* data, int steps, const float* packed, float* scores) {
   vf sum[COUNT][VECTORS] = {};
-  const float* row[COUNT];
+  const Step* row[COUNT];
   UNROLLED for (int r = 0; r < COUNT; r++) row[r] = data[r];
 #pragma GCC unroll 2
-  for (int d = 0; d < dim; d++) {
+  for (int d = 0; d < steps; d++) {
     vf x[VECTORS];
     UNROLLED for (int n = FROM; n < TO; n++) x[n] = *at(packed, d, n);
     UNROLLED for (int r = 0; r < COUNT; r++) {
-      const float y = row[r][d];
-      UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] += y * x[n];
+      const Step y = row[r][d];
+      UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = fused(sum[r][n], y, x[n]);
     }
   }
   UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(scores, r, n) = sum[r][n];
 }
 
 // `data` may be read up to the next multiple of ROWS.
-template <int FROM, int TO> INLINE void products(const float* const* data, int count, int dim, const float* packed, float* scores) {
-  for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, dim, packed, scores + j * TILE);
+template <int FROM, int TO, class Step>
+INLINE void products(const Step* const* data, int count, int steps, const float* packed, float* scores) {
+  for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, steps, packed, scores + j * TILE);
 }
 
-template <int COUNT, int FROM, int TO>
-INLINE void accumulate_some(const float* const* data, int count, int d, const float* weights, float* sums, const vf* keep) {
+template <int COUNT, int FROM, int TO, class Step>
+INLINE void accumulate_some(const Step* const* data, int steps, int d, const float* weights, float* sums, const vf* keep) {
   vf sum[COUNT][VECTORS];
   UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = *at(sums, d + r, n) * keep[n];
-  for (int j = 0; j < count; j++) {
-    const float* row = data[j] + d;
+  for (int j = 0; j < steps; j++) {
+    const Step* row = data[j] + d;
     vf w[VECTORS];
     UNROLLED for (int n = FROM; n < TO; n++) w[n] = *at(weights, j, n);
-    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] += row[r] * w[n];
+    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = fused(sum[r][n], row[r], w[n]);
   }
   UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(sums, d + r, n) = sum[r][n];
 }
 
 // What was there before is multiplied by `keep`.
-template <int WIDTH, int FROM, int TO>
-INLINE void accumulate(const float* const* data, int count, const float* weights, float* sums, const vf* keep) {
+template <int WIDTH, int FROM, int TO, class Step>
+INLINE void accumulate(const Step* const* data, int steps, const float* weights, float* sums, const vf* keep) {
   constexpr int LAST = WIDTH % ROWS;
-  for (int d = 0; d < WIDTH - LAST; d += ROWS) accumulate_some<ROWS, FROM, TO>(data, count, d, weights, sums, keep);
-  if constexpr (LAST > 0) accumulate_some<LAST, FROM, TO>(data, count, WIDTH - LAST, weights, sums, keep);
+  for (int d = 0; d < WIDTH - LAST; d += ROWS) accumulate_some<ROWS, FROM, TO>(data, steps, d, weights, sums, keep);
+  if constexpr (LAST > 0) accumulate_some<LAST, FROM, TO>(data, steps, WIDTH - LAST, weights, sums, keep);
 }
 
 // Rows as floats: where they lie, or converted.
@@ -69,6 +82,42 @@ template <int WIDTH> struct Data {
 template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
   for (int m = 0; m < TILE; m++)
     for (int d = 0; d < WIDTH; d++) packed[d * TILE + m] = (float)stored[m][d];
+}
+
+// The same three in pairs. Rows of K hold their pairs already; V's are put together from two rows, a last one with zeros.
+template <int WIDTH> struct PairedAlong {
+  const Pair* row[CHUNK + ROWS];
+  INLINE_METHOD void take(const Stored* const* stored, int count) {
+    for (int j = 0; j < count + ROWS; j++) row[j] = (const Pair*)stored[std::min(j, count - 1)];
+  }
+};
+
+template <int WIDTH> struct PairedAcross {
+  const Pair* row[CHUNK / 2 + 1];
+  alignas(64) Pair room[(CHUNK / 2 + 1) * WIDTH];
+  INLINE_METHOD void take(const bfloat16* const* stored, int count) {
+    static const bfloat16 nothing[WIDTH] = {};
+    for (int j = 0; j < count; j += 2) {
+      const bfloat16 *low = stored[j], *high = j + 1 < count ? stored[j + 1] : nothing;
+      Pair* to = room + j / 2 * WIDTH;
+      row[j / 2] = to;
+      for (int d = 0; d < WIDTH; d++) to[d].both = low[d].bits | (uint32_t)high[d].bits << 16;
+    }
+  }
+};
+
+template <int WIDTH> INLINE void pack_pairs(const Stored* const* stored, float* packed) {
+  for (int m = 0; m < TILE; m++)
+    for (int d = 0; d < WIDTH / 2; d++) memcpy(packed + d * TILE + m, stored[m] + 2 * d, 4);
+}
+
+// Two rows of weights become one of pairs; returns how many there are.
+template <int FROM, int TO> INLINE int pair_up(float* weights, int count) {
+  for (int j = 0; j < count; j += 2) UNROLLED for (int n = FROM; n < TO; n++) {
+    const vi low = (vi)*at(weights, j, n) + 0x8000, high = j + 1 < count ? (vi)*at(weights, j + 1, n) + 0x8000 : vi{};
+    *at(weights, j / 2, n) = (vf)(((low >> 16) & 0xffff) | (high & (int)0xffff0000));
+  }
+  return (count + 1) / 2;
 }
 
 // Which rows the lanes of a launch meet. A schedule lists, for each vector of lanes, runs of rows.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from attn_compiler.algebra.expr import const
-from attn_compiler.algebra.variant import EmptyRows
+from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.library import folder
 from attn_compiler.targets.cpp.printer import Dialect, Level, Printer
 from attn_compiler.targets.cpp.spec import Spec
@@ -44,6 +44,13 @@ def source(spec: Spec) -> str:
     return f"{_skeleton('lanes.h')}\n{_constants(spec, dialect)}\n{body}"
 
 
+@lru_cache
+def probe() -> str:
+    """A program that measures the machine."""
+    constants = _constants(Spec(Variant(), 64, 64, "bfloat16", ()), _dialect())
+    return "\n".join((_skeleton("lanes.h"), constants, _skeleton("tiles.h"), _skeleton("probe.cpp")))
+
+
 def _constants(spec: Spec, dialect: Dialect) -> str:
     index = "int64_t" if spec.wide else "int32_t"
     return "\n".join(
@@ -53,6 +60,7 @@ def _constants(spec: Spec, dialect: Dialect) -> str:
             f"typedef {'vl' if spec.wide else 'vi'} vindex;",
             f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {CHUNK};",
             f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else CHUNK};",
+            f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
             f"typedef ContextOf<{max(1, len(spec.tables))}> Context;",
             f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
             "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",

@@ -35,6 +35,7 @@ class Spec:
     value_dim: int
     dtype: str
     tables: tuple[tuple[str, Stored], ...]
+    paired: bool = False  # whether bfloat16 numbers are multiplied two at a time
 
     @property
     def by_peak(self) -> bool:
@@ -87,7 +88,7 @@ def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
     return f'the table "{wide[0]}" has more than {MOST_AXES} axes' if wide else None
 
 
-def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapping[str, Stored]) -> Spec:
+def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapping[str, Stored], *, pairs: bool = False) -> Spec:
     """The spec of a variant in places; only the tables that it reads count."""
 
     def at_last(node: Expr) -> Expr:
@@ -95,7 +96,8 @@ def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapp
         return e.rebuild(node, node.args[len(node.args) - tables[str(node.value)].axes :]) if node.op == "table" else node
 
     own = replace(variant, derived=(), groups=(), dropout=0.0).map(lambda expression: expression.transform(at_last))
-    return Spec(own, dim, value_dim, dtype, tuple((name, tables[name]) for name in sorted(own.tables())))
+    paired = pairs and dtype == "bfloat16" and dim % 2 == 0
+    return Spec(own, dim, value_dim, dtype, tuple((name, tables[name]) for name in sorted(own.tables())), paired)
 
 
 def _proportion(output: Expr) -> Expr | None:
