@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from attn_compiler.graph.capture import capture
 from attn_compiler.graph.describe import Described, describe, with_layers
 from attn_compiler.graph.match import match
 from attn_compiler.graph.rewrite import Replacement, rewrite
+from attn_compiler.graph.sideways import turn_softmaxes
 from attn_compiler.graph.supply import Supply
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.site import Site
@@ -30,6 +32,7 @@ class Analysis:
     described: tuple[Described, ...]
     homes: tuple[Part, ...]
     plan: Plan
+    parts: tuple[Part, ...]
 
 
 def analyze(gm: fx.GraphModule, example_inputs: Sequence[private.Traced] | None, planner: Planner) -> Analysis:
@@ -38,13 +41,14 @@ def analyze(gm: fx.GraphModule, example_inputs: Sequence[private.Traced] | None,
     found: list[Described] = []
     homes: list[Part] = []
     near_misses: list[NearMiss] = []
-    for part in parts(captured):
+    every = tuple(parts(captured))
+    for part in every:
         described, missed = _described(part)
         found += described
         homes += [part] * len(described)
         near_misses += missed
     sites = with_layers(found)
-    return Analysis(captured, sites, tuple(homes), planner([one.site for one in sites], near_misses))
+    return Analysis(captured, sites, tuple(homes), planner([one.site for one in sites], near_misses), every)
 
 
 def _described(part: Part) -> tuple[list[Described], list[NearMiss]]:
@@ -63,19 +67,19 @@ def _described(part: Part) -> tuple[list[Described], list[NearMiss]]:
 def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
     """Rewrite the captured graph as its plan says; the tensors that it reads besides its inputs, or None if nothing changed."""
     supply = Supply(analysis.graph, sources, given)
-    changes: dict[int, tuple[Part, list[Replacement]]] = {}
+    wanted: dict[int, list[Replacement]] = defaultdict(list)
     for one, home, decision in zip(analysis.described, analysis.homes, analysis.plan.decisions, strict=True):
         if decision.target is not None:
             own = supply.nodes(sorted(decision.variant.tables() - set(one.tables)))
             reached = {name: home.reach(node) for name, node in own.items()}
-            changes.setdefault(id(home), (home, []))[1].append(
-                Replacement(one, decision.variant, TARGETS[decision.target], reached)
-            )
-    for home, replacements in reversed(changes.values()):  # the inner graphs first: the outer ones hold them
-        rewrite(home.graph, replacements)
-        home.put_back()
-        private.forget_values(home.graph)
-    if not changes:
-        return None
-    private.forget_values(analysis.graph)
-    return tuple(supply.extra)
+            wanted[id(home)].append(Replacement(one, decision.variant, TARGETS[decision.target], reached))
+    touched: set[int] = set()
+    for part in reversed(analysis.parts):  # the inner graphs first: the outer ones hold them
+        mine = wanted[id(part)]
+        turned = not part.blocked and turn_softmaxes(part.graph.graph, {one.described.found.anchor for one in mine})
+        if mine or turned or id(part) in touched:
+            rewrite(part.graph, mine)
+            part.put_back()
+            private.forget_values(part.graph)
+            touched |= {id(part), id(part.outer)}
+    return tuple(supply.extra) if touched else None

@@ -50,9 +50,15 @@ def _sites(node: fx.Node, versions: Versions) -> Iterator[GraphSite]:
     if op in _FUSED:
         yield _FUSED[op](node, versions)
         return
-    anchor = _softmax(node) if op == "softmax" else _written_out(node, versions) if op == "exp" else None
+    anchor = anchor_of(node, versions)
     if anchor is not None:
         yield _bound(anchor, versions)
+
+
+def anchor_of(node: fx.Node, versions: Versions) -> Anchor | None:
+    """The softmax that `node` is, or is the exponential of."""
+    op = call(node).op
+    return _softmax(node) if op == "softmax" else _written_out(node, versions) if op == "exp" else None
 
 
 def _softmax(node: fx.Node) -> Anchor:
