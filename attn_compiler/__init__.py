@@ -9,6 +9,7 @@ from attn_compiler.library import load_policy
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import Report
 from attn_compiler.runtime.attend import attend, reference
+from attn_compiler.runtime.kernel_source import kernel_source
 from attn_compiler.runtime.schedule import schedule
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "attend",
     "errors",
     "explain",
+    "kernel_source",
     "library",
     "load_policy",
     "reference",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.errors import LanguageError
+from attn_compiler.cli.axes import axes
 from attn_compiler.library import words
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_mask
@@ -31,7 +31,7 @@ def draw(
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
 ) -> None:
     """Draw which tiles a mask visits."""
-    size = _sizes(geometry)
+    size = axes(geometry)
     scope = Scope(geometry=Geometry.of(size) if size else None, strict=False)
     seen = parse_mask(mask, words(), scope)
     variant = Variant(mask=seen.keep, derived=seen.derived)
@@ -43,13 +43,6 @@ def draw(
         typer.echo(json.dumps(_numbers(found)))
     else:
         _print(found, out)
-
-
-def _sizes(text: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.replace("x", ",").split(",")) if text else ()
-    except ValueError as error:
-        raise LanguageError(f'a geometry is written like "56,56", not "{text}"') from error
 
 
 def _numbers(found: Schedule) -> dict[str, object]:

@@ -31,6 +31,11 @@ def compiler() -> tuple[str, ...] | None:
     return (found, *command[1:]) if found else None
 
 
+def flags() -> tuple[str, ...]:
+    """What the compiler is told; ATTN_CXXFLAGS has the last word."""
+    return (*FLAGS, *shlex.split(os.environ.get("ATTN_CXXFLAGS", "")))
+
+
 def why_not() -> str | None:
     """Why nothing can be built on this machine; None if it can."""
     return None if compiler() else "there is no C++ compiler: install g++, or name one in the environment variable CXX"
@@ -54,7 +59,7 @@ def folder() -> Path:
 
 def digest(*texts: str) -> str:
     """A name for some texts as this compiler, with these flags, on this machine makes something of them."""
-    return hashlib.sha256("\0".join((*texts, _identity(), *FLAGS)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\0".join((*texts, _identity(), *flags())).encode()).hexdigest()[:32]
 
 
 def _built(source: str) -> Path:
@@ -78,7 +83,7 @@ def _compile(source: str, room: Path) -> None:
         raise CompilerError(str(why_not()))
     (room / "kernel.cpp").write_text(source, encoding="utf-8")
     done = subprocess.run(
-        [*command, *FLAGS, "kernel.cpp", "-o", "kernel.so"], cwd=room, capture_output=True, text=True, check=False
+        [*command, *flags(), "kernel.cpp", "-o", "kernel.so"], cwd=room, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise CompilerError(f"{command[0]} cannot build a kernel:\n{done.stderr[-2000:]}")

@@ -41,13 +41,13 @@ class CppTarget:
             return "its kernels have no dropout yet"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
-        return _machine(q.device.type, dtype_name(q.dtype)) or _meaning(variant, counted, stored)
+        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_cpp(operands, variant, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        reason = _machine(site.device, site.dtype) or _meaning(variant, (True, True), {})
+        reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {})
         if site.phase is Phase.TRAIN:
             reason = "its kernels compute no gradients yet"
         if site.q_hint < FEW:
@@ -78,7 +78,8 @@ def _machine(device: str, dtype: str) -> str | None:
     return why_not()
 
 
-def _meaning(variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored]) -> str | None:
+def objection(variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored]) -> str | None:
+    """What the kernels have against a variant, whatever the machine; `counted` are the positions of queries and keys."""
     q_counted, k_counted = counted
     reasons = (refuse(in_places(part, q_counted=q_counted, k_counted=k_counted), stored) for part in variant.parts())
     return next(filter(None, reasons), None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, const
+from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs
@@ -21,7 +22,7 @@ from attn_compiler.planning.schedule import visits
 from attn_compiler.runtime.compiler import load
 from attn_compiler.runtime.machine import pairs_are_faster
 from attn_compiler.targets.cpp.source import source
-from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Stored, in_places, spec_of
+from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Spec, Stored, in_places, spec_of
 from attn_compiler.targets.operands import PLACE, head_groups
 
 LONG = 1 << 15  # keys from which a schedule speaks of groups of them
@@ -94,13 +95,23 @@ def launches(shape: Shape) -> tuple[Launch, ...]:
     return tuple(_launch(shape, members, variant) for members, variant in head_groups(shape.variant, shape.heads))
 
 
-def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
+def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """The sources of a call's kernels, and the heads that each is for."""
+    return tuple((members, source(_spec(shape, variant))) for members, variant in head_groups(shape.variant, shape.heads))
+
+
+def _spec(shape: Shape, variant: Variant) -> Spec:
     tables = dict(zip(shape.names, shape.stored, strict=True))
-    placed = in_places(variant, q_counted=shape.q_counted, k_counted=shape.k_counted)
-    spec = spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=_pairs(shape.dtype))
+    known = variant.map(lambda x: simplify(x.substitute({e.heads: const(shape.heads)})) if x.mentions(e.heads) else x)
+    placed = in_places(known, q_counted=shape.q_counted, k_counted=shape.k_counted)
+    return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=_pairs(shape.dtype))
+
+
+def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
+    spec = _spec(shape, variant)
     library = load(source(spec))
     library.lanes.restype = _word
-    visited = _visits(shape, members, variant, placed.mask, int(library.lanes()))
+    visited = _visits(shape, members, variant, spec.variant.mask, int(library.lanes()))
     numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
     work = visited.pairs * int(library.lanes()) * shape.batch * len(members) * (shape.dim + shape.value_dim)
     library.forward.argtypes = [_pointer]

@@ -14,21 +14,15 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
 };
 
 INLINE vf weight_from(const Task& task, const Lanes& lanes, int n, vf score) {
-  const Context& call = task.call;
-  const vindex lane = lanes.lane[n];
   // <weight>
 }
 
 // What every sum of weight * v is multiplied with in the end.
 INLINE vf factor_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak) {
-  const Context& call = task.call;
-  const vindex lane = lanes.lane[n];
   // <factor>
 }
 
 INLINE vf total_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak) {
-  const Context& call = task.call;
-  const vindex lane = lanes.lane[n];
   // <total>
 }
 

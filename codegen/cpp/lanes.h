@@ -51,6 +51,10 @@ INLINE vi pick(vi c, vi a, vi b) { return c ? a : b; }
 INLINE vd pick(vi c, vd a, vd b) { return __builtin_convertvector(c, vl) ? a : b; }
 INLINE vl pick(vi c, vl a, vl b) { return __builtin_convertvector(c, vl) ? a : b; }
 template <class T> INLINE T pick(bool c, T a, T b) { return c ? a : b; }
+template <class T, class C, class A, class B> INLINE T choose(C c, A a, B b) {
+  if constexpr (sizeof(T) <= 8) return c ? (T)a : (T)b;
+  else return pick(truth(c), splat<T>(a), splat<T>(b));
+}
 
 template <class T> INLINE T least(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T most(T a, T b) { return a > b ? a : b; }
@@ -73,6 +77,10 @@ INLINE vl quotient(vl a, vl b) { return each([](int64_t x, int64_t y) { return q
 INLINE vf quotient(vf a, vf b) { return each([](float x, float y) { return quotient(x, y); }, a, b); }
 INLINE vd quotient(vd a, vd b) { return each([](double x, double y) { return quotient(x, y); }, a, b); }
 template <class T> INLINE T remainder_of(T a, T b) { return a - quotient(a, b) * b; }
+template <class V> INLINE V least(V a, typename Element<V>::type b) { return least(a, splat<V>(b)); }
+template <class V> INLINE V most(V a, typename Element<V>::type b) { return most(a, splat<V>(b)); }
+template <class V> INLINE V quotient(V a, typename Element<V>::type b) { return quotient(a, splat<V>(b)); }
+template <class V> INLINE V remainder_of(V a, typename Element<V>::type b) { return remainder_of(a, splat<V>(b)); }
 
 template <class To, class From> INLINE To convert(From x) {
   if constexpr (sizeof(From) <= 8) return (To)x;
@@ -149,6 +157,7 @@ template <class T> INLINE T power(T a, T b) {
   if constexpr (sizeof(T) <= 8) return std::pow(a, b);
   else return each([](auto x, auto y) { return std::pow(x, y); }, a, b);
 }
+template <class V> INLINE V power(V a, typename Element<V>::type b) { return power(a, splat<V>(b)); }
 
 // How numbers are stored.
 struct bfloat16 {
@@ -186,12 +195,20 @@ struct Table {
   int64_t within(int axis, int64_t x) const { return std::clamp<int64_t>(x, 0, size[axis] - 1) * stride[axis]; }
   vl within(int axis, vl x) const { return least(most(x, vl{}), splat<vl>(size[axis] - 1)) * stride[axis]; }
   vl within(int axis, vi x) const { return within(axis, __builtin_convertvector(x, vl)); }
+  int64_t at() const { return 0; }
+  template <int AXIS = 0, class X, class... Rest> INLINE_METHOD auto at(X x, Rest... rest) const {
+    if constexpr (sizeof...(rest) > 0) return within(AXIS, x) + at<AXIS + 1>(rest...);
+    else return within(AXIS, x);
+  }
 };
-template <class To, class Stored> INLINE To read(const Table& table, int64_t at) { return (To)((const Stored*)table.data)[at]; }
-template <class To, class Stored> INLINE To read(const Table& table, vl at) {
+template <class To, class Stored> INLINE To element(const Table& table, int64_t at) { return (To)((const Stored*)table.data)[at]; }
+template <class To, class Stored> INLINE To element(const Table& table, vl at) {
   To r;
   for (int m = 0; m < LANES; m++) r[m] = (typename Element<To>::type)((const Stored*)table.data)[at[m]];
   return r;
+}
+template <class To, class Stored, class... Places> INLINE To read(const Table& table, Places... places) {
+  return element<To, Stored>(table, table.at(places...));
 }
 
 // The sizes and tables of one call.

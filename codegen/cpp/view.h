@@ -21,36 +21,25 @@ struct Rows {
 };
 
 INLINE void prepare(Task& task) {
-  const Context& call = task.call;
   // <per task: values>
 }
 
 INLINE void prepare(const Task& task, Lanes& lanes) {
-  const Context& call = task.call;
   UNROLLED for (int n = 0; n < VECTORS; n++) {
-    const vindex lane = lanes.lane[n];
     // <per lane: values>
   }
 }
 
 INLINE void prepare(const Task& task, Rows& rows) {
-  const Context& call = task.call;
   for (int j = 0; j < rows.count; j++) {
-    const index_t row = rows.row[j];
     // <per row: values>
   }
 }
 
 INLINE vi visible(const Task& task, const Lanes& lanes, int n, const Rows& rows, int j) {
-  const Context& call = task.call;
-  const vindex lane = lanes.lane[n];
-  const index_t row = rows.row[j];
   // <visible>
 }
 
 INLINE vf score_of(const Task& task, const Lanes& lanes, int n, const Rows& rows, int j, vf dot) {
-  const Context& call = task.call;
-  const vindex lane = lanes.lane[n];
-  const index_t row = rows.row[j];
   // <score>
 }

@@ -27,78 +27,107 @@ class Level(IntFlag):
     PAIR = 3
 
 
-_NAMES: Mapping[Expr, tuple[str, Level]] = {
+_SYMBOLS: Mapping[Expr, tuple[str, Level]] = {
     e.b: ("task.b", Level.TASK),
     e.h: ("task.h", Level.TASK),
     e.kv: ("task.kv", Level.TASK),
-    **{leaf: (f"(index_t)call.{leaf.value}", Level.TASK) for leaf in (e.heads, e.q_len, e.k_len, e.layer, e.layers)},
-    FIRST_QUERY: ("(index_t)call.first_query", Level.TASK),
-    FIRST_KEY: ("(index_t)call.first_key", Level.TASK),
-    e.dim: ("(index_t)DIM", Level.TASK),
-    e.i: ("lane", Level.LANE),
-    PLACE: ("row", Level.ROW),
-    e.q_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
-    e.k_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
+    e.dim: ("DIM", Level.TASK),
+    e.i: ("lanes.lane[n]", Level.LANE),
+    PLACE: ("rows.row[j]", Level.ROW),
     e.peak: ("peak", Level.LANE),
     e.mass: ("mass", Level.LANE),
     e.score: ("score", Level.PAIR),
     e.dot: ("dot", Level.PAIR),
 }
-_HELD = {Level.TASK: ("task", ""), Level.LANE: ("lanes", "[n]"), Level.ROW: ("rows", "[j]")}
+_COUNTED = (e.heads, e.q_len, e.k_len, e.layer, e.layers, FIRST_QUERY, FIRST_KEY)
+_WORKED_OUT: Mapping[Expr, tuple[str, Level]] = {  # symbols that are kept like any other part
+    **{leaf: (f"(index_t)task.call.{leaf.value}", Level.TASK) for leaf in _COUNTED},
+    e.q_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
+    e.k_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
+}
+_NAMES: Mapping[Expr, str] = {
+    e.i + FIRST_QUERY: "position",
+    PLACE + FIRST_KEY: "position",
+    **{leaf: str(leaf.value) for leaf in _COUNTED},
+    e.q_norm: "norm",
+    e.k_norm: "norm",
+}
 _GIVEN = (e.peak, e.mass, e.score, e.dot)  # arguments of the function that is printed: never computed ahead
-
-
-@dataclass
-class Scope:
-    """What is computed once per task, lane or row: fields of a structure, and the statements that fill them."""
-
-    fields: list[str] = field(default_factory=list)
-    values: list[str] = field(default_factory=list)
+_OWNERS = {
+    Level.TASK: ("task.{}", "{}"),
+    Level.LANE: ("lanes.{}[n]", "{}[VECTORS]"),
+    Level.ROW: ("rows.{}[j]", "{}[CHUNK]"),
+}  # how a field is reached and declared
 
 
 @dataclass
 class Printer:
-    """Collects the scopes of one kernel while its functions are printed."""
+    """Collects what is computed once per task, lane or row while the functions of one kernel are printed."""
 
     dialect: Dialect
     tables: Mapping[str, tuple[int, Stored]]  # by name: the number under which the kernel knows it
-    scopes: dict[Level, Scope] = field(default_factory=lambda: {level: Scope() for level in _HELD})
-    _held: dict[tuple[Expr, str], str] = field(default_factory=dict)
+    wide: bool  # whether indices have 64 bits
+    names: Mapping[Expr, str]  # what people call some parts of the variant
+    _fields: dict[Level, dict[tuple[Expr, str], str]] = field(default_factory=lambda: {level: {} for level in _OWNERS})
 
     def function(self, root: Expr, real: str = "real") -> list[str]:
         """The statements of a function that returns `root` as a vector; `real` is the type of its real numbers."""
-        body = _Body(self, real, None, root)
+        root = root.transform(_by_level)
+        body = _Body(self, real, None, Counter(_used([root])))
         result = body.vector(root)
-        return [*body.statements, f"return {result};"]
+        return [*body.statements, *_broken(f"return {result};")]
+
+    def scope(self, level: Level) -> tuple[list[str], list[str]]:
+        """The fields of one level, and the statements that fill them. Ask for TASK last: others add to it."""
+        fields, declared, statements, names = self._fields[level], list[str](), list[str](), set[str]()
+        for real in ("real", "exact"):
+            roots = [node for node, kind in fields if kind == real]
+            body = _Body(self, real, level, Counter(_used(roots)), statements, names)
+            for node in roots:
+                body.text(node)
+        for (node, real), name in fields.items():
+            meaning = notation(node)
+            remark = f"  // {meaning}" if meaning not in (name, "") and len(meaning) < _LONG else ""
+            declared.append(f"{self.type(node.sort, real, level)} {_OWNERS[level][1].format(name)};{remark}")
+        return declared, statements
 
     def held(self, node: Expr, real: str, level: Level) -> str:
         """The field that holds a part which does not depend on the pair."""
-        key = (node, real)
-        if key not in self._held:
-            body = _Body(self, real, level, node)
-            text = body.text(node)
-            owner, index = _HELD[level]
-            number = sum(1 for name in self._held.values() if name.startswith(f"{owner}."))
-            name = f"{owner}.x{number}"
-            size = {Level.TASK: "", Level.LANE: "[VECTORS]", Level.ROW: "[CHUNK]"}[level]
-            scope = self.scopes[level]
-            scope.fields.append(f"{self.type(node, real, level)} x{number}{size};  // {notation(node)}")
-            scope.values += [*body.statements, f"{name}{index} = {text};"]
-            self._held[key] = name + index
-        return self._held[key]
+        fields = self._fields[level]
+        key = self.key(node, real)
+        if key not in fields:
+            fields[key] = self.name(node, set(fields.values()))
+        return _OWNERS[level][0].format(fields[key])
 
-    def type(self, node: Expr, real: str, level: Level) -> str:
+    def key(self, node: Expr, real: str) -> tuple[Expr, str]:
+        """What is one field: parts without real numbers do not care about their precision."""
+        return node, real if any(part.sort is Sort.REAL for part in node.walk()) else "real"
+
+    def is_held(self, node: Expr, real: str, level: Level) -> bool:
+        return self.key(node, real) in self._fields[level]
+
+    def name(self, node: Expr, taken: set[str]) -> str:
+        """What a part is called among others: by what it is, else by a number."""
+        known = self.names.get(node) or _NAMES.get(node)
+        if known is None and node.op == "table":
+            known = re.sub(r"\W", "_", str(node.value)) + "_value"
+        if known and known not in taken:
+            return known
+        stem = known or ("holds" if node.sort is Sort.BOOL else "x")
+        return next(name for name in (f"{stem}{n}" for n in range(len(taken) + 1)) if name not in taken)
+
+    def type(self, sort: Sort, real: str, level: Level) -> str:
         """The type of a value: a vector where it depends on the lane."""
-        names = self.dialect["types"][real if node.sort is Sort.REAL else node.sort.value]
-        assert isinstance(names, Sequence)
-        return str(names[bool(level & Level.LANE)])
+        kinds = self.dialect["types"][real if sort is Sort.REAL else sort.value]
+        assert isinstance(kinds, Sequence)
+        return str(kinds[bool(level & Level.LANE)])
 
 
 def level_of(node: Expr) -> Level:
     """What `node` depends on."""
     found = Level.TASK
     for leaf in node.symbols():
-        found |= _NAMES[leaf][1]
+        found |= (_SYMBOLS.get(leaf) or _WORKED_OUT[leaf])[1]
     return found
 
 
@@ -109,92 +138,165 @@ class _Body:
     printer: Printer
     real: str
     level: Level | None
-    root: Expr
+    uses: Counter[Expr]
     statements: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     _texts: dict[Expr, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._uses = Counter(a for node in self.root.walk() for a in node.args)
-
     def text(self, node: Expr) -> str:
-        """`node` as an operand: a name, a number, a call, or an operation in parentheses."""
+        """`node` as a whole expression: where it is used again, or long, the name of a constant."""
         if node not in self._texts:
-            written = self._written(node)
-            if node.args and self._uses[node] > 1 and not written.startswith(_FIELDS):
-                kind, name = self.printer.type(node, self.real, level_of(node)), f"t{len(self.statements)}"
-                self.statements.append(f"const {kind} {name} = {written};")
-                written = name
-            self._texts[node] = written
+            here = self.level is not None and self.printer.is_held(node, self.real, self.level)
+            self._texts[node] = self._field(node) if here else self._kept(node, self._written(node))
         return self._texts[node]
-
-    def operand(self, node: Expr) -> str:
-        """The same, in parentheses where an operator could tear it apart."""
-        text = self.text(node)
-        whole = _WHOLE.fullmatch(text) or (node.op in _COMPARISONS and text.startswith("truth("))
-        return text if whole or node.op not in self.printer.dialect["operators"] else f"({text})"
 
     def vector(self, node: Expr) -> str:
         """The same, in every lane."""
-        return self._fitted(node, node.sort, Level.LANE, self.text(node))
+        return self._fitted(node, node.sort, Level.LANE, self._written(node))
+
+    def _field(self, node: Expr) -> str:
+        """A field of this level, filled by now."""
+        assert self.level is not None
+        name = self.printer.held(node, self.real, self.level)
+        if self.printer.key(node, self.real)[1] == self.real:  # else it was filled with the others of its kind
+            self.statements += _broken(f"{name} = {self._written(node)};")
+        return name
+
+    def _kept(self, node: Expr, written: str) -> str:
+        again = self.uses[node] > 1 and not _WHOLE.fullmatch(written)
+        if not node.args or not (again or len(written) > _LONG) or node.op in ("and", "or"):
+            return written
+        name = self.printer.name(node, self.names)
+        self.names.add(name)
+        kind = self.printer.type(node.sort, self.real, level_of(node))
+        self.statements += _broken(f"const {kind} {name} = {written};")
+        return name
 
     def _written(self, node: Expr) -> str:
-        if node.op == "const":
+        if node.is_const:
             return _number(node, self.real)
+        if node in _SYMBOLS:
+            return _SYMBOLS[node][0]
         level = level_of(node)
-        if level is not Level.PAIR and level != self.level and not node.mentions(*_GIVEN) and node.op != "symbol":
+        if level is not Level.PAIR and level != self.level and not node.mentions(*_GIVEN):
             return self.printer.held(node, self.real, level)
         if node.op == "symbol":
-            return self._symbol(node, level)
+            return _WORKED_OUT[node][0]
         if node.op == "table":
             return self._read(node, level)
-        return self._operation(node, level)
-
-    def _symbol(self, node: Expr, level: Level) -> str:
-        name, _ = _NAMES[node]
-        measured = node in (e.q_norm, e.k_norm)
-        return self.printer.held(node, self.real, level) if measured and level != self.level else name
-
-    def _operation(self, node: Expr, level: Level) -> str:
-        operands = [a.sort for a in node.args]
-        common = Sort.REAL if Sort.REAL in operands or node.op in _ON_REALS else Sort.INDEX
-        dialect, vector = self.printer.dialect, Level.LANE & level
         if node.op == "real":
-            return self._fitted(node.args[0], Sort.REAL, vector, self.text(node.args[0]))
-        in_function = node.op in dialect["functions"]
-        lift = vector if in_function or Sort.BOOL in operands else Level.TASK
-        spell = self.text if in_function else self.operand
-        args = [self._fitted(a, Sort.BOOL if a.sort is Sort.BOOL else common, lift, spell(a)) for a in node.args]
-        if in_function and not vector:
-            args = [f"(index_t){x}" if a.is_const and common is Sort.INDEX else x for a, x in zip(node.args, args, strict=True)]
-        form = dialect["functions" if in_function else "operators"][node.op]
-        written = str(form).format(*args)
-        if node.op in ("ceil", "floor"):
-            return f"convert<{self.printer.type(node, self.real, level)}>({written})"
-        return f"truth({written})" if vector and node.op in _COMPARISONS else written
+            return self._fitted(node.args[0], Sort.REAL, Level.LANE & level, self.text(node.args[0]))
+        return self._operator(node, level) if node.op in self.printer.dialect["operators"] else self._function(node, level)
+
+    def _operator(self, node: Expr, level: Level) -> str:
+        common, vector = _common(node), Level.LANE & level
+        lift = vector if common is Sort.BOOL else Level.TASK
+        args = [self._operand(a, common, lift, node.op, right=at > 0) for at, a in enumerate(node.args)]
+        written = str(self.printer.dialect["operators"][node.op]).format(*args)
+        as_truth = self.real == "real" if common is Sort.REAL else not self.printer.wide
+        return written if node.op not in _COMPARISONS or not vector or as_truth else f"truth({written})"
+
+    def _operand(self, node: Expr, sort: Sort, lift: Level, of: str, *, right: bool) -> str:
+        """An operand of `of`, in parentheses where it would be torn apart."""
+        text = self.text(node)
+        fitted = self._fitted(node, sort, lift, text)
+        binds = self.printer.dialect["binds"]
+        call = node.op not in binds or (node.op in _COMPARISONS and text.startswith("truth("))
+        if fitted != text or _WHOLE.fullmatch(text) or (call and not node.is_const):
+            return fitted
+        inner, outer = (int(str(binds.get(op, binds["neg"]))) for op in (node.op, of))
+        if of in ("and", "or"):
+            return text if node.op in (of, "not") else f"({text})"
+        return text if inner > outer or (inner == outer and not right and of != "neg") else f"({text})"
+
+    def _function(self, node: Expr, level: Level) -> str:
+        common, vector, choice = _common(node), Level.LANE & level, node.op == "where"
+        kind = self.printer.type(node.sort, self.real, level)
+        args = []
+        for at, a in enumerate(node.args):
+            sort = Sort.BOOL if a.sort is Sort.BOOL else common
+            # A function is of the type of its first operand; a choice is told its type.
+            lift = vector if (at > 0 and sort is Sort.BOOL if choice else not at) else Level.TASK
+            args.append(self._fitted(a, sort, lift, self.text(a)))
+        if self.printer.wide and common is Sort.INDEX and not vector and not choice:
+            args = [f"(index_t){text}" if a.is_const else text for a, text in zip(node.args, args, strict=True)]
+        written = str(self.printer.dialect["functions"][node.op]).format(*args, type=kind)
+        return f"convert<{kind}>({written})" if node.op in ("ceil", "floor") else written
 
     def _fitted(self, node: Expr, sort: Sort, vector: Level, text: str) -> str:
         """The `text` of `node` as an operand of a sort; with `vector`, in every lane."""
-        level, wanted = level_of(node), e.symbol("", sort)
-        if node.sort is not sort:
-            text = f"convert<{self.printer.type(wanted, self.real, level)}>({text})"
+        level = level_of(node)
+        kind = self.printer.type(sort, self.real, level)
+        if node.sort is not sort and node.is_const:
+            text = _number(e.const(float(node.value)), self.real)  # type: ignore[arg-type]  # a number, since it is fitted
+        elif node.sort is not sort and level & Level.LANE:
+            text = f"convert<{kind}>({text})"
+        elif node.sort is not sort:
+            text = f"({kind}){text if _WHOLE.fullmatch(text) else f'({text})'}"
         if not vector or level & Level.LANE:
             return text
-        return f"truth({text})" if sort is Sort.BOOL else f"splat<{self.printer.type(wanted, self.real, Level.LANE)}>({text})"
+        return f"truth({text})" if sort is Sort.BOOL else f"splat<{self.printer.type(sort, self.real, Level.LANE)}>({text})"
 
     def _read(self, node: Expr, level: Level) -> str:
         number, stored = self.printer.tables[str(node.value)]
-        table = f"call.tables[{number}]"
-        places = [f"{table}.within({axis}, {self.text(x)})" for axis, x in enumerate(node.args)]
+        places = ", ".join([f"task.call.tables[{number}]", *(self.text(x) for x in node.args)])
         stored_as = self.printer.dialect["stored"][stored.dtype]
-        kind = self.printer.type(node, self.real, level)
-        written = f"read<{kind}, {stored_as}>({table}, {' + '.join(places) or '0'})"
-        return f"truth({written} != 0)" if node.sort is Sort.BOOL and level & Level.LANE else written
+        written = f"read<{self.printer.type(node.sort, self.real, level)}, {stored_as}>({places})"
+        return f"({written} != 0)" if node.sort is Sort.BOOL and level & Level.LANE else written
 
 
-_FIELDS = ("task.", "lanes.", "rows.")
-_WHOLE = re.compile(r"[\w.]+(\[\w\])?")
+_WHOLE = re.compile(r"[\w.]+(\[\w+\])?")
 _COMPARISONS = ("lt", "le", "eq")
 _ON_REALS = ("div", "pow", "exp", "log", "sqrt", "tanh", "sigmoid", "ceil", "floor")
+_LONG = 80  # characters of a line
+
+
+def _common(node: Expr) -> Sort:
+    """The sort of the operands of an operation, once they are brought to one; of a choice, of what is chosen from."""
+    sorts = [a.sort for a in (node.args[1:] if node.op == "where" else node.args)]
+    if Sort.BOOL in sorts:
+        return Sort.BOOL
+    return Sort.REAL if Sort.REAL in sorts or node.op in _ON_REALS else Sort.INDEX
+
+
+def _used(roots: Sequence[Expr]) -> list[Expr]:
+    """The operands of all that the roots are made of, as often as they are used."""
+    return [a for node in dict.fromkeys(part for root in roots for part in root.walk()) for a in node.args]
+
+
+def _by_level(node: Expr) -> Expr:
+    """Conditions in the order of what they depend on, so that those of one token alone become one."""
+    if node.op not in ("and", "or"):
+        return node
+    parts = _chain(node, node.op)
+    levels = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
+    of_level = [[part for part in parts if level_of(part) == level] for level in levels]
+    joined = [_joined(part, node.op) for part in of_level if part]
+    return _joined(joined, node.op)
+
+
+def _chain(node: Expr, op: str) -> list[Expr]:
+    return [part for a in node.args for part in _chain(a, op)] if node.op == op else [node]
+
+
+def _joined(parts: Sequence[Expr], op: str) -> Expr:
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = e.apply(op, whole, part)
+    return whole
+
+
+def _broken(statement: str) -> list[str]:
+    """The lines of a statement: a long one is broken before the operators that no parentheses hold together."""
+    if len(statement) <= _LONG + 20:
+        return [statement]
+    depth, lines = 0, [""]
+    for at, letter in enumerate(statement):
+        depth += (letter in "([") - (letter in ")]")
+        if not depth and statement.startswith((" & ", " | "), at):
+            lines.append("   ")
+        lines[-1] += letter
+    return lines
 
 
 def _number(node: Expr, real: str) -> str:

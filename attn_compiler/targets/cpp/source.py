@@ -23,7 +23,7 @@ def source(spec: Spec) -> str:
     """The forward kernel of a spec."""
     dialect = _dialect()
     tables = {name: (number, stored) for number, (name, stored) in enumerate(spec.tables)}
-    printer = Printer(dialect, tables)
+    printer = Printer(dialect, tables, spec.wide, {spec.variant.scale: "scale"})
     normalizer = spec.variant.normalizer
     assert spec.factor is not None
     functions = {
@@ -33,12 +33,9 @@ def source(spec: Spec) -> str:
         "factor": printer.function(spec.factor),
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
     }
-    names = {Level.TASK: "per task", Level.LANE: "per lane", Level.ROW: "per row"}
-    scopes = {
-        f"{names[level]}: {part}": lines
-        for level, scope in printer.scopes.items()
-        for part, lines in (("fields", scope.fields), ("values", scope.values))
-    }
+    scopes: dict[str, list[str]] = {}
+    for level, name in ((Level.LANE, "per lane"), (Level.ROW, "per row"), (Level.TASK, "per task")):
+        scopes[f"{name}: fields"], scopes[f"{name}: values"] = printer.scope(level)
     skeletons = "\n".join(_skeleton(name) for name in ("tiles.h", "view.h", "forward.cpp"))
     body = _filled(skeletons, {**functions, **scopes})
     return f"{_skeleton('lanes.h')}\n{_constants(spec, dialect)}\n{body}"
@@ -61,12 +58,16 @@ def _constants(spec: Spec, dialect: Dialect) -> str:
             f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {CHUNK};",
             f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else CHUNK};",
             f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
-            f"typedef ContextOf<{max(1, len(spec.tables))}> Context;",
+            f"typedef ContextOf<{max(1, len(spec.tables))}> Context;{_remark(spec)}",
             f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
             "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",
             f"constexpr int EMPTY_ROWS = {_EMPTY_ROWS[spec.variant.empty_rows]};  // what a query gets that sees no key",
         )
     )
+
+
+def _remark(spec: Spec) -> str:
+    return f"  // the tables are {', '.join(name for name, _ in spec.tables)}" if spec.tables else ""
 
 
 def _filled(skeleton: str, holes: Mapping[str, Sequence[str]]) -> str:
