@@ -19,7 +19,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs
 from attn_compiler.planning.schedule import visits
-from attn_compiler.runtime.compiler import load
+from attn_compiler.runtime.compiler import load, why_not
 from attn_compiler.runtime.machine import pairs_are_faster
 from attn_compiler.targets.cpp.source import source
 from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Spec, Stored, in_places, spec_of
@@ -119,7 +119,7 @@ def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
 
 
 def _pairs(dtype: str) -> bool:
-    return dtype == "bfloat16" and pairs_are_faster()
+    return dtype == "bfloat16" and why_not() is None and pairs_are_faster()
 
 
 def _visits(shape: Shape, members: Sequence[int], variant: Variant, mask: Expr, lanes: int) -> Visits:

@@ -201,7 +201,9 @@ struct Table {
     else return within(AXIS, x);
   }
 };
-template <class To, class Stored> INLINE To element(const Table& table, int64_t at) { return (To)((const Stored*)table.data)[at]; }
+template <class To, class Stored> INLINE To element(const Table& table, int64_t at) {
+  return (To)((const Stored*)table.data)[at];
+}
 template <class To, class Stored> INLINE To element(const Table& table, vl at) {
   To r;
   for (int m = 0; m < LANES; m++) r[m] = (typename Element<To>::type)((const Stored*)table.data)[at[m]];

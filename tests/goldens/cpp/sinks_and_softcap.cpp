@@ -1,0 +1,66 @@
+struct Task {  // one head of one row of the batch
+  const Context& call;
+  index_t b, h, kv;
+  float scale;  // 1 / √dim
+  index_t first_query;
+  index_t first_key;
+};
+
+struct Lanes {
+  vindex lane[VECTORS];
+  const Stored* data[TILE];
+  vindex position[VECTORS];  // i + first_query
+  vindex x0[VECTORS];  // i + first_query + 255
+};
+
+struct Rows {
+  int count = 0;
+  index_t row[CHUNK];
+  bool mixed[CHUNK];
+  const Stored* data[CHUNK];
+  index_t position[CHUNK];  // place + first_key
+  bool holds0[CHUNK];  // place + first_key ≤ 3
+  index_t x0[CHUNK];  // place + first_key + 255
+};
+
+INLINE void prepare(Task& task) {
+  task.scale = 1.0f / root((float)DIM);
+  task.first_query = (index_t)task.call.first_query;
+  task.first_key = (index_t)task.call.first_key;
+}
+
+INLINE void prepare(const Task& task, Lanes& lanes) {
+  UNROLLED for (int n = 0; n < VECTORS; n++) {
+    lanes.position[n] = lanes.lane[n] + task.first_query;
+    lanes.x0[n] = lanes.position[n] + 255;
+  }
+}
+
+INLINE void prepare(const Task& task, Rows& rows) {
+  for (int j = 0; j < rows.count; j++) {
+    rows.position[j] = rows.row[j] + task.first_key;
+    rows.holds0[j] = rows.position[j] <= 3;
+    rows.x0[j] = rows.position[j] + 255;
+  }
+}
+
+INLINE vi visible(const Task& task, const Lanes& lanes, int n, const Rows& rows, int j) {
+  return (rows.position[j] <= lanes.position[n])
+      & (truth(rows.holds0[j]) | ((rows.position[j] <= lanes.x0[n]) & (lanes.position[n] <= rows.x0[j])));
+}
+
+INLINE vf score_of(const Task& task, const Lanes& lanes, int n, const Rows& rows, int j, vf dot) {
+  return tangent(dot * task.scale / 50.0f) * 50.0f;
+}
+
+INLINE vf weight_from(const Task& task, const Lanes& lanes, int n, vf score) {
+  return splat<vf>(0.0f);
+}
+
+INLINE vf factor_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak) {
+  return 1.0f / (mass + exponential(-peak));
+}
+
+INLINE vf total_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak) {
+  return logarithm(mass + exponential(-peak)) + peak;
+}
