@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -10,6 +11,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+import warnings
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -21,6 +25,7 @@ FLAGS = (
     "-Wno-psabi", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
 MOST_KERNELS = 1024  # on disk; the ones that were used longest ago go first
+LONGEST_BUILD = 3600.0  # seconds after which nobody can still be at work
 
 
 @lru_cache
@@ -63,10 +68,32 @@ def digest(*texts: str) -> str:
 
 
 def _built(source: str) -> Path:
-    key, place = digest(source), folder()
+    """The shared object of a source: kept for all processes, or, where nothing can be kept, for this one."""
+    try:
+        return _kept(source, folder())
+    except OSError as error:
+        return _kept(source, _own_folder(folder(), str(error.strerror)))
+
+
+@cache
+def _own_folder(wanted: Path, reason: str) -> Path:
+    """Where this process keeps its kernels while it lives."""
+    warnings.warn(
+        f"kernels cannot be kept in {wanted} ({reason}), so each process builds its own: "
+        "name a folder that can be written in the environment variable ATTN_CACHE_DIR",
+        stacklevel=2,
+    )
+    made = tempfile.mkdtemp(prefix="attn-compiler-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+def _kept(source: str, place: Path) -> Path:
+    key = digest(source)
     path = place / f"{key}.so"
     if path.exists():
-        os.utime(path)  # it was used
+        with suppress(OSError):  # it may belong to somebody else
+            os.utime(path)  # it was used
         return path
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix="building-") as room:
@@ -106,6 +133,9 @@ def _forget_old(place: Path) -> None:
     for path in kernels[MOST_KERNELS:]:
         path.unlink(missing_ok=True)
         path.with_suffix(".cpp").unlink(missing_ok=True)
+    for room in place.glob("building-*"):  # of a process that was killed
+        if _last_used(room) < time.time() - LONGEST_BUILD:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def _last_used(path: Path) -> float:

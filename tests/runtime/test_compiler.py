@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,42 @@ def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         compiler.load(f'extern "C" int answer() {{ return {number}; }}\n')
     assert len(list(tmp_path.glob("*.so"))) == 2
     assert len(list(tmp_path.glob("*.cpp"))) == 2
+
+
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    old, new = tmp_path / "building-old", tmp_path / "building-new"
+    for room in (old, new):
+        room.mkdir()
+    os.utime(old, (0, 0))
+    compiler.load(SOURCE)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_where_nothing_can_be_kept_a_process_builds_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path / "file" / "kernels"))
+    with pytest.warns(UserWarning, match=r"kernels cannot be kept in .*kernels \(Not a directory\).* ATTN_CACHE_DIR"):
+        assert compiler.load(SOURCE).answer() == 42
+    monkeypatch.setattr(compiler, "_compile", forbidden)
+    assert compiler.load(SOURCE).answer() == 42
+
+
+def test_a_kernel_of_somebody_else_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_yours(*_: object) -> None:
+        raise PermissionError
+
+    compiler.load(SOURCE)
+    monkeypatch.setattr(os, "utime", not_yours)
+    monkeypatch.setattr(compiler, "_compile", forbidden)
+    assert compiler.load(SOURCE).answer() == 42
+
+
+def test_other_flags_are_another_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = 'extern "C" int answer() { return ANSWER; }\n'
+    for answer in (1, 2):
+        monkeypatch.setenv("ATTN_CXXFLAGS", f"-DANSWER={answer}")
+        assert compiler.load(source).answer() == answer
 
 
 def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
