@@ -12,7 +12,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
-from attn_compiler.graph.names import layer_numbers
+from attn_compiler.graph.names import layer_numbers, place
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.symbolic import SymbolicReader, Table
@@ -56,7 +56,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         name=found.name,
         kind=kind(found),
         phase=phase(found),
-        layer=found.layer,
+        layer=None,
         layers=None,
         batch=_length(product(found.batch)),
         heads=heads,
@@ -85,24 +85,11 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
 
 def with_layers(described: Sequence[Described]) -> tuple[Described, ...]:
     """Number the layers of each stack of blocks and count them, so that a rule's layer -1 is the last one."""
-    numbers = layer_numbers([one.site.name for one in described])
-    described = [replace(one, site=replace(one.site, layer=n)) for one, n in zip(described, numbers, strict=True)]
-    last: dict[str, int] = {}
-    for one in described:
-        if one.site.layer is not None:
-            stack = _stack(one.site)
-            last[stack] = max(last.get(stack, 0), one.site.layer)
+    numbers = layer_numbers([place(one.found.out.node) for one in described])
     return tuple(
-        one if one.site.layer is None else replace(one, site=replace(one.site, layers=last[_stack(one.site)] + 1))
-        for one in described
+        replace(one, site=replace(one.site, layer=layer, layers=layers))
+        for one, (layer, layers) in zip(described, numbers, strict=True)
     )
-
-
-def _stack(site: Site) -> str:
-    """What comes before the layer's number in a site's name: an encoder and a decoder count apart."""
-    parts = site.name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part == str(site.layer)]
-    return ".".join(parts[: numbers[0]]) if numbers else ""
 
 
 def _length(size: Size) -> Length:

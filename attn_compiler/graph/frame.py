@@ -16,7 +16,7 @@ from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered
-from attn_compiler.graph.streams import same_tokens, streams
+from attn_compiler.graph.streams import origin
 from attn_compiler.graph.symbolic import SymbolicReader
 from attn_compiler.planning.site import Frame, Kind, Phase
 
@@ -36,13 +36,13 @@ def frame(site: GraphSite, recovered: Recovered, reader: SymbolicReader) -> Fram
     mask = recovered.variant.mask
     for part in conjuncts(mask):
         for bound in disjuncts(part):
-            position = _from_causal(bound)
+            position = _from_causal(bound, site)
             if position is not None:
                 return Frame(position, "the causal mask")
     cached = _from_cache(site, reader)
     if cached is not None:
         return cached
-    if same_tokens(site) and equal(*site.lengths):
+    if equal(*site.lengths) and origin(site).in_order:
         return Frame(i, "queries and keys are the same tokens")
     return None
 
@@ -89,8 +89,8 @@ def _outside_tables(e: Expr, shifted: Expr) -> Expr:
     return simplify(changed) if changed.sort is not Sort.REAL else changed
 
 
-def _from_causal(bound: Expr) -> Expr | None:
-    """`k <= i + offset`, or `k <= position of i`."""
+def _from_causal(bound: Expr, site: GraphSite) -> Expr | None:
+    """`k <= i + offset`, or `k <= position of i`. The far side of a window reaches beyond the last key."""
     if bound.op != "le" or any(x.sort is not Sort.INDEX for x in bound.args):
         return None
     difference = linear(bound.args[0]) - linear(bound.args[1])
@@ -98,10 +98,17 @@ def _from_causal(bound: Expr) -> Expr | None:
         return None
     rest = (difference + linear(k) * -1) * -1
     if rest.factors.get(i, 0) == 1 and not any(a.mentions(k, i) for a in rest.factors if a != i):
-        return expression(rest) if rest.constant == 0 or len(rest.factors) > 1 or rest.constant > 0 else None
+        among_keys = len(rest.factors) > 1 or rest.constant == 0 or (rest.constant > 0 and _stay(site, rest.constant))
+        return expression(rest) if among_keys else None
     reads = [a for a in rest.factors if a.op == "table"]
     whole = len(rest.factors) == 1 and len(reads) == 1 and rest.constant == 0 and rest.factors[reads[0]] == 1
     return reads[0] if whole and reads[0].mentions(i) and not reads[0].mentions(k) else None
+
+
+def _stay(site: GraphSite, moved: int) -> bool:
+    """Whether all queries, moved by that much, are known to stand at places of keys."""
+    queries, keys = site.lengths
+    return private.statically_known_true(keys - queries >= moved)
 
 
 def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
@@ -136,14 +143,12 @@ def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | 
 
 def kind(site: GraphSite) -> Kind:
     """Self, cross, joint or pool."""
-    queries, keys = streams(site.q.node), streams(site.k.node)
-    if queries.inputs and keys.inputs and not queries.inputs & keys.inputs:
-        return Kind.POOL if queries.learned else Kind.CROSS
-    if queries.learned and not queries.inputs:
-        return Kind.POOL
-    if queries.joined and keys.joined:
-        return Kind.JOINT
-    return Kind.SELF if queries.inputs & keys.inputs or equal(*site.lengths) else Kind.CROSS
+    found = origin(site)
+    if found.same:
+        return Kind.JOINT if found.joined else Kind.SELF
+    if not found.projected:  # queries and keys are inputs of the graph
+        return Kind.SELF if equal(*site.lengths) else Kind.CROSS
+    return Kind.POOL if found.learned else Kind.CROSS
 
 
 def phase(site: GraphSite) -> Phase:

@@ -13,7 +13,7 @@ from attn_compiler.graph.calls import call, dtype, is_tensor, shape
 from attn_compiler.graph.chain import Path, Walk
 from attn_compiler.graph.fused import bind_flex, bind_sdpa
 from attn_compiler.graph.mutation import Versions
-from attn_compiler.graph.names import layer_numbers, module_path
+from attn_compiler.graph.names import module_path
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.planning.plan import NearMiss
 
@@ -41,8 +41,7 @@ def match(gm: fx.GraphModule) -> Matches:
             sites.extend(_sites(node, versions))
         except DisagreementError as reason:
             misses.append(NearMiss(module_path(node), call(node).op, str(reason)))
-    layers = layer_numbers([site.name for site in sites])
-    return Matches(tuple(replace(site, layer=layer) for site, layer in zip(sites, layers, strict=True)), tuple(misses))
+    return Matches(tuple(sites), tuple(misses))
 
 
 def _sites(node: fx.Node, versions: Versions) -> Iterator[GraphSite]:

@@ -109,7 +109,6 @@ class GraphSite:
     softmax_dtype: torch.dtype | None = None  # what the softmax computes in
     escapes: tuple[fx.Node, ...] = ()  # others that read scores or weights
     name: str = ""  # `model.layers.3.self_attn`
-    layer: int | None = None
     where: str = ""  # file and line
 
     @property

@@ -15,7 +15,7 @@ from attn_compiler.algebra.expr import h
 from attn_compiler.graph.atom import coordinates, product
 from attn_compiler.graph.axes import Atoms
 from attn_compiler.graph.mutation import Versions
-from attn_compiler.graph.names import layer_numbers, module_path
+from attn_compiler.graph.names import Place, layer_numbers, module_path, place
 
 factors = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 
@@ -100,6 +100,7 @@ def test_a_write_through_a_view_is_not_followed() -> None:
     [
         ("L['self'].model.layers[3].self_attn", "model.layers.3.self_attn"),
         ("L['self']._modules['encoder']._modules['layer']._modules['0'].attention.self", "encoder.layer.0.attention.self"),
+        ("L['self'].__dict__['_modules']['blocks'].0.attn", "blocks.0.attn"),
         ("model.layers.3.self_attn", "model.layers.3.self_attn"),
         ("", ""),
     ],
@@ -110,10 +111,44 @@ def test_module_paths_are_written_with_dots(path: str, name: str) -> None:
     assert module_path(node) == name
 
 
+def numbered(*paths: str) -> list[int | None]:
+    return [layer for layer, _ in layer_numbers([Place(path) for path in paths])]
+
+
 def test_layers_are_counted_by_the_number_that_varies() -> None:
-    assert layer_numbers(["layers.4.attn", "layers.5.attn", ""]) == [4, 5, None]
-    assert layer_numbers(["decoder.block.1.layer.1.attn", "decoder.block.2.layer.1.attn"]) == [1, 2]
-    assert layer_numbers(["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0"]) == [0, 1, 2]
+    assert numbered("layers.4.attn", "layers.5.attn", "") == [4, 5, None]
+    assert numbered("decoder.block.1.layer.1.attn", "decoder.block.2.layer.1.attn") == [1, 2]
+    assert numbered("stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0") == [0, 1, 2]
+
+
+def test_an_encoder_and_a_decoder_count_their_layers_apart() -> None:
+    places = [
+        Place(f"{part}.layers.{layer}.attn") for part, layers in (("encoder", 2), ("decoder", 3)) for layer in range(layers)
+    ]
+    assert layer_numbers(places) == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+
+
+def test_layers_of_several_stages_are_one_stack() -> None:
+    places = [Place(f"stages.{stage}.blocks.{block}") for stage in range(2) for block in range(2)]
+    assert layer_numbers(places) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def called(*stack: tuple[str, str]) -> Place:
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {key: (path, torch.nn.Module) for key, path in stack}
+    return place(node)
+
+
+def test_a_block_that_is_called_again_is_a_further_layer() -> None:
+    places = [called(("1", "L['self'].encoder"), (f"2{call}", "L['self'].encoder.groups.0")) for call in ("", "@1", "@2")]
+    assert layer_numbers(places) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_model_that_is_called_again_has_the_same_layers() -> None:
+    places = [called((f"1{call}", "L['self'].tower"), ("2@1", "L['self'].tower.layers.0")) for call in ("@1",)]
+    places += [called(("1@1", "L['self'].tower"), ("3@1", "L['self'].tower.layers.1"))]
+    places += [called(("1", "L['self'].tower"), (f"{n + 2}", f"L['self'].tower.layers.{n}")) for n in range(2)]
+    assert layer_numbers(places) == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
 
 def test_the_product_of_no_atoms_is_one() -> None:

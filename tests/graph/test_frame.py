@@ -125,6 +125,59 @@ def test_the_same_tokens_start_together() -> None:
     assert kind(site) is Kind.SELF
 
 
+@pytest.mark.parametrize(
+    "moved",
+    [lambda y: (y[:, 1:], y[:, :-1]), lambda y: (y.roll(1, 1), y), lambda y: (y, y.flip(1))],
+    ids=["cut", "rolled", "flipped"],
+)
+def test_tokens_that_are_moved_against_each_other_do_not_start_together(moved: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def attention(y: Tensor) -> Tensor:
+        queries, keys = (split(projection(z)) for z in moved(y))
+        return F.scaled_dot_product_attention(queries, keys, keys)
+
+    assert recovered(attention, x)[2] is None
+
+
+def test_tokens_that_are_moved_together_start_together() -> None:
+    def rotated(y: Tensor) -> Tensor:
+        first, rest = y[:, :, :1], y[:, :, 1:]  # a token for the class has no position
+        return torch.cat([first, rest * torch.linspace(1, 2, WIDTH)], 2)
+
+    def attention(y: Tensor) -> Tensor:
+        value = split(projection(y))
+        return F.scaled_dot_product_attention(rotated(split(projection(y))), rotated(value), value)
+
+    site, _, where = recovered(attention, x)
+    assert where == Frame(i, "queries and keys are the same tokens")
+    assert kind(site) is Kind.SELF
+
+
+def test_two_streams_one_behind_the_other_are_joint() -> None:
+    def attention(y: Tensor, other: Tensor) -> Tensor:
+        query = torch.cat([split(projection(other)), split(projection(y))], 2)
+        return F.scaled_dot_product_attention(query, query * 0.5, query)
+
+    site, _, where = recovered(attention, x, torch.randn_like(x))
+    assert kind(site) is Kind.JOINT
+    assert where == Frame(i, "queries and keys are the same tokens")
+
+
+def test_queries_that_are_parameters_pool() -> None:
+    class Pool(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe = torch.nn.Parameter(torch.randn(BATCH, 1, HEADS * WIDTH))
+            self.projection = projection
+
+        def forward(self, y: Tensor) -> Tensor:
+            key = split(self.projection(y))
+            return F.scaled_dot_product_attention(split(self.projection(self.probe)), key, key)
+
+    site, _, where = recovered(Pool(), x)
+    assert kind(site) is Kind.POOL
+    assert where is None
+
+
 def test_padding_gives_the_table_to_count_from() -> None:
     valid = torch.ones(BATCH, TOKENS, dtype=torch.long)
 

@@ -58,7 +58,7 @@ def test_a_model_is_computed_again_from_its_records(name: str, way: str) -> None
     with torch.no_grad():
         got = torch.compile(model, backend=backend)(**inputs)[0]
         exact = copy.deepcopy(model).double()(**{key: x.double() if x.is_floating_point() else x for key, x in inputs.items()})[0]
-    assert [site.layer for one in seen for site in one.sites] == list(range(sites))
+    assert sum(len(one.sites) for one in seen) == sites
     valid = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
     with torch.no_grad():
         assert_all_within_budget([got[valid]], [exact[valid]], lambda: [model(**inputs)[0][valid]])

@@ -116,7 +116,7 @@ def bmm3d(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def baddbmm_alpha(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, length, dim = q.shape
     q, k, v = (x.reshape(batch * heads, length, dim) for x in (q, k, v))
-    bias = torch.triu(torch.full((length, length), float("-inf")), 1).expand(batch * heads, length, length)
+    bias = torch.triu(torch.full((length, length), float("-inf"), dtype=q.dtype), 1).expand(batch * heads, length, length)
     scores = torch.baddbmm(bias, q, k.transpose(-1, -2), beta=1, alpha=dim**-0.5)
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, length, dim)
 
@@ -164,7 +164,7 @@ def logsoftmax_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling()
 def mul_mask_gpt1(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    visible = torch.tril(torch.ones(q.shape[-2], q.shape[-2]))
+    visible = torch.tril(torch.ones(q.shape[-2], q.shape[-2], dtype=q.dtype))
     scores = q @ k.mT / math.sqrt(HEAD_DIM)
     return (scores * visible + -1e4 * (1 - visible)).softmax(-1) @ v
 
@@ -200,7 +200,7 @@ def topk_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling(sites=0)  # heads are mixed before and after the softmax: no head computes an attention of its own
 def talking_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mix = torch.eye(HEADS)
+    mix = torch.eye(HEADS, dtype=q.dtype)
     weights = torch.einsum("bhqk,hg->bgqk", q @ k.mT * SCALE, mix).softmax(-1)
     return torch.einsum("bhqk,hg->bgqk", weights, mix) @ v
 
