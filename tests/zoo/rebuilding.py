@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attn_compiler.graph.analysis import analyze, carry_out
-from attn_compiler.graph.capture import capture
 from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.site import Site
 from attn_compiler.testing.budget import budget, largest, over_budget
@@ -48,8 +48,8 @@ def rebuild(model: nn.Module, inputs: Inputs, *, train: bool = False, dynamic: b
     found = Rebuilt()
 
     def beside(gm: fx.GraphModule, example_inputs: Sequence[Example]) -> Callable[..., Any]:
-        original = capture(gm, example_inputs)
         analysis = analyze(gm, example_inputs, _as_they_are)
+        original = copy.deepcopy(analysis.graph)
         first = not any(one.site.name in {site.name for site in found.sites} for one in analysis.described)
         if first:
             found.sites += [one.site for one in analysis.described]
