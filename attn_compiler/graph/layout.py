@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import Tensor
 
-from attn_compiler.graph.atom import Atom, Axes, Axis, product
-from attn_compiler.graph.calls import Size, is_one
+from attn_compiler.graph.atom import Atom, Axes, Axis
+from attn_compiler.graph.calls import Size
 
 
 def arranged(x: Tensor, axes: Axes, groups: Axes) -> Tensor:
@@ -25,15 +26,15 @@ def arranged(x: Tensor, axes: Axes, groups: Axes) -> Tensor:
     return _merge(x, groups, present)
 
 
-def returned(x: Tensor, groups: Axes, axes: Axes, shape: tuple[Size, ...]) -> Tensor:
-    """The way back: `x` has one dimension per group; the result has `shape`, its dimensions made of `axes`."""
+def returned(x: Tensor, groups: Axes, axes: Axes) -> Tensor:
+    """The way back: `x` has one dimension per group; those of the result are made of `axes`."""
     wanted = [atom for axis in axes for atom in axis]
     present = [atom for group in groups for atom in group if atom in wanted]
     x = _split(x, groups, present)
     order = [present.index(atom) for atom in wanted]
     if order != sorted(order):
         x = x.permute(order)
-    return x if all(len(axis) == 1 for axis in axes) else x.reshape(_sizes(shape))
+    return _joined(x, axes)
 
 
 def _split(x: Tensor, axes: Axes, kept: Iterable[Atom]) -> Tensor:
@@ -42,18 +43,31 @@ def _split(x: Tensor, axes: Axes, kept: Iterable[Atom]) -> Tensor:
     parts = [tuple(atom for atom in axis if atom in kept) for axis in axes]
     if all(len(part) == 1 for part in parts):
         return x
-    return x.reshape(_sizes(atom.size for part in parts for atom in part))
+    sizes = ((own,) if len(part) == 1 else (atom.size for atom in part) for part, own in zip(parts, x.shape, strict=True))
+    return x.reshape(_sizes(size for split in sizes for size in split))
 
 
 def _merge(x: Tensor, groups: Axes, present: list[Atom]) -> Tensor:
+    """One dimension per group, of which `x` has one per atom; a group with no atom of its own stays as long as it is."""
     if all(len(group) == 1 for group in groups):
         return x
-    sizes: list[Size] = []
-    for group in groups:
-        shared = any(atom in present for atom in group)
-        sizes.extend(atom.size if shared else 1 for atom in group)
-    x = x.expand(sizes) if len(sizes) and not all(is_one(s) for s in sizes) else x
-    return x.reshape(_sizes(product(g) if any(a in present for a in g) else 1 for g in groups))
+    shared = [any(atom in present for atom in group) for group in groups]
+    missing = [of and atom not in present for group, of in zip(groups, shared, strict=True) for atom in group]
+    atoms = [atom for group in groups for atom in group]
+    if any(missing):
+        x = x.expand([atom.size if repeated else -1 for atom, repeated in zip(atoms, missing, strict=True)])
+    return _joined(x, groups)
+
+
+def _joined(x: Tensor, axes: Axes) -> Tensor:
+    """One dimension for each of `axes`, of which `x` has one per atom.
+
+    The sizes are those of `x`: a product of two formulas need not be one that can be recorded.
+    """
+    if all(len(axis) == 1 for axis in axes):
+        return x
+    own = iter(x.shape)
+    return x.reshape(_sizes(math.prod(next(own) for _ in axis) for axis in axes))
 
 
 def _sizes(sizes: Iterable[Size]) -> list[Size]:

@@ -108,7 +108,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
     wanted = (found.batch, found.heads, found.queries, found.depth)
     groups_k = kv_groups(found.k.axes, found.batch, found.kv_heads, found.keys, found.depth)
     groups_v = kv_groups(found.v.axes, found.batch, found.kv_heads, found.keys, found.width)
-    out_shape, dtype = shape(found.out.node), found.out.node.meta["val"].dtype
+    dtype = found.out.node.meta["val"].dtype
     dims = {name: described.tables[name].dim for name in names if name in described.tables}
 
     def compute(q: Tensor, k: Tensor, v: Tensor, *values: Argument) -> Tensor:
@@ -126,7 +126,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)
         out, _ = replacement.target.attend(replace(operands, q_positions=_positions(operands, site)), variant)
-        return returned(out, (*wanted[:3], found.width), found.out.axes, out_shape).to(dtype)
+        return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute
 
