@@ -70,11 +70,12 @@ def rebuild(model: nn.Module, inputs: Inputs, *, train: bool = False, dynamic: b
 
 
 def shorter(inputs: Inputs) -> Inputs:
-    """The same inputs with fewer tokens."""
+    """The same inputs with fewer tokens; how many features an embedding has does not change, even if they are as many."""
 
     def cut(x: Tensor) -> Tensor:
-        for dim, size in enumerate(x.shape):
-            x = x.narrow(dim, 0, SHORTER) if size == TOKENS else x
+        is_mask = x.shape[-2:] == (TOKENS, TOKENS) or not x.is_floating_point()
+        for dim in range(x.dim() if is_mask else x.dim() - 1):
+            x = x.narrow(dim, 0, SHORTER) if x.shape[dim] == TOKENS else x
         return x
 
     return {name: cut(x) for name, x in inputs.items()}
