@@ -53,6 +53,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/recall.py $(BENCH_RESULTS)
+	$(BIN)/python benchmarks/matrix.py $(BENCH_RESULTS)
 	$(BIN)/python benchmarks/whole_models.py $(BENCH_RESULTS)
 
 clean:
