@@ -20,6 +20,7 @@ from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.sources import Source
 from attn_compiler.runtime.targets import TARGETS
+from attn_compiler.targets.fused import swallows
 
 Planner = Callable[[Sequence[Site], Sequence[NearMiss]], Plan]
 
@@ -73,10 +74,12 @@ def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[
             own = supply.nodes(sorted(decision.variant.tables() - set(one.tables)))
             reached = {name: home.reach(node) for name, node in own.items()}
             wanted[id(home)].append(Replacement(one, decision.variant, TARGETS[decision.target], reached))
+    unfused = {one.found.anchor for one in analysis.described if swallows(one.site.computes.score, one.site.risky)}
     touched: set[int] = set()
     for part in reversed(analysis.parts):  # the inner graphs first: the outer ones hold them
         mine = wanted[id(part)]
-        turned = not part.blocked and turn_softmaxes(part.graph.graph, {one.described.found.anchor for one in mine})
+        replaced = {one.described.found.anchor for one in mine}
+        turned = not part.blocked and turn_softmaxes(part.graph.graph, replaced, unfused)
         if mine or turned or id(part) in touched:
             rewrite(part.graph, mine)
             part.put_back()

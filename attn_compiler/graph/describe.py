@@ -15,6 +15,7 @@ from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, f
 from attn_compiler.graph.names import layer_numbers, place
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
+from attn_compiler.graph.risky import risky_tables
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
@@ -75,6 +76,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         blocked=_blocked(found),
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
+        risky=risky_tables(found, recovered.tables),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,
         where=found.where,

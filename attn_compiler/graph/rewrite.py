@@ -121,7 +121,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(
             q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
-            training=variant.dropout > 0,
+            training=variant.dropout > 0, risky=site.risky,
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)

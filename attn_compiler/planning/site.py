@@ -80,6 +80,7 @@ class Site:
     q_hint: int  # a likely length, where it is dynamic
     k_hint: int
     device: str = "cpu"
+    risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model

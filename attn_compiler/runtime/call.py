@@ -46,7 +46,13 @@ def operands_of(
         layer=layer,
         layers=layers,
         training=training,
+        risky=_risky(tables) if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else frozenset(),
     )
+
+
+def _risky(tables: Mapping[str, Tensor]) -> frozenset[str]:
+    """Real numbers that nobody trains may be fills, in which every score of a row vanishes."""
+    return frozenset(name for name, table in tables.items() if table.dtype.is_floating_point and not table.requires_grad)
 
 
 def derived_tables(variant: Variant, length: int, device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Site
 from attn_compiler.targets.blocks import pays
-from attn_compiler.targets.fused import bias_of
+from attn_compiler.targets.fused import bias_of, swallows
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.reach import is_causal, reach, shows_itself
 from attn_compiler.targets.torch_target import Result, attend_torch, refuse
@@ -44,7 +44,7 @@ def form_of(site: Site, variant: Variant) -> Form:
     if _in_blocks(site, variant):
         return "blocks of queries, each with the keys in reach"
     bias = bias_of(variant.score)
-    if variant.normalizer != SOFTMAX or bias is None:
+    if variant.normalizer != SOFTMAX or bias is None or swallows(variant.score, site.risky):
         return "written out"
     aligned = site.frame is not None and site.frame.position == i and site.q_len == site.k_len
     if variant.mask.value is True and bias == const(0):

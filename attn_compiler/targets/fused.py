@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -14,8 +15,9 @@ from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
 from attn_compiler.targets.arrays import Arrays, Value
 from attn_compiler.targets.explicit import empty_row
+from attn_compiler.targets.operands import PLACE
 
-_HUGE = 1 / torch.finfo(torch.float32).eps
+HUGE = 1 / torch.finfo(torch.float32).eps
 _PRODUCTS = (e.dot, e.q_norm, e.k_norm, e.score)
 
 
@@ -42,7 +44,13 @@ def bias_of(score: Expr) -> Expr | None:
 def _absorbs(added: Expr) -> bool:
     """Whether a bias may swallow the score, and in a row's log-sum-exp its mass, from which the operator derives gradients."""
     constants = [float(x.value) for x in added.walk() if x.is_const and x.sort is Sort.REAL]  # type: ignore[arg-type]
-    return any(_HUGE <= abs(x) < math.inf for x in constants)
+    return any(HUGE <= abs(x) < math.inf for x in constants)
+
+
+def swallows(score: Expr, risky: Collection[str]) -> bool:
+    """Whether a score reads numbers, other ones for each key, from a table that may hold huge ones."""
+    read = (x for x in score.walk() if x.op == "table" and x.value in risky)
+    return any(at.mentions(e.k, PLACE) for table in read for at in table.args)
 
 
 def fits(variant: Variant, arrays: Arrays, dtype: torch.dtype) -> bool:

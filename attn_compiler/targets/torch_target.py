@@ -13,7 +13,7 @@ from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
 from attn_compiler.targets.explicit import explicit
-from attn_compiler.targets.fused import fits, fused
+from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.reach import is_causal
 from attn_compiler.torch_private import statically_known_true
@@ -61,7 +61,8 @@ def _attend(operands: Operands, variant: Variant, lse: bool) -> Result:
     rule = EmptyRows.ZERO if every_query_sees_itself(operands, variant) else variant.empty_rows
     dropout = variant.dropout if operands.training else 0.0
     totals = None
-    if not lse and fits(variant, arrangement.arrays, operands.q.dtype):
+    exact_gradients = not swallows(variant.score, operands.risky)
+    if not lse and exact_gradients and fits(variant, arrangement.arrays, operands.q.dtype):
         causal = near is None and _is_causal(operands, variant)
         q, k, v, arrays = arrangement.q, arrangement.k, arrangement.v, arrangement.arrays
         visible = True if causal else visible_keys(arrangement, variant)
