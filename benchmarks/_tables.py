@@ -38,5 +38,12 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def features() -> str:
+    """What the processor can do that matters to kernels."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.exists() else set()
+    return ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags) or "unknown"
+
+
 def write_json(path: Path, document: Mapping[str, object]) -> None:
     path.write_text(json.dumps({"machine": machine(), **document}, indent=2) + "\n")

@@ -55,7 +55,7 @@ def kernel_source(
         raise ShapeError(f"the target {target}: {reason}")
     shape = Shape(
         read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, dtype,
-        layer, layers, k_len - q_len, 0,
+        layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
     found = sources(shape)
     if len(found) == 1:

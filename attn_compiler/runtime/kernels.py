@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,14 +19,38 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs
 from attn_compiler.planning.schedule import visits
+from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.compiler import load, why_not
 from attn_compiler.runtime.machine import pairs_are_faster
 from attn_compiler.targets.cpp.source import source
-from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Spec, Stored, in_places, spec_of
+from attn_compiler.targets.cpp.spec import (
+    FIRST_KEY,
+    FIRST_QUERY,
+    K_POSITIONS,
+    Q_POSITIONS,
+    Spec,
+    Stored,
+    in_places,
+    spec_of,
+)
 from attn_compiler.targets.operands import PLACE, head_groups
 
-LONG = 1 << 15  # keys from which a schedule speaks of groups of them
+COARSE = 8  # keys that a schedule speaks of together, where they are many or where tables say who sees them
+LONG = 1 << 15  # keys that are many
+READABLE = 1 << 16  # numbers in a table up to which it is looked at, to sharpen a schedule
 WORTH_THREADS = 1 << 19  # multiplications below which starting threads costs more than they save
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What stands in a table: equal to that of another one with the same numbers."""
+
+    numbers: bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    def values(self) -> TableValues:
+        return TableValues(np.frombuffer(self.numbers, self.dtype).reshape(self.shape))
 
 
 @dataclass(frozen=True)
@@ -50,11 +74,15 @@ class Shape:
     layers: int
     first_query: int
     first_key: int
+    contents: tuple[Contents | None, ...]  # of the tables, where a mask reads them
 
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The runs of keys that each vector of queries meets, for all schedules of a launch, as a kernel reads them."""
+    """The runs of keys that each vector of queries meets, for all schedules of a launch, as a kernel reads them.
+
+    `schedule_of` says which schedule each head follows, row by row of the batch.
+    """
 
     q_order: NDArray[np.int32] | None
     k_order: NDArray[np.int32] | None
@@ -89,7 +117,7 @@ class Launch:
     parallel: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def launches(shape: Shape) -> tuple[Launch, ...]:
     """The launches of a call, its groups of heads one after the other."""
     return tuple(_launch(shape, members, variant) for members, variant in head_groups(shape.variant, shape.heads))
@@ -124,23 +152,37 @@ def _pairs(dtype: str) -> bool:
 
 def _visits(shape: Shape, members: Sequence[int], variant: Variant, mask: Expr, lanes: int) -> Visits:
     """The schedule that visits the fewest pairs among the orders that suit the mask."""
-    sizes = {e.heads: shape.heads, e.q_len: shape.q_len, e.k_len: shape.k_len, e.layer: shape.layer, e.layers: shape.layers}
-    known = {leaf: const(n) for leaf, n in sizes.items()} | {e.dim: const(shape.dim)}
-    known |= {FIRST_QUERY: const(shape.first_query), FIRST_KEY: const(shape.first_key), PLACE: e.k, e.b: _ANY_ROW}
-    masks = [
-        mask.substitute({**known, e.h: const(head), e.kv: const(head // (shape.heads // shape.kv_heads))}) for head in members
-    ]
-    keys = 1 if shape.k_len < LONG else 8
+    tables = {name: x.values() for name, x in zip(shape.names, shape.contents, strict=True) if x and name in mask.tables()}
+    masks = list(_masks(shape, members, mask, per_row=bool(tables)))
+    keys = COARSE if tables or shape.k_len >= LONG else 1
     best = None
     for q_order, k_order in arrangements(variant.mask, shape.q_len, shape.k_len, lanes):
         runs: dict[Expr, Runs] = {}
         for one in masks:
             if one not in runs:
-                runs[one] = visits(one, shape.q_len, shape.k_len, (lanes, keys), e.i, q_order, k_order, {})
+                runs[one] = visits(one, shape.q_len, shape.k_len, (lanes, keys), e.i, q_order, k_order, tables)
         found = _joined(shape, members, masks, runs, keys, q_order, k_order)
         best = found if best is None or found.pairs < best.pairs else best
     assert best is not None
     return best
+
+
+def _masks(shape: Shape, members: Sequence[int], mask: Expr, *, per_row: bool) -> Iterator[Expr]:
+    """The mask of each head in each row of the batch, as it says itself or, without `per_row`, as it may be in any row."""
+    sizes = {e.heads: shape.heads, e.q_len: shape.q_len, e.k_len: shape.k_len, e.layer: shape.layer, e.layers: shape.layers}
+    known = {leaf: const(n) for leaf, n in sizes.items()} | {e.dim: const(shape.dim), PLACE: e.k}
+    known |= {FIRST_QUERY: const(shape.first_query), FIRST_KEY: const(shape.first_key)}
+    mask = mask.substitute(known)
+    ratio = shape.heads // shape.kv_heads
+    speaks_of = [leaf for leaf in (e.b, e.h, e.kv) if mask.mentions(leaf)]
+    found: dict[tuple[Expr, ...], Expr] = {}
+    for row in range(shape.batch):
+        for head in members:
+            place = {e.b: const(row) if per_row else _ANY_ROW, e.h: const(head), e.kv: const(head // ratio)}
+            key = tuple(place[leaf] for leaf in speaks_of)
+            if key not in found:
+                found[key] = mask.substitute(place)
+            yield found[key]
 
 
 _ANY_ROW = e.table("any row")
@@ -182,6 +224,19 @@ def run(shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, totals: Tens
         of_tables = [x for n in launch.numbers for x in given[n]]
         words = array("q", [*pointers, *strides, launch.parallel, *launch.words, *sizes, *of_tables])
         launch.run(words.buffer_info()[0])
+
+
+def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]) -> tuple[Contents | None, ...]:
+    """What stands in the tables that decide who sees whom, unless they are too large to look at."""
+    decisive = frozenset().union(*(part.mask.tables() for part in variant.parts())) | {Q_POSITIONS, K_POSITIONS}
+    return tuple(_contents(table) if name in decisive else None for name, table in zip(names, tables, strict=True))
+
+
+def _contents(table: Tensor) -> Contents | None:
+    if table.numel() > READABLE or table.dtype.is_floating_point:
+        return None
+    array = table.detach().numpy()
+    return Contents(array.tobytes(), array.dtype.str, array.shape)
 
 
 def _table(table: Tensor) -> list[int]:

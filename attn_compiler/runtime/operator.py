@@ -64,8 +64,11 @@ def _attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     stored = tuple(Stored(dtype_name(t.dtype), t.ndim) for t in tables)
     counted = Q_POSITIONS not in names, K_POSITIONS not in names
+    contents = kernels.contents_of(variant, names, tables)
     sizes = batch, heads, kv_heads, q_len, k_len, dim, value_dim
-    shape = kernels.Shape(variant, names, stored, *counted, *sizes, dtype_name(q.dtype), layer, layers, *first)
+    shape = kernels.Shape(
+        variant, names, stored, *counted, *sizes, dtype_name(q.dtype), layer, layers, first[0], first[1], contents
+    )
     kernels.run(shape, q, k, v, out, sums if totals else None, tables)
     return out, sums
 

@@ -173,7 +173,7 @@ INLINE void attend(const Call& call, const Task& task, Work& work, int64_t membe
   if constexpr (PAIRED) pack_pairs<DIM>(work.queries.data, work.q);
   else pack<DIM>(work.queries.data, work.q);
   prepare(task, work.queries);
-  gather(call, task, work, [&](auto meet) { call.visits.each(member, tile, meet); });
+  gather(call, task, work, [&](auto meet) { call.visits.each(task.b, member, tile, meet); });
   bool left = finish(call, task, work, places);
   if (left && EMPTY_ROWS == UNMASKED) {
     gather(call, task, work, [&](auto meet) { meet(0, VECTORS, 0, call.context.k_len, false); });

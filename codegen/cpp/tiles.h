@@ -124,7 +124,7 @@ template <int FROM, int TO> INLINE int pair_up(float* weights, int count) {
 struct Visits {
   const int32_t *lane_order, *row_order;  // the tokens in the order in which they are scheduled; null: as they come
   int64_t members;                        // the heads of the launch, and which of the schedules each of them follows
-  const int32_t *head_numbers, *schedule_of;
+  const int32_t *head_numbers, *schedule_of;  // the second for each row of the batch
   int64_t vectors;                        // of each schedule
   const int64_t* offsets;                 // [schedules][vectors + 1]: the runs of each vector
   const int32_t *start, *stop;            // a run of rows
@@ -134,8 +134,8 @@ struct Visits {
   INLINE_METHOD int64_t row(int64_t n) const { return row_order ? row_order[n] : n; }
 
   // Calls meet(first vector, last vector + 1, start, stop, mixed) for stretches of rows that the same vectors of a tile meet.
-  template <class F> INLINE_METHOD void each(int64_t member, int64_t tile, F meet) const {
-    const int64_t* of = offsets + schedule_of[member] * (vectors + 1);
+  template <class F> INLINE_METHOD void each(int64_t b, int64_t member, int64_t tile, F meet) const {
+    const int64_t* of = offsets + schedule_of[b * members + member] * (vectors + 1);
     int64_t run[VECTORS], end[VECTORS], here = 0;
     for (int n = 0; n < VECTORS; n++) {
       const int64_t vector = std::min(tile * VECTORS + n, vectors);

@@ -1,0 +1,203 @@
+"""One attention on a CPU: generated kernels beside what PyTorch offers, interleaved in one process.
+
+    python benchmarks/cpu.py FOLDER [--threads 1] [--rounds 7] [--only window] [--dtypes float32,bfloat16] [--peers]
+
+Writes `cpu.json` and `cpu.md` to FOLDER. The shapes below were fixed before anything was measured. Dense SDPA is the yardstick:
+causal where the case is, full otherwise. `--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import attn_compiler as attn
+from _tables import features, markdown, processor, write_json
+
+HEADS, DIM = 8, 64
+Run = Callable[[], Tensor]
+Sees = Callable[[Tensor, Tensor], Tensor]
+
+
+def near(window: int, step: int = 1) -> Sees:
+    return lambda i, j: (i >= j) & (i - j < window) & ((i - j) % step == 0)
+
+
+def in_grid(i: Tensor, j: Tensor) -> Tensor:
+    """Within 3 of the nearest center that leaves the whole kernel inside a grid of 56 x 56."""
+    rows, columns = (i // 56).clamp(3, 52) - j // 56, (i % 56).clamp(3, 52) - j % 56
+    return (rows.abs() <= 3) & (columns.abs() <= 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant at a length; `causal` says what its yardstick hides."""
+
+    name: str
+    variant: object
+    length: int
+    causal: bool = True
+    kv_heads: int = HEADS
+    dim: int = DIM
+    must: tuple[float, float] | None = None  # on AMD Zen 5, in float32 and bfloat16
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    sees: Sees | None = None  # the mask again, for those who take functions or tensors
+
+
+def scattered(length: int, block: int, share: float) -> Tensor:
+    """Which blocks of keys the blocks of queries see: some at random, and their own."""
+    blocks = length // block
+    chosen = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)) < share - 1 / blocks
+    return chosen | torch.eye(blocks, dtype=torch.bool)
+
+
+GRID = {"geometry": [56, 56], "mask": "neighborhood(kernel=[7, 7])"}
+SPARSE = scattered(4096, 64, 0.1)
+CASES = (
+    Case("window 256", "causal & window(256)", 4096, must=(11, 20), sees=near(256)),
+    Case("window 128", "causal & window(128)", 4096, must=(18, 32), sees=near(128)),
+    Case("window 1024", "causal & window(1024)", 16384, must=(12, 22), sees=near(1024)),
+    Case("dilated, 128 keys 4 apart", "causal & window(512) & dilated(4)", 4096, must=(19, 30), sees=near(512, 4)),
+    Case(
+        "10 % of blocks of 64",
+        "blocks(seen, 64)",
+        4096,
+        causal=False,
+        must=(14, 23),
+        tables={"seen": SPARSE},
+        sees=lambda i, j: SPARSE[i // 64, j // 64],
+    ),
+    Case(
+        "56 × 56, neighborhood of 7 × 7",
+        GRID,
+        3136,
+        causal=False,
+        must=(28, 48),
+        sees=in_grid,
+    ),
+    Case("dense causal", "causal", 4096, must=(1.8, 3.2), sees=near(1 << 30)),
+    Case("dense", "all", 4096, causal=False),
+    Case("streaming: window 256, 4 sinks", "causal & (window(256) | sinks(4))", 4096),
+    Case("ALiBi, causal", {"mask": "causal", "score": "alibi()"}, 4096),
+    Case("softcap, window 1024", {"mask": "causal & window(1024)", "score": "softcap(50)"}, 4096),
+    Case("window 256, 2 kv heads", "causal & window(256)", 4096, kv_heads=2),
+    Case("window 256, heads of 128", "causal & window(256)", 4096, dim=128),
+    Case("8 documents, causal", "causal & same(document)", 4096, tables={"document": torch.arange(4096)[None] // 512}),
+    Case("dense causal, 128 tokens", "causal", 128),
+    Case("dense causal, 512 tokens", "causal", 512),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median times in milliseconds by who took them, and how many times faster than the yardstick each is."""
+
+    case: str
+    dtype: str
+    length: int
+    must: float | None
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+
+
+def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
+    """Everybody's way to compute a case; the yardstick first."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, HEADS, case.length, case.dim, generator=generator).to(dtype)
+    k, v = (torch.randn(1, case.kv_heads, case.length, case.dim, generator=generator).to(dtype) for _ in range(2))
+    tables = dict(case.tables)
+    found: dict[str, Run] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.kv_heads != HEADS),
+        "cpp": lambda: attn.attend(q, k, v, case.variant, tables=tables, target="cpp"),
+    }
+    if peers:
+        found["torch"] = lambda: attn.attend(q, k, v, case.variant, tables=tables, target="torch")
+        if case.sees and case.length <= 8192:
+            at = torch.arange(case.length)
+            mask = case.sees(at[:, None], at[None])
+            found["masked sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=case.kv_heads != HEADS)
+        if case.sees:
+            found["flex"] = flex(q, k, v, case.sees)
+    return found
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Run:
+    """PyTorch's compiler for masks, with a block mask made ahead."""
+    length = q.shape[2]
+    blocks = create_block_mask(lambda b, h, i, j: sees(i, j), None, None, length, length, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] != q.shape[1])  # type: ignore[return-value]
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int, *, peers: bool) -> Result:
+    """Medians of interleaved rounds; each round runs long enough for a clock to see it."""
+    ways = runs(case, dtype, peers=peers)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for run in ways.values():
+        run()
+    for _ in range(rounds):
+        for name, run in ways.items():
+            times[name].append(seconds(run))
+    yardstick = times["sdpa"]
+    ratios = {name: statistics.median(a / b for a, b in zip(yardstick, own, strict=True)) for name, own in times.items()}
+    must = case.must and case.must[dtype == torch.bfloat16]
+    median = {name: statistics.median(own) * 1e3 for name, own in times.items()}
+    return Result(case.name, str(dtype).removeprefix("torch."), case.length, must, median, ratios)
+
+
+def seconds(run: Run, least: float = 0.05) -> float:
+    """The time of one call, from as many as take `least` seconds."""
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < least or not count:
+        run()
+        count += 1
+    return passed / count if count == 1 else (time.perf_counter() - start) / count
+
+
+def row(result: Result, names: list[str]) -> dict[str, object]:
+    """What a person reads of a result."""
+    shown = {name: f"{result.ratios[name]:.2f}x" if name in result.ratios else "" for name in names if name != "sdpa"}
+    took = {"SDPA": f"{result.milliseconds['sdpa']:.2f} ms", "cpp takes": f"{result.milliseconds['cpp']:.2f} ms"}
+    return {"case": f"{result.case} @{result.length}", "dtype": result.dtype, "must": result.must or "", **shown, **took}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--peers", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    results = []
+    with torch.no_grad():
+        for case in CASES:
+            for name in options.dtypes.split(",") if any(part in case.name for part in options.only.split(",")) else ():
+                results.append(measure(case, getattr(torch, name), options.rounds, peers=options.peers))
+                print(results[-1], flush=True)
+                torch.compiler.reset()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_json(options.folder / "cpu.json", {"results": [asdict(result) for result in results]})
+    names = list(dict.fromkeys(name for result in results for name in result.ratios))
+    about = (
+        f"{processor()} ({features()}), threads: {options.threads}, torch {torch.__version__}; times faster than dense SDPA\n\n"
+    )
+    (options.folder / "cpu.md").write_text(about + markdown([row(result, names) for result in results]))
+
+
+if __name__ == "__main__":
+    main()
