@@ -27,23 +27,24 @@ class Level(IntFlag):
     PAIR = 3
 
 
-_SYMBOLS: Mapping[Expr, tuple[str, Level]] = {
+Leaves = Mapping[Expr, tuple[str, Level]]  # how a leaf is reached, and what it depends on
+
+_COUNTED = (e.heads, e.q_len, e.k_len, e.layer, e.layers, FIRST_QUERY, FIRST_KEY)
+_NORMS = (e.q_norm, e.k_norm)
+LEAVES: Leaves = {
     e.b: ("task.b", Level.TASK),
     e.h: ("task.h", Level.TASK),
     e.kv: ("task.kv", Level.TASK),
     e.dim: ("DIM", Level.TASK),
+    **{leaf: (f"(index_t)task.call.{leaf.value}", Level.TASK) for leaf in _COUNTED},
     e.i: ("lanes.lane[n]", Level.LANE),
     PLACE: ("rows.row[j]", Level.ROW),
+    e.q_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
+    e.k_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
     e.peak: ("peak", Level.LANE),
     e.mass: ("mass", Level.LANE),
     e.score: ("score", Level.PAIR),
     e.dot: ("dot", Level.PAIR),
-}
-_COUNTED = (e.heads, e.q_len, e.k_len, e.layer, e.layers, FIRST_QUERY, FIRST_KEY)
-_WORKED_OUT: Mapping[Expr, tuple[str, Level]] = {  # symbols that are kept like any other part
-    **{leaf: (f"(index_t)task.call.{leaf.value}", Level.TASK) for leaf in _COUNTED},
-    e.q_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
-    e.k_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
 }
 _NAMES: Mapping[Expr, str] = {
     e.i + FIRST_QUERY: "position",
@@ -52,7 +53,6 @@ _NAMES: Mapping[Expr, str] = {
     e.q_norm: "norm",
     e.k_norm: "norm",
 }
-_GIVEN = (e.peak, e.mass, e.score, e.dot)  # arguments of the function that is printed: never computed ahead
 _OWNERS = {
     Level.TASK: ("task.{}", "{}"),
     Level.LANE: ("lanes.{}[n]", "{}[VECTORS]"),
@@ -68,14 +68,44 @@ class Printer:
     tables: Mapping[str, tuple[int, Stored]]  # by name: the number under which the kernel knows it
     wide: bool  # whether indices have 64 bits
     names: Mapping[Expr, str]  # what people call some parts of the variant
+    leaves: Leaves = field(default_factory=lambda: LEAVES)
     _fields: dict[Level, dict[tuple[Expr, str], str]] = field(default_factory=lambda: {level: {} for level in _OWNERS})
 
     def function(self, root: Expr, real: str = "real") -> list[str]:
         """The statements of a function that returns `root` as a vector; `real` is the type of its real numbers."""
-        root = root.transform(_by_level)
+        root = self._by_level(root)
         body = _Body(self, real, None, Counter(_used([root])))
         result = body.vector(root)
         return [*body.statements, *_broken(f"return {result};")]
+
+    def addition(self, read: Expr, value: Expr) -> list[str]:
+        """The statements that add `value` to the gradient of a table, where it was read."""
+        value = self._by_level(value)
+        body = _Body(self, "real", None, Counter(_used([read, value])))
+        number, _ = self.tables[str(read.value)]
+        places, added = ", ".join(body.text(x) for x in read.args), body.vector(value)
+        adding = f"add(given, {number}, given.sums[{number}].at({places}), {added});"
+        return ["{", *(f"  {line}" for line in (*body.statements, *_broken(adding))), "}"]
+
+    def level(self, node: Expr) -> Level:
+        """What `node` depends on."""
+        found = Level.TASK
+        for leaf in node.symbols():
+            found |= self.leaves[leaf][1]
+        return found
+
+    def _by_level(self, root: Expr) -> Expr:
+        """Conditions in the order of what they depend on, so that those of one token alone become one."""
+        levels = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
+
+        def change(node: Expr) -> Expr:
+            if node.op not in ("and", "or"):
+                return node
+            parts = _chain(node, node.op)
+            of_level = [[part for part in parts if self.level(part) == level] for level in levels]
+            return _joined([_joined(part, node.op) for part in of_level if part], node.op)
+
+        return root.transform(change)
 
     def scope(self, level: Level) -> tuple[list[str], list[str]]:
         """The fields of one level, and the statements that fill them. Ask for TASK last: others add to it."""
@@ -123,14 +153,6 @@ class Printer:
         return str(kinds[bool(level & Level.LANE)])
 
 
-def level_of(node: Expr) -> Level:
-    """What `node` depends on."""
-    found = Level.TASK
-    for leaf in node.symbols():
-        found |= (_SYMBOLS.get(leaf) or _WORKED_OUT[leaf])[1]
-    return found
-
-
 @dataclass
 class _Body:
     """The statements of one function, or of what fills the fields of one level."""
@@ -168,20 +190,18 @@ class _Body:
             return written
         name = self.printer.name(node, self.names)
         self.names.add(name)
-        kind = self.printer.type(node.sort, self.real, level_of(node))
+        kind = self.printer.type(node.sort, self.real, self.printer.level(node))
         self.statements += _broken(f"const {kind} {name} = {written};")
         return name
 
     def _written(self, node: Expr) -> str:
         if node.is_const:
             return _number(node, self.real)
-        if node in _SYMBOLS:
-            return _SYMBOLS[node][0]
-        level = level_of(node)
-        if level is not Level.PAIR and level != self.level and not node.mentions(*_GIVEN):
+        level = self.printer.level(node)
+        if node.op == "symbol" and (level == self.level or node not in (*_COUNTED, *_NORMS)):
+            return self.printer.leaves[node][0]
+        if level is not Level.PAIR and level != self.level and not _is_given(node):
             return self.printer.held(node, self.real, level)
-        if node.op == "symbol":
-            return _WORKED_OUT[node][0]
         if node.op == "table":
             return self._read(node, level)
         if node.op == "real":
@@ -225,7 +245,7 @@ class _Body:
 
     def _fitted(self, node: Expr, sort: Sort, vector: Level, text: str) -> str:
         """The `text` of `node` as an operand of a sort; with `vector`, in every lane."""
-        level = level_of(node)
+        level = self.printer.level(node)
         kind = self.printer.type(sort, self.real, level)
         if node.sort is not sort and node.is_const:
             text = _number(e.const(float(node.value)), self.real)  # type: ignore[arg-type]  # a number, since it is fitted
@@ -251,6 +271,11 @@ _ON_REALS = ("div", "pow", "exp", "log", "sqrt", "tanh", "sigmoid", "ceil", "flo
 _LONG = 80  # characters of a line
 
 
+def _is_given(node: Expr) -> bool:
+    """Whether a part needs arguments of the function that is printed, so that it is never computed ahead."""
+    return any(leaf.sort is Sort.REAL and leaf not in _NORMS for leaf in node.symbols())
+
+
 def _common(node: Expr) -> Sort:
     """The sort of the operands of an operation, once they are brought to one; of a choice, of what is chosen from."""
     sorts = [a.sort for a in (node.args[1:] if node.op == "where" else node.args)]
@@ -262,17 +287,6 @@ def _common(node: Expr) -> Sort:
 def _used(roots: Sequence[Expr]) -> list[Expr]:
     """The operands of all that the roots are made of, as often as they are used."""
     return [a for node in dict.fromkeys(part for root in roots for part in root.walk()) for a in node.args]
-
-
-def _by_level(node: Expr) -> Expr:
-    """Conditions in the order of what they depend on, so that those of one token alone become one."""
-    if node.op not in ("and", "or"):
-        return node
-    parts = _chain(node, node.op)
-    levels = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
-    of_level = [[part for part in parts if level_of(part) == level] for level in levels]
-    joined = [_joined(part, node.op) for part in of_level if part]
-    return _joined(joined, node.op)
 
 
 def _chain(node: Expr, op: str) -> list[Expr]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from attn_compiler.algebra.expr import const
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.library import folder
-from attn_compiler.targets.cpp.printer import Dialect, Level, Printer
+from attn_compiler.targets.cpp.printer import LEAVES, Dialect, Leaves, Level, Printer
 from attn_compiler.targets.cpp.spec import Spec
 
 CHUNK = 128  # keys that meet a tile of queries together: their scores stay in the first cache
@@ -21,48 +21,56 @@ _EMPTY_ROWS = {EmptyRows.ZERO: "ZERO", EmptyRows.MEAN: "MEAN", EmptyRows.NAN: "N
 @lru_cache(maxsize=256)
 def source(spec: Spec) -> str:
     """The forward kernel of a spec."""
-    dialect = _dialect()
-    tables = {name: (number, stored) for number, (name, stored) in enumerate(spec.tables)}
-    printer = Printer(dialect, tables, spec.wide, {spec.variant.scale: "scale"})
-    normalizer = spec.variant.normalizer
+    printer = printer_of(spec)
     assert spec.factor is not None
-    functions = {
+    holes = {
         "visible": printer.function(spec.variant.mask, real="exact"),
         "score": printer.function(spec.score),
-        "weight": printer.function(const(0.0) if spec.by_peak else normalizer.weight),
+        "weight": printer.function(const(0.0) if spec.by_peak else spec.variant.normalizer.weight),
         "factor": printer.function(spec.factor),
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
     }
-    scopes: dict[str, list[str]] = {}
+    return assembled(spec, printer, holes, ("tiles.h", "view.h", "forward.cpp"), CHUNK)
+
+
+def printer_of(spec: Spec, leaves: Leaves = LEAVES) -> Printer:
+    """A printer that knows the tables of a spec."""
+    tables = {name: (number, stored) for number, (name, stored) in enumerate(spec.tables)}
+    return Printer(_dialect(), tables, spec.wide, {spec.variant.scale: "scale"}, leaves)
+
+
+def assembled(
+    spec: Spec, printer: Printer, holes: Mapping[str, Sequence[str]], skeletons: Sequence[str], chunk: int, *more: str
+) -> str:
+    """The skeletons with their holes filled; `more` are constants that only they know."""
+    scopes: dict[str, Sequence[str]] = {}
     for level, name in ((Level.LANE, "per lane"), (Level.ROW, "per row"), (Level.TASK, "per task")):
         scopes[f"{name}: fields"], scopes[f"{name}: values"] = printer.scope(level)
-    skeletons = "\n".join(_skeleton(name) for name in ("tiles.h", "view.h", "forward.cpp"))
-    body = _filled(skeletons, {**functions, **scopes})
-    return f"{_skeleton('lanes.h')}\n{_constants(spec, dialect)}\n{body}"
+    body = _filled("\n".join(_skeleton(name) for name in skeletons), {**holes, **scopes})
+    return "\n".join((_skeleton("lanes.h"), *_constants(spec, chunk), *more, "", body))
 
 
 @lru_cache
 def probe() -> str:
     """A program that measures the machine."""
-    constants = _constants(Spec(Variant(), 64, 64, "bfloat16", ()), _dialect())
-    return "\n".join((_skeleton("lanes.h"), constants, _skeleton("tiles.h"), _skeleton("probe.cpp")))
+    constants = _constants(Spec(Variant(), 64, 64, "bfloat16", ()), CHUNK)
+    return "\n".join((_skeleton("lanes.h"), *constants, "", _skeleton("tiles.h"), _skeleton("probe.cpp")))
 
 
-def _constants(spec: Spec, dialect: Dialect) -> str:
+def _constants(spec: Spec, chunk: int) -> tuple[str, ...]:
     index = "int64_t" if spec.wide else "int32_t"
-    return "\n".join(
-        (
-            f"typedef {dialect['stored'][spec.dtype]} Stored;",
-            f"typedef {index} index_t;",
-            f"typedef {'vl' if spec.wide else 'vi'} vindex;",
-            f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {CHUNK};",
-            f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else CHUNK};",
-            f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
-            f"typedef ContextOf<{max(1, len(spec.tables))}> Context;{_remark(spec)}",
-            f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
-            "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",
-            f"constexpr int EMPTY_ROWS = {_EMPTY_ROWS[spec.variant.empty_rows]};  // what a query gets that sees no key",
-        )
+    return (
+        f"typedef {_dialect()['stored'][spec.dtype]} Stored;",
+        f"typedef {index} index_t;",
+        f"typedef {'vl' if spec.wide else 'vi'} vindex;",
+        f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {chunk};",
+        f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else chunk};",
+        f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
+        f"constexpr int TABLES = {max(1, len(spec.tables))};{_remark(spec)}",
+        "typedef ContextOf<TABLES> Context;",
+        f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
+        "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",
+        f"constexpr int EMPTY_ROWS = {_EMPTY_ROWS[spec.variant.empty_rows]};  // what a query gets that sees no key",
     )
 
 
