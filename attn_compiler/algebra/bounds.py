@@ -107,6 +107,8 @@ def _bounds(node: Expr, box: Box, done: dict[Expr, Interval]) -> Interval:
     if node.op == "mul" and node.args[0] == node.args[1]:
         args = [_abs(args[0]), _abs(args[0])]
     found = _RULES[node.op](*args)
+    if node.op == "mod" and node.sort is Sort.INDEX and args[1].lo > 0:
+        found &= Interval(-math.inf, args[1].hi - 1)
     if node.op in ("lt", "le", "eq") and is_index(*node.args):
         difference = linear(node.args[0]) - linear(node.args[1])
         together = _sign(node.op, _linear_bounds(difference, box, done))

@@ -10,6 +10,9 @@ from attn_compiler.algebra.expr import Expr, Sort, b, i, k, q, same, score
 from attn_compiler.algebra.linear import Linear, expression, linear
 from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 
+LONGEST = 48  # a name; reports put it in front of what it names
+_UNNAMED = "condition"
+
 
 @dataclass(frozen=True)
 class Named:
@@ -38,12 +41,23 @@ def _condition(part: Expr, facts: Box) -> str:
             return found[0]
     if part.op == "or":
         inner = [_condition(x, facts) for x in disjuncts(part)]
-        return f"prefix ({' or '.join(inner)})" if "causal" in inner else " or ".join(inner)
+        either = _joined(inner, " or ", part)
+        return f"prefix ({either})" if "causal" in inner and either != _unnamed(part) else either
     if part.op == "and":
-        return _two_sided(part) or " and ".join(_condition(x, facts) for x in _paired(part))
+        return _two_sided(part) or _joined([_condition(x, facts) for x in _paired(part)], " and ", part)
     if part.op == "table" and part.mentions(i) and part.mentions(k):
         return "dense table"
-    return "condition on tables" if part.tables() else "condition on places"
+    return _unnamed(part)
+
+
+def _joined(names: list[str], word: str, part: Expr) -> str:
+    """The names of its operands, if all of them have one, and it is short."""
+    name = word.join(names)
+    return name if len(name) <= LONGEST and _UNNAMED not in name else _unnamed(part)
+
+
+def _unnamed(part: Expr) -> str:
+    return f"{_UNNAMED} on tables" if part.tables() else f"{_UNNAMED} on places"
 
 
 def _paired(mask: Expr) -> list[Expr]:

@@ -54,7 +54,7 @@ def test_a_visible_key_is_within_the_distance_of_its_mask(mask: Expr, place: Pla
         (2 * (q - k) - q, TILE, Interval(64 - 126, 127)),
         (q % 64, TILE, Interval(0, 63)),
         (q % 128, TILE, Interval(64, 127)),
-        (q % 48, TILE, Interval(0, 48)),
+        (q % 48, TILE, Interval(0, 47)),
         (q // 64, TILE, Interval(1, 1)),
         (k // 16, TILE, Interval(0, 3)),
         ((q - 100) * (q - 100), TILE, Interval(0, 36 * 36)),
