@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from keyword import iskeyword
 from pathlib import Path
 from typing import TypeVar
 
@@ -134,10 +135,13 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
 
 
 def _check_names(sections: Mapping[str, Mapping[str, Entry]], problems: _Problems) -> None:
-    """One name stands for one thing."""
+    """One name stands for one thing, and expressions can say it."""
     taken: dict[str, str] = {}
     for key in ("roles", "labels", "data"):
         for name, entry in sections[key].items():
+            if not name.isidentifier() or iskeyword(name):
+                such = "a word of Python" if iskeyword(name) else "not made of letters, digits and `_` alone"
+                problems.found.append(f'{entry.place}: no expression can say "{name}", which is {such}; give it another name')
             if name in taken:
                 problems.found.append(f'{entry.place}: "{name}" stands among `{taken[name]}` already; give it another name')
             taken.setdefault(name, key)

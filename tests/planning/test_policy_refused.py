@@ -61,6 +61,8 @@ def refused(text: object) -> str:
         ("version: 1\nvariants: &a {x: *a}\nrules: []\n", "policy", "inside of what it names"),
         ("version: 1\nvariants: {exact: {mask: causal}}\nrules: []\n", "policy:2:19", "another name"),
         ("version: 1\nroles: {a: {given: x}}\nlabels: {a: {given: y}}\n", "policy:3:13", "stands among `roles` already"),
+        ('version: 1\nroles: {class: "0:1"}\nrules: []\n', "policy:2:16", "a word of Python; give it another name"),
+        ("version: 1\nlabels: {my-turn: {given: x}}\nrules: []\n", "policy:2:19", "letters, digits and `_` alone"),
         ("version: 1\nroles: {a: {values: [1, 0]}}\nrules: []\n", "policy:2:12", "needs a table of truth values"),
         ("version: 1\nlabels: {a: {values: [1.5, 0]}}\nrules: []\n", "policy:2:13", "needs a table of whole numbers"),
         ("version: 1\nlabels: {a: {values: [[1], [1, 2]]}}\nrules: []\n", "policy:2:22", "one length"),
