@@ -16,6 +16,7 @@ from attn_compiler.graph.names import layer_numbers, place
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.risky import risky_tables
+from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
@@ -40,6 +41,8 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
     if isinstance(recovered, Refusal):
         return NearMiss(found.name, found.anchor.name, recovered.reason)
     stands = frame(found, recovered, reader)
+    if stands and slides(found):
+        stands = replace(stands, slides=True)
     padding = first_key(found, recovered.variant.mask) if stands else None
     if stands and padding:
         stands = counted_from(stands, padding)

@@ -17,6 +17,8 @@ from attn_compiler.planning.slots import SLOTS, Slots
 from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import Seen, with_phantoms
 
+_LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -108,6 +110,8 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
     if slots.scale is not None:
         variant = replace(variant, scale=slots.scale)
     if slots.score is not None:
+        if _is_lost(site, slots.score):
+            return Refusal("rule", f"its score {_LOST}")
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
@@ -122,6 +126,10 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
         return Refusal("rule", "its mask speaks of distances, and nobody knows where this site's queries stand among its keys")
+    if _is_lost(site, seen.keep, seen.phantoms, seen.times):
+        return Refusal("rule", f"its mask {_LOST}")
+    if replace_mask and site.frame and site.frame.slides:
+        return Refusal("rule", "`replace_mask` may show any key, and this site's cache slides: its oldest keys are gone")
     if _counts_from_start(seen) and not _padding_is_known(variant.mask, site):
         return Refusal(
             "rule",
@@ -138,11 +146,18 @@ def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Var
 
 
 def _counts_from_start(seen: Seen) -> bool:
-    """Whether a mask means something else when all tokens move by one place."""
-    return any(
-        simplify(_without_tables(part).substitute({q: q + 1, k: k + 1})) != simplify(_without_tables(part))
-        for part in (seen.keep, seen.phantoms, seen.times)
-    )
+    """Whether a mask means something else when all tokens move by one place, but for its tables."""
+    return any(_counts(_without_tables(part)) for part in (seen.keep, seen.phantoms, seen.times))
+
+
+def _is_lost(site: Site, *parts: Expr) -> bool:
+    """Whether something is read at a position, where only distances are known."""
+    return bool(site.frame and site.frame.slides) and any(map(_counts, parts))
+
+
+def _counts(part: Expr) -> bool:
+    """Whether it means something else when all tokens move by one place."""
+    return simplify(part.substitute({q: q + 1, k: k + 1})) != simplify(part)
 
 
 def _without_tables(e: Expr) -> Expr:

@@ -41,12 +41,14 @@ class Frame:
     """Where queries stand among the keys: the position of query `i`, and how that was found.
 
     A key's position is its place along the key axis. `first_key` is the first visible place of a row that is padded on
-    the left: words that speak of absolute positions count from there.
+    the left: words that speak of absolute positions count from there. Where a cache `slides`, it has let go of its oldest
+    keys: places still tell distances, and nothing else.
     """
 
     position: Expr = i
     because: str = "given"
     first_key: Expr | None = None
+    slides: bool = False
 
 
 @dataclass(frozen=True)

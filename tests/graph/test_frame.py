@@ -18,6 +18,7 @@ from attn_compiler.graph.frame import first_key, frame, kind, phase, restated
 from attn_compiler.graph.match import match
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
+from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader
 from attn_compiler.planning.classify import classify
 from attn_compiler.planning.plan import Refusal
@@ -34,7 +35,9 @@ def split(y: Tensor) -> Tensor:
     return y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
 
 
-def one_site(function: Callable[..., Tensor], *args: Tensor) -> tuple[GraphSite, Recovered | Refusal, Frame | None]:
+def one_site(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *args: Tensor
+) -> tuple[GraphSite, Recovered | Refusal, Frame | None]:
     found: list[tuple[GraphSite, Recovered | Refusal, Frame | None]] = []
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -94,6 +97,25 @@ def test_keys_appended_to_a_cache_put_the_last_query_at_the_last_key() -> None:
     with torch.no_grad():
         assert phase(site) is Phase.DECODE
     assert [part.name for part in classify(found.variant.mask, found.variant.score, found.facts)] == ["padding"]
+
+
+def test_a_cache_that_keeps_only_its_newest_keys_slides() -> None:
+    """A key's place there is no position."""
+
+    def decode(keeps: slice, reads: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def attention(y: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+            query = split(projection(y))
+            whole = torch.cat([past, query], 2)
+            key = whole[:, :, reads].repeat_interleave(1, 1)
+            return F.scaled_dot_product_attention(query, key, key), whole[:, :, keeps]
+
+        return attention
+
+    every, newest, oldest = slice(None), slice(-9, None), slice(0, 9)
+    cases = [(every, every, False), (newest, every, True), (every, newest, True), (oldest, every, False)]
+    for keeps, reads, expected in cases:
+        site, _, _ = one_site(decode(keeps, reads), ONE, torch.randn(BATCH, HEADS, 9, WIDTH))
+        assert slides(site) is expected
 
 
 def test_a_static_cache_is_read_at_the_given_places() -> None:

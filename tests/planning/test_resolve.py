@@ -133,6 +133,30 @@ def test_positions_count_from_the_first_valid_key() -> None:
     assert simplify(decision.variant.mask) == simplify((k <= q) & ((abs(q - k) < 16) | (k - first < 4)))
 
 
+@pytest.mark.parametrize(
+    "slots",
+    ["mask: window(16) | sinks(4)", "mask: chunks(8)", 'score: "where(k < 4, score + 1, score)"',
+     "heads: {0: exact, rest: {mask: window(16) | sinks(4)}}"],
+)  # fmt: skip
+def test_positions_are_refused_in_a_cache_that_lets_go_of_its_oldest_keys(slots: str) -> None:
+    at = site(frame=Frame(slides=True))
+    (refusal,) = decided(f"  - attn: {{{slots}}}", at).refusals
+    assert "its oldest keys are gone" in refusal.reason
+    assert decided(f"  - attn: {{{slots}}}").target
+
+
+@pytest.mark.parametrize("slots", ["mask: window(16)", "score: score + alibi()", "mask: dilated(2) & window(8)"])
+def test_distances_are_known_in_a_cache_that_lets_go_of_its_oldest_keys(slots: str) -> None:
+    at = site(frame=Frame(slides=True))
+    assert decided(f"  - attn: {{{slots}}}", at).target
+
+
+def test_a_mask_is_not_replaced_in_a_cache_that_lets_go_of_its_oldest_keys() -> None:
+    rule = "  - {attn: {mask: causal & window(16)}, replace_mask: true}"
+    assert "its oldest keys are gone" in decided(rule, site(frame=Frame(slides=True))).refusals[0].reason
+    assert decided(rule).target
+
+
 def test_groups_take_what_stands_beside_them() -> None:
     decision = decided(
         "  - attn: {scale: 0.5, heads: {'0:2': exact, '-1': {mask: window(4), scale: 0.25}, rest: {mask: window(8)}}}"
