@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_NAMES = 40  # more of them help nobody
+
 
 class AttnError(Exception):
     """Root of all errors raised here; catch this one to catch them all."""
@@ -46,6 +48,10 @@ class UnknownLengthError(AttnError, RuntimeError):
     """A rule asks for a length that is only known when the model runs."""
 
 
+class PictureError(AttnError, ValueError):
+    """A picture cannot be written as was asked."""
+
+
 class MissingPackageError(AttnError, ImportError):
     """An optional package is needed for what was asked."""
 
@@ -60,4 +66,4 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f'; did you mean "{near[0]}"?'
-    return f"; known: {', '.join(names)}" if names else ""
+    return f"; known: {', '.join(names[:MOST_NAMES])}{', …' if len(names) > MOST_NAMES else ''}" if names else ""

@@ -21,12 +21,17 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer carries its own copy of click
         try:
             return TyperGroup.invoke(self, ctx)
-        except AttnError as error:
+        except (AttnError, OSError) as error:  # a file that cannot be written is said in one line, too
             Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, help="Find, explain and rewrite the attentions of a PyTorch model.")
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find, explain and rewrite the attentions of a PyTorch model.",
+)
 app.command()(check)
 app.command()(explain)
 app.command()(demo)

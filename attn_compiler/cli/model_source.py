@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import nn
 
 from attn_compiler.errors import AttnError, MissingPackageError, ShapeError, did_you_mean
 
+_ALWAYS = ("attn_implementation", "torch_dtype")  # every configuration takes these, none shows them
 FORMS = "`package.module:factory` or `hf:type,key=value…`"
 
 
@@ -56,14 +58,22 @@ def _from_factory(source: str, asked: Asked) -> Built:
     where, _, name = source.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    if not all(part.isidentifier() for part in where.split(".")):
+        raise ModelError(f'"{source}": "{where}" is no name of a module; write {FORMS}')
     try:
         module = importlib.import_module(where)
     except ModuleNotFoundError as error:
         raise ModelError(f'"{source}": there is no module "{error.name}"; it is searched for from this folder on') from error
+    except (ImportError, SyntaxError) as error:
+        raise ModelError(f'"{source}": {where} cannot be imported: {type(error).__name__}: {error}') from error
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ModelError(f'"{source}": {where} has no function "{name}"{did_you_mean(name, known)}')
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ModelError(f'"{source}" is called without arguments: {error}') from error
     made = factory()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
@@ -86,7 +96,7 @@ def _from_transformers(source: str, asked: Asked) -> Built:
     settings = dict(_overrides(source, overrides))
     if asked.implementation:
         settings["attn_implementation"] = asked.implementation
-    config = transformers.CONFIG_MAPPING[kind](**settings)
+    config = _config(source, transformers.CONFIG_MAPPING[kind], settings)
     make = _model_class(transformers, kind)
     if make is None:
         raise ModelError(f'"{source}": transformers has no model class for "{kind}"')
@@ -94,6 +104,21 @@ def _from_transformers(source: str, asked: Asked) -> Built:
         model = make(config)
     model.train(asked.train)
     return Built(model, (), _inputs(model, asked))
+
+
+def _config(source: str, make: Callable[..., Any], settings: Mapping[str, object]) -> Any:
+    """The configuration; transformers itself would keep a misspelt key and say nothing."""
+    from huggingface_hub.errors import StrictDataclassError  # transformers brings it along
+
+    plain = make()
+    known = [name for name in vars(plain) if not name.startswith("_")]
+    for key in settings:
+        if key not in _ALWAYS and not hasattr(plain, key):
+            raise ModelError(f'"{source}": this configuration has no "{key}"{did_you_mean(key, known)}')
+    try:
+        return make(**settings)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f'"{source}" is no configuration: {error}') from error
 
 
 def _transformers() -> ModuleType:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attn_compiler.algebra.notation import notation
-from attn_compiler.errors import MissingPackageError
+from attn_compiler.errors import MissingPackageError, PictureError, did_you_mean
 from attn_compiler.planning.raster import raster
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def draw(schedule: Schedule, path: str | Path) -> None:
     figure.suptitle(_shortened(notation(schedule.variant.mask)), fontsize=13)
     handles = [Patch(facecolor=color, edgecolor="#999999", label=name) for name, color in _COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    known = figure.canvas.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending not in known:
+        raise PictureError(f'a picture cannot be written to {path}: no format is called ".{ending}"{did_you_mean(ending, known)}')
     figure.savefig(path, dpi=160)
 
 

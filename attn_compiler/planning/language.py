@@ -79,7 +79,8 @@ class _Reader:
     def fail(self, node: ast.expr, message: str) -> NoReturn:
         column = len(self.text.encode()[: node.col_offset].decode())
         found = ast.get_source_segment(self.text, node)
-        raise LanguageError(self._pointing(column, f"{message}, found `{found}`"))
+        said = message if f'"{found}"' in message else f"{message}, found `{found}`"
+        raise LanguageError(self._pointing(column, said))
 
     def unknown(self, node: ast.expr, what: str, name: str) -> NoReturn:
         self.fail(node, f'there is no {what} "{name}"{did_you_mean(name, self.scope.names())}')

@@ -56,8 +56,10 @@ def read_policy(source: str | Path | Mapping[str, object], words: Words, words_d
         raise PolicyError(
             f"there is no policy file {source}; give a path, the name of a ready policy, YAML text or a mapping"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"the policy file {source} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"the policy file {source} cannot be read: it is no text in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise PolicyError(f"the policy file {source} cannot be read: {error.strerror}") from error
     return _policy(read_yaml(written, path.name), path.parent, words, words_digest, path.stem)
 
 
@@ -104,7 +106,8 @@ def _check_version(entry: Entry) -> None:
         raise PolicyError(f"{entry.place}: `version: 1` is missing")
     version = entry.value["version"]
     if version.value != 1 or type(version.value) is not int:  # neither `true` nor `1.0`
-        raise PolicyError(f"{version.place}: this release reads policies of version 1, found {version.kind}")
+        hint = "; a newer release of attn-compiler may read it" if type(version.value) is int and version.value > 1 else ""
+        raise PolicyError(f"{version.place}: this release reads policies of version 1, found {version.kind}{hint}")
 
 
 def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Problems) -> tuple[Naming, dict[str, Source]]:
