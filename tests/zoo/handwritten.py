@@ -248,8 +248,9 @@ def inplace_setitem(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(outcome=Outcome.REFUSED)
 def inplace_view_alias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT * SCALE
-    alias = scores.view(BATCH * HEADS, TOKENS, TOKENS)
-    alias.add_(torch.triu(torch.full((TOKENS, TOKENS), -1e9), 1))
+    length = scores.shape[-1]
+    alias = scores.view(-1, length, length)
+    alias.add_(torch.triu(torch.full((length, length), -1e9), 1))
     return scores.softmax(-1) @ v
 
 

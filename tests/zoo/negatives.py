@@ -46,7 +46,7 @@ def linear(width: int) -> Callable[[], nn.Module]:
 
 
 def heads_of(projected: Tensor) -> list[Tensor]:
-    return [part.view(BATCH, TOKENS, HEADS, HEAD_DIM).transpose(1, 2) for part in projected.chunk(3, -1)]
+    return [part.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for part in projected.chunk(3, -1)]
 
 
 @negative(gate=linear(4), experts=lambda: torch.randn(4, WIDTH, WIDTH))
@@ -80,7 +80,7 @@ def lm_head_softmax(parts: Parts, x: Tensor) -> Tensor:
 
 @negative(head=linear(VOCABULARY))
 def ce_loss(parts: Parts, x: Tensor) -> Tensor:
-    return F.cross_entropy(parts.head(x).flatten(0, 1), torch.zeros(BATCH * TOKENS, dtype=torch.long))
+    return F.cross_entropy(parts.head(x).flatten(0, 1), torch.zeros(x.shape[0] * x.shape[1], dtype=torch.long))
 
 
 @negative(squeeze=linear(8), excite=lambda: nn.Linear(8, WIDTH))
