@@ -54,11 +54,11 @@ INLINE void prepare(const Task& task, Rows& rows) {
   for (int j = 0; j < rows.count; j++) {
     const index_t position = rows.row[j] + task.first_key;
     rows.x2[j] = quotient(position, 56);
-    rows.x3[j] = remainder_of(position, 56);
-    rows.holds0[j] = (0 <= position) & (rows.x2[j] <= 55) & (position <= 3135) & (rows.x3[j] <= 55);
+    rows.holds0[j] = (0 <= position) & (rows.x2[j] <= 55) & (position <= 3135);
     rows.holds1[j] = 49 <= rows.x2[j];
     rows.holds2[j] = 0 <= rows.x2[j];
     rows.x0[j] = rows.x2[j] + 3;
+    rows.x3[j] = remainder_of(position, 56);
     rows.holds3[j] = 49 <= rows.x3[j];
     rows.x1[j] = rows.x3[j] + 3;
     rows.holds4[j] = rows.x2[j] <= 6;
