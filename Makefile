@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/recall.py $(BENCH_RESULTS)
 	$(BIN)/python benchmarks/matrix.py $(BENCH_RESULTS)
 	$(BIN)/python benchmarks/whole_models.py $(BENCH_RESULTS)
+	$(BIN)/python benchmarks/cpu.py $(BENCH_RESULTS)
 
 clean:
 	rm -rf .venv .venv-torch* build dist *.egg-info bench-output demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

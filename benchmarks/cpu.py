@@ -23,6 +23,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_compiler as attn
 from _tables import features, markdown, processor, write_json
+from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.runtime.reading import read_variant
 
 HEADS, DIM = 8, 64
 Run = Callable[[], Tensor]
@@ -116,12 +119,13 @@ def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
     q = torch.randn(1, HEADS, case.length, case.dim, generator=generator).to(dtype)
     k, v = (torch.randn(1, case.kv_heads, case.length, case.dim, generator=generator).to(dtype) for _ in range(2))
     tables = dict(case.tables)
+    variant = read(case)
     found: dict[str, Run] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.kv_heads != HEADS),
-        "cpp": lambda: attn.attend(q, k, v, case.variant, tables=tables, target="cpp"),
+        "cpp": lambda: attn.attend(q, k, v, variant, tables=tables, target="cpp"),
     }
     if peers:
-        found["torch"] = lambda: attn.attend(q, k, v, case.variant, tables=tables, target="torch")
+        found["torch"] = lambda: attn.attend(q, k, v, variant, tables=tables, target="torch")
         if case.sees and case.length <= 8192:
             at = torch.arange(case.length)
             mask = case.sees(at[:, None], at[None])
@@ -129,6 +133,13 @@ def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
         if case.sees:
             found["flex"] = flex(q, k, v, case.sees)
     return found
+
+
+def read(case: Case) -> Variant:
+    """The variant, read and simplified once, as a compiled model has it."""
+    sizes = {"heads": HEADS, "kv_heads": case.kv_heads, "q_len": case.length, "k_len": case.length, "head_dim": case.dim}
+    found = read_variant(case.variant, Variant(), **sizes, values=None, layer=0, layers=1)  # type: ignore[arg-type]
+    return found.map(simplify)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Run:
