@@ -1,4 +1,4 @@
-"""Times what compiling costs besides Inductor: capture, match, and what describing, planning and rewriting add.
+"""Times what compiling costs besides Inductor: each of our passes, and what they are of a whole compilation.
 
     python benchmarks/passes.py FOLDER
 
@@ -8,7 +8,6 @@ writes `passes.md` into FOLDER.
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +18,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # where the zoo
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
 
-from _tables import Row, markdown
+from _tables import Row, markdown, processor
+from attn_compiler import library
+from attn_compiler.backend import Settings
 from attn_compiler.graph.capture import capture
 from attn_compiler.graph.describe import describe
 from attn_compiler.graph.match import match
 from attn_compiler.graph.rewrite import Replacement, rewrite
 from attn_compiler.graph.symbolic import SymbolicReader
 from attn_compiler.planning.plan import NearMiss
+from attn_compiler.runtime.targets import TARGETS
 from zoo.capture import Example, visit_graphs
 from zoo.catalogue import ZOO
 
@@ -47,9 +50,12 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 }
 
 
+STEPS = ("capture", "match", "describe", "plan", "rewrite")
+
+
 def measured(name: str, *, dynamic: bool) -> Row:
-    """The seconds of each pass over all graphs of a model, the second time: nothing is imported any more."""
-    spent = dict.fromkeys(("capture", "match", "describe", "rewrite"), 0.0)
+    """The seconds of each pass over all graphs of a model, and what they are of a compilation that finds no cache."""
+    spent = dict.fromkeys(STEPS, 0.0)
     sites = 0
 
     def visit(gm: fx.GraphModule, example_inputs: Sequence[Example]) -> None:
@@ -69,23 +75,41 @@ def measured(name: str, *, dynamic: bool) -> Row:
         reader = SymbolicReader(graph)
         described = [one for found in matches.sites if not isinstance(one := describe(graph, found, reader), NearMiss)]
         lap("describe")
-        rewrite(graph, [Replacement(one, one.site.computes) for one in described])
+        plan = Settings(library.load_policy("exact")).planner([one.site for one in described], matches.near_misses)
+        lap("plan")
+        chosen = [(one, decision) for one, decision in zip(described, plan.decisions, strict=True) if decision.target]
+        rewrite(graph, [Replacement(one, decision.variant, TARGETS[decision.target]) for one, decision in chosen])
         lap("rewrite")
         sites += len(described)
 
     visit_graphs(*MODELS[name](), visit, dynamic=dynamic)
-    per_site = 1000 * (spent["match"] + spent["describe"]) / max(1, sites)
+    cold = compiled_cold(name, dynamic=dynamic)
+    per_site = 1000 * (spent["match"] + spent["describe"] + spent["plan"]) / max(1, sites)
+    seconds = {f"{step} [s]": f"{spent[step]:.3f}" for step in STEPS}
+    shares = {f"{step} / cold [%]": f"{100 * spent[step] / cold:.1f}" for step in ("capture", "rewrite")}
     lengths = "dynamic" if dynamic else "static"
-    seconds = {f"{step} [s]": round(t, 3) for step, t in spent.items()}
-    return {"model": name, "lengths": lengths, "sites": sites, **seconds, "match + describe a site [ms]": round(per_site, 1)}
+    found = {"model": name, "lengths": lengths, "sites": sites}
+    row = {**found, **seconds, "match to plan, a site [ms]": f"{per_site:.1f}", "cold compile [s]": f"{cold:.1f}", **shares}
+    print(row, flush=True)
+    return row
+
+
+def compiled_cold(name: str, *, dynamic: bool) -> float:
+    """The seconds of a first call that finds nothing in any cache."""
+    model, inputs = MODELS[name]()
+    torch.compiler.reset()
+    with fresh_cache(), torch.no_grad():
+        began = time.perf_counter()
+        torch.compile(model, backend="attn", dynamic=dynamic)(**inputs)
+        return time.perf_counter() - began
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    measured("swin", dynamic=False)
+    measured("swin", dynamic=False)  # the first time imports much
     rows = [measured(name, dynamic=dynamic) for name in MODELS for dynamic in (False, True)]
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, one thread"
-    text = f"# What our passes cost while compiling\n\nOn {machine}; other work ran on the same machine.\n\n{markdown(rows)}"
+    where = f"{processor()}, {os.cpu_count()} CPUs (load {os.getloadavg()[0]:.1f}), torch {torch.__version__}, one thread"
+    text = f"# What our passes cost while compiling\n\nOn {where}.\n\n{markdown(rows)}"
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "passes.md").write_text(text)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.cli.axes import axes
+from attn_compiler.cli.axes import axes, tokens
 from attn_compiler.library import words
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_mask
@@ -21,7 +21,7 @@ from attn_compiler.planning.schedule import Schedule, schedule
 
 def draw(
     mask: Annotated[str, typer.Argument(help='A mask, like "causal & window(1024)".')],
-    length: Annotated[int, typer.Option(help="How many keys there are.", min=1)],
+    length: Annotated[int | None, typer.Option(help="How many keys there are; as the geometry says unless given.", min=1)] = None,
     queries: Annotated[int | None, typer.Option(help="How many queries; as many as keys unless given.", min=1)] = None,
     geometry: Annotated[str | None, typer.Option(help='The axes of the tokens, like "56,56".')] = None,
     heads: Annotated[int, typer.Option(help="How many heads.", min=1)] = 1,
@@ -32,6 +32,7 @@ def draw(
 ) -> None:
     """Draw which tiles a mask visits."""
     size = axes(geometry)
+    length = tokens(size, length)
     scope = Scope(geometry=Geometry.of(size) if size else None, strict=False)
     seen = parse_mask(mask, words(), scope)
     variant = Variant(mask=seen.keep, derived=seen.derived)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from attn_compiler.cli.model_source import Asked, build
+from attn_compiler import torch_private as private
+from attn_compiler.cli.model_source import Asked, ModelError, build
 from attn_compiler.explain import explain as explained
 
 
@@ -26,8 +28,12 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
 ) -> None:
     """Explain what a policy makes of a model, without running it: models named hf:… have no weights at all."""
+    logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)  # it would print the traceback of what is said below
     built = build(model, Asked(length, batch, implementation, train))
-    report = explained(built.model, built.args, built.kwargs, policy, training=train)
+    try:
+        report = explained(built.model, built.args, built.kwargs, policy, training=train)
+    except private.DYNAMO_CONTROL_FLOW as error:  # its own message says where in the model
+        raise ModelError(f"{model} does not run on {built.inputs}: {error}") from error
     if html is not None:
         report.to_html(html)
     typer.echo(report.to_json() if as_json else str(report))

@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from attn_compiler.cli.axes import axes
+from attn_compiler.cli.axes import axes, tokens
 from attn_compiler.runtime.kernel_source import kernel_source
 
 
 def kernel(
     mask: Annotated[str, typer.Argument(help='A mask, like "causal & window(256)".')],
-    length: Annotated[int, typer.Option(help="How many keys there are.", min=1)],
+    length: Annotated[int | None, typer.Option(help="How many keys there are; as the geometry says unless given.", min=1)] = None,
     queries: Annotated[int | None, typer.Option(help="How many queries; as many as keys unless given.", min=1)] = None,
     geometry: Annotated[str | None, typer.Option(help='The axes of the tokens, like "56,56".')] = None,
     score: Annotated[str | None, typer.Option(help='What becomes of the scores, like "softcap(score, 50)".')] = None,
@@ -28,7 +28,9 @@ def kernel(
     as_json: Annotated[bool, typer.Option("--json", help="Print it for programs.")] = False,
 ) -> None:
     """Print the source of the kernel that attends by a mask."""
-    given = {"mask": mask, "geometry": axes(geometry) or None, "score": score, "normalizer": normalizer}
+    size = axes(geometry)
+    length = tokens(size, length)
+    given = {"mask": mask, "geometry": size or None, "score": score, "normalizer": normalizer}
     text = kernel_source(
         {slot: value for slot, value in given.items() if value is not None},
         q_len=queries or length, k_len=length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, target=target,

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attn_compiler.errors import AttnError, MissingPackageError, ShapeError, did_you_mean
 
@@ -42,6 +42,13 @@ class Built:
     model: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> str:
+        """What it is called with, as a message says it."""
+        named = [*((str(number), x) for number, x in enumerate(self.args)), *self.kwargs.items()]
+        said = [f"{name}: {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"{name}: {x!r:.40}" for name, x in named]
+        return f"its inputs ({', '.join(said).replace('torch.', '')})"
 
 
 def build(source: str, asked: Asked) -> Built:
@@ -79,11 +86,15 @@ def _from_factory(source: str, asked: Asked) -> Built:
     if not isinstance(model, nn.Module):
         raise ModelError(f'"{source}" returned {type(model).__name__}; expected a module, or (module, inputs)')
     model.train(asked.train)
-    if isinstance(inputs, Mapping):
-        return Built(model, (), inputs)
-    if inputs is not None:
-        return Built(model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
-    return Built(model, (), _inputs(model, asked))
+    if inputs is None:
+        return Built(model, (), _inputs(model, asked))
+    args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ModelError(f'"{source}" returned inputs that its model does not take: {error}') from error
+    return Built(model, args, kwargs)
 
 
 def _from_transformers(source: str, asked: Asked) -> Built:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from attn_compiler.algebra.evaluate import evaluate_scalar
 from attn_compiler.algebra.expr import Expr, const, every, floor, k_len, real, sqrt
 from attn_compiler.errors import LanguageError, did_you_mean
 
@@ -38,6 +39,16 @@ class Geometry:
     def count(self) -> Expr:
         """The number of tokens on the grid."""
         return _product(self.size)
+
+    def tokens(self, length: int) -> int:
+        """How many tokens there are on the grid, before it and after it, where an axis of `length` may say its sizes."""
+        grid = evaluate_scalar(self.count, {k_len: length})
+        return self.before + int(grid) + self.after
+
+    def __str__(self) -> str:
+        around = [f"{count} {side} it" for count, side in ((self.before, "before"), (self.after, "after")) if count]
+        sides = " × ".join(str(side) for side in self.sides) if self.sides else "a square"
+        return " with ".join([sides, *([" and ".join(around)] if around else [])])
 
     @property
     def sides(self) -> tuple[int, ...] | None:

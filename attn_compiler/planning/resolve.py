@@ -76,7 +76,7 @@ def _added(
         return Refusal(rule.title, f"`{min(twice, key=SLOTS.index)}` is set by an earlier rule already"), taken
     try:
         resolved = resolve(slots, replace(site, computes=variant), replace_mask=rule.replace_mask)
-    except LanguageError as error:
+    except (LanguageError, UnknownLengthError) as error:
         return Refusal(rule.title, str(error)), taken
     if isinstance(resolved, Refusal):
         resolved = replace(resolved, by=rule.title)
@@ -107,6 +107,9 @@ def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant 
 
 def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     variant = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
+    misfit = _misfit(slots, site)
+    if misfit:
+        return Refusal("rule", misfit)
     if slots.scale is not None:
         variant = replace(variant, scale=slots.scale)
     if slots.score is not None:
@@ -121,6 +124,22 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
     if isinstance(masked, Refusal):
         return masked
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+
+
+def _misfit(slots: Slots, site: Site) -> str:
+    """Why the tokens of a site are not those of a rule's geometry; nothing if they are."""
+    if slots.geometry is None:
+        return ""
+    tokens = slots.geometry.tokens(site.k_hint)
+    masks = [site.computes.mask, *([slots.mask.keep] if slots.mask else [])]
+    # Where nobody looks ahead, the first tokens of a grid are all that a cache needs to hold.
+    fits = not site.at_least(tokens + 1) and (site.at_least(tokens) or any(map(_is_causal, masks)))
+    said = f"its geometry, {slots.geometry}, has {tokens} tokens, and this attention has {site.k_hint} keys"
+    return "" if fits else f"{said}; `before` and `after` count the tokens that stand beside the grid"
+
+
+def _is_causal(mask: Expr) -> bool:
+    return simplify(k <= q) in conjuncts(simplify(mask))
 
 
 def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:

@@ -119,3 +119,32 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert "Is a directory" in said("explain", TINY, "--length", "16", "--html", str(tmp_path))
     assert not list(tmp_path.parent.glob(".*.part"))
+
+
+MODEL = """import torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        return self.project(x)
+def wrong_width(): return Model(), (torch.randn(2, 7),)
+def nothing(): return Model(), ()
+"""
+
+
+def test_inputs_that_a_model_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_and_inputs.py").write_text(MODEL, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = said("explain", "model_and_inputs:wrong_width")
+    assert "does not run on its inputs (0: float32 [2, 7])" in message
+    assert "return self.project(x)" in message
+    assert "does not take: missing a required argument: 'x'" in said("explain", "model_and_inputs:nothing")
+
+
+@pytest.mark.parametrize("command", ["draw", "kernel"])
+def test_a_length_that_is_not_that_of_the_geometry(command: str) -> None:
+    grid = [command, "neighborhood(kernel=3)", "--geometry", "8,8"]
+    assert "a geometry of 8 × 8 has 64 tokens, and --length says 65" in said(*grid, "--length", "65")
+    assert "say how many keys there are" in said(command, "causal")
+    assert runner.invoke(app, grid).exit_code == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import DerivedTable, Normalizer, Variant
-from attn_compiler.errors import ShapeError, TableError
+from attn_compiler.errors import LanguageError, ShapeError, TableError
 from attn_compiler.runtime.attend import attend
 
 CAUSAL = Variant(mask=e.k <= e.q)
@@ -135,3 +136,16 @@ def test_a_text_is_a_mask_of_the_policy_language() -> None:
     streaming = Variant(mask=(e.k <= e.q) & ((e.q - e.k < 3) | (e.k < 2)))
     torch.testing.assert_close(attend(q, k, v, "causal & (window(3) | sinks(2))"), attend(q, k, v, streaming))
     torch.testing.assert_close(attend(q, k, v, "causal", scale="1 / dim"), attend(q, k, v, CAUSAL, scale=1 / 8))
+
+
+@pytest.mark.parametrize(("grid", "tokens"), [("[3, 3]", 10), ("[3, 3]", 8), ("square", 10)])
+def test_a_geometry_of_other_tokens_is_refused(grid: str, tokens: int) -> None:
+    variant = yaml.safe_load(f"{{geometry: {grid}, mask: neighborhood(kernel=3)}}")
+    with pytest.raises(LanguageError, match=f"tokens, and this attention has {tokens} keys"):
+        attend(*qkv(tokens, tokens), variant)
+
+
+def test_a_causal_geometry_may_be_filled_in_part() -> None:
+    q, k, v = qkv()
+    grid = {"geometry": [3, 3], "mask": "causal & neighborhood(kernel=3, causal=True, edge='clip')"}
+    torch.testing.assert_close(attend(q[:, :, :7], k[:, :, :7], v[:, :, :7], grid), attend(q, k, v, grid)[:, :, :7])
