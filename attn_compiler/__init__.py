@@ -4,6 +4,8 @@ from attn_compiler import errors, library, testing
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.backend import reports
 from attn_compiler.explain import explain
+from attn_compiler.export.front import export_onnx
+from attn_compiler.export.report import ExportReport
 from attn_compiler.graph.tables import Tables
 from attn_compiler.library import load_policy
 from attn_compiler.planning.policy import Policy
@@ -13,6 +15,7 @@ from attn_compiler.runtime.kernel_source import kernel_source
 from attn_compiler.runtime.schedule import schedule
 
 __all__ = [
+    "ExportReport",
     "Policy",
     "Report",
     "Tables",
@@ -20,6 +23,7 @@ __all__ = [
     "attend",
     "errors",
     "explain",
+    "export_onnx",
     "kernel_source",
     "library",
     "load_policy",

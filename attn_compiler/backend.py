@@ -107,6 +107,8 @@ def _rewritten(
         log.warning("a graph is left as it is: %s: %s", type(failure).__name__, failure, exc_info=failure)
         _remember(Plan(remarks=(f"the graph is left as it is: {type(failure).__name__}: {failure}",)), policy)
         return gm, ()
+    if extra is not None:
+        analysis.forget_values()
     _remember(analysis.plan, policy)
     log.info("%s", reports()[-1])
     return (gm, ()) if extra is None else (analysis.graph, extra)

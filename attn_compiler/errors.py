@@ -60,6 +60,10 @@ class CompilerError(AttnError, RuntimeError):
     """A generated kernel cannot be built on this machine."""
 
 
+class ExportError(AttnError, RuntimeError):
+    """A model cannot be exported, or what was exported does not compute what the model does."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean "…"?`, or else the list of known words, to end an error message with."""
     names = sorted(set(known))

@@ -10,6 +10,7 @@ from attn_compiler.cli.check import check
 from attn_compiler.cli.demo import demo
 from attn_compiler.cli.draw import draw
 from attn_compiler.cli.explain import explain
+from attn_compiler.cli.export import export
 from attn_compiler.cli.kernel import kernel
 from attn_compiler.cli.variants import variants
 from attn_compiler.errors import AttnError
@@ -36,6 +37,7 @@ app.command()(check)
 app.command()(explain)
 app.command()(demo)
 app.command()(draw)
+app.command()(export)
 app.command()(kernel)
 app.command()(variants)
 

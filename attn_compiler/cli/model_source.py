@@ -33,6 +33,7 @@ class Asked:
     batch: int = 1
     implementation: str | None = None
     train: bool = False
+    weights: bool = False  # whether models that are only described get any, random ones
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _from_factory(source: str, asked: Asked) -> Built:
 
 
 def _from_transformers(source: str, asked: Asked) -> Built:
-    """A model of random weights, as its configuration describes it, on the meta device."""
+    """A model of random weights, as its configuration describes it; on the meta device unless weights are asked for."""
     transformers = _transformers()
     kind, _, overrides = source.removeprefix("hf:").partition(",")
     known = list(transformers.CONFIG_MAPPING.keys())
@@ -111,7 +112,7 @@ def _from_transformers(source: str, asked: Asked) -> Built:
     make = _model_class(transformers, kind)
     if make is None:
         raise ModelError(f'"{source}": transformers has no model class for "{kind}"')
-    with torch.device("meta"):
+    with torch.device("cpu" if asked.weights else "meta"):
         model = make(config)
     model.train(asked.train)
     return Built(model, (), _inputs(model, asked))

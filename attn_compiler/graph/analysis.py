@@ -16,10 +16,10 @@ from attn_compiler.graph.match import match
 from attn_compiler.graph.rewrite import Replacement, rewrite
 from attn_compiler.graph.sideways import turn_softmaxes
 from attn_compiler.graph.supply import Supply
-from attn_compiler.planning.plan import NearMiss, Plan
+from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.sources import Source
-from attn_compiler.runtime.targets import TARGETS
+from attn_compiler.runtime.targets import TARGETS, Target
 from attn_compiler.targets.fused import swallows
 
 Planner = Callable[[Sequence[Site], Sequence[NearMiss]], Plan]
@@ -34,6 +34,11 @@ class Analysis:
     homes: tuple[Part, ...]
     plan: Plan
     parts: tuple[Part, ...]
+
+    def forget_values(self) -> None:
+        """Drop what is known of every node, which a compiler of the rewritten graph finds out again."""
+        for part in self.parts:
+            private.forget_values(part.graph)
 
 
 def analyze(gm: fx.GraphModule, example_inputs: Sequence[private.Traced] | None, planner: Planner) -> Analysis:
@@ -65,7 +70,17 @@ def _described(part: Part) -> tuple[list[Described], list[NearMiss]]:
     return described, missed
 
 
-def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+def compiling(decision: Decision) -> Target:
+    """The target of a decision for graphs that are compiled here."""
+    return TARGETS[str(decision.target)]
+
+
+def carry_out(
+    analysis: Analysis,
+    sources: Mapping[str, Source],
+    given: Mapping[str, Tensor],
+    target: Callable[[Decision], Target] = compiling,
+) -> tuple[Tensor, ...] | None:
     """Rewrite the captured graph as its plan says; the tensors that it reads besides its inputs, or None if nothing changed."""
     supply = Supply(analysis.graph, sources, given)
     wanted: dict[int, list[Replacement]] = defaultdict(list)
@@ -73,7 +88,7 @@ def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[
         if decision.target is not None:
             own = supply.nodes(sorted(decision.variant.tables() - set(one.tables)))
             reached = {name: home.reach(node) for name, node in own.items()}
-            wanted[id(home)].append(Replacement(one, decision.variant, TARGETS[decision.target], reached))
+            wanted[id(home)].append(Replacement(one, decision.variant, target(decision), reached))
     unfused = {one.found.anchor for one in analysis.described if swallows(one.site.computes.score, one.site.risky)}
     touched: set[int] = set()
     for part in reversed(analysis.parts):  # the inner graphs first: the outer ones hold them
@@ -83,6 +98,5 @@ def carry_out(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[
         if mine or turned or id(part) in touched:
             rewrite(part.graph, mine)
             part.put_back()
-            private.forget_values(part.graph)
             touched |= {id(part), id(part.outer)}
     return tuple(supply.extra) if touched else None

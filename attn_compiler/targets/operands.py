@@ -62,11 +62,7 @@ class Operands:
 
     def take(self, heads: Sequence[int]) -> Operands:
         """The same call for some of the query heads, which keep their numbers."""
-        ratio = self.heads // self.kv_heads
-        owners = [head // ratio for head in heads]
-        kv = sorted(set(owners))
-        if len(heads) % len(kv) or owners != [x for x in kv for _ in range(len(heads) // len(kv))]:
-            kv = owners
+        kv = kv_owners(heads, self.heads // self.kv_heads)
         q_at, k_at = self.q_positions, self.k_positions
         return replace(
             self,
@@ -129,6 +125,13 @@ class Operands:
             h = torch.tensor(numbers, device=self.q.device)
         h = h.reshape(-1, *[1] * trailing)
         return {e.h: h, e.kv: h // (self.heads // self.kv_heads)}
+
+
+def kv_owners(heads: Sequence[int], ratio: int) -> list[int]:
+    """The kv heads that some query heads share; one for each of them where they do not share alike."""
+    owners = [head // ratio for head in heads]
+    kv = sorted(set(owners))
+    return kv if owners == [x for x in kv for _ in range(len(heads) // len(kv))] else owners
 
 
 def head_groups(variant: Variant, heads: int) -> tuple[tuple[tuple[int, ...], Variant], ...]:

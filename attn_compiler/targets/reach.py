@@ -34,6 +34,29 @@ def reach(mask: Expr) -> Reach | None:
     return None
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The same where a side may be open: `nearest` or `farthest` is infinite, then."""
+
+    nearest: float
+    farthest: float
+    prefix: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether one of the sides is closed."""
+        return math.isfinite(self.nearest) or math.isfinite(self.farthest)
+
+
+def sides(mask: Expr) -> Sides:
+    """How far a mask reaches to either side."""
+    closed = reach(mask)
+    if closed:
+        return Sides(closed.nearest, closed.farthest, closed.prefix)
+    nearest, farthest = distance(mask)
+    return Sides(nearest, farthest) if nearest <= farthest else Sides(-math.inf, math.inf)
+
+
 def is_causal(mask: Expr) -> bool:
     """Whether `mask` is k <= q and nothing else."""
     return mask.op in ("lt", "le") and distance(mask) == (0, math.inf)

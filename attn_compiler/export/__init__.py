@@ -1,0 +1,6 @@
+"""Models written to files that other programs run."""
+
+from attn_compiler.export.front import export_onnx
+from attn_compiler.export.report import ExportReport
+
+__all__ = ["ExportReport", "export_onnx"]

@@ -1,0 +1,102 @@
+"""Brings a model into one ATen graph, and rewrites its attentions there as a policy says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from attn_compiler import torch_private as private
+from attn_compiler.errors import ExportError
+from attn_compiler.graph.analysis import analyze, carry_out
+from attn_compiler.planning.plan import Decision, NearMiss, Plan
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.site import Site
+from attn_compiler.runtime.exported import OnnxTarget
+from attn_compiler.runtime.targets import Target
+from attn_compiler.targets.onnx.choice import FORMS
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A program whose attentions are single operators, and what was decided for each."""
+
+    program: ExportedProgram
+    plan: Plan
+    names: tuple[str, ...]  # of the functions, one for each decision
+
+
+def rewritten(program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor], strategy: str) -> Rewritten:
+    """Rewrite the graph of a program in place."""
+
+    def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
+        return plan(sites, policy, (OnnxTarget(strategy),), near_misses)
+
+    before = [node.name for node in _results(program)]
+    analysis = analyze(program.graph_module, None, decide)
+    names = _names(analysis.plan.decisions)
+    extra = carry_out(analysis, policy.tables, given, _targets(analysis.plan.decisions, names))
+    for old, new in zip(before, _results(program), strict=True):
+        program.graph_signature.replace_all_uses(old, new.name)
+    _hold(program, extra or ())
+    return Rewritten(program, analysis.plan, names)
+
+
+def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    """The model as one graph of ATen operators."""
+    if model.training:
+        raise ExportError("the model is in training mode; call `model.eval()` before it is exported")
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+    except private.RETRACE_FAILURES as failure:
+        raise ExportError(f"torch.export cannot trace the model: {type(failure).__name__}: {failure}") from failure
+
+
+def _results(program: ExportedProgram) -> list[torch.fx.Node]:
+    (output,) = program.graph.find_nodes(op="output")
+    return [node for node in output.args[0] if isinstance(node, torch.fx.Node)]
+
+
+def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """A name of its own for each attention."""
+    seen: Counter[str] = Counter()
+    names = []
+    for decision in decisions:
+        name = decision.site.name or "attention"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}.call{seen[name]}")
+    return tuple(names)
+
+
+def _targets(decisions: Sequence[Decision], names: Sequence[str]) -> Callable[[Decision], Target]:
+    strategies = {form: strategy for strategy, form in FORMS.items()}
+    own = {id(d): OnnxTarget(strategies[d.form], name) for d, name in zip(decisions, names, strict=True) if d.target}
+    return lambda decision: own[id(decision)]
+
+
+def _hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:
+    """Make the tables that the policy brings constants of the program, in front of what its caller gives."""
+    signature = program.graph_signature
+    placeholders = program.graph.find_nodes(op="placeholder")
+    own, added = placeholders[: len(signature.input_specs)], placeholders[len(signature.input_specs) :]
+    first = next((at for at, spec in enumerate(signature.input_specs) if spec.kind is InputKind.USER_INPUT), len(own))
+    for at, (node, table) in enumerate(zip(added, tables, strict=True)):
+        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), node.name, None)
+        signature.input_specs.insert(first + at, spec)
+        program.constants[node.name] = table
+        if first < len(own):
+            own[first].prepend(node)
+    program.graph_module.recompile()
+
+
+def without_targets(plan: Plan) -> tuple[Decision, ...]:
+    """The attentions that keep their code."""
+    return tuple(replace(decision) for decision in plan.decisions if decision.target is None)

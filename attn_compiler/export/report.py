@@ -1,0 +1,44 @@
+"""What became of a model that was exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from attn_compiler.planning.report import Report
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One comparison of the file in onnxruntime with the rewritten model in PyTorch."""
+
+    shapes: str  # of the inputs
+    error: float  # the largest difference
+    largest: float  # the largest magnitude among the results
+
+    def __str__(self) -> str:
+        return f"{self.shapes}: differs by {self.error:.2g} at most, results go up to {self.largest:.2g}"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was decided for each attention, and how far the file computes what the rewritten model does."""
+
+    path: Path
+    report: Report
+    checks: tuple[Checked, ...]
+    bytes: int
+
+    def record(self) -> dict[str, object]:
+        """All of it for programs."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "checks": [vars(check) for check in self.checks],
+            "report": json.loads(self.report.to_json()),
+        }
+
+    def __str__(self) -> str:
+        written = f"written to {self.path} ({self.bytes / 1e6:.1f} MB)"
+        return "\n".join([str(self.report), "", written, *(f"checked in onnxruntime, {check}" for check in self.checks)])

@@ -1,0 +1,99 @@
+"""The operator that stands for an attention in a graph to be exported, and the target that puts it there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra.expr import i, k_len, q_len, score
+from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Site
+from attn_compiler.targets.onnx.choice import FORMS, Lengths, choose
+from attn_compiler.targets.onnx.spec import FIRST_QUERY, Q_POSITIONS, Call
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result, attend_torch
+
+DTYPES = ("float32", "float16", "float64")
+
+_library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class OnnxTarget:
+    """A local function of standard ONNX operators; `site` names the attention that it is made for."""
+
+    strategy: str
+    site: str = ""
+
+    @property
+    def name(self) -> str:
+        return "onnx"
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        return "an exported attention has no log-sum-exp" if lse else None
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        """Record the operator."""
+        tables = {name: operands.tables[name] for name in sorted(variant.tables())}
+        first, at = operands.first_query, operands.q_positions
+        if isinstance(at, Tensor):
+            tables[Q_POSITIONS] = at
+        elif isinstance(first, torch.SymInt) and at is not None:
+            tables[FIRST_QUERY] = torch.ops.aten.full.default([], first, dtype=torch.int64)
+        counted = first if isinstance(first, int) and at is not None else None
+        call = Call(self.site, variant, tuple(tables), counted, operands.layer, operands.layers)
+        return torch.ops.attn_compiler.exported([operands.q, operands.k, operands.v, *tables.values()], call.write()), None
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        reason = objection(site, variant)
+        if reason:
+            return Refusal(self.name, reason)
+        position = site.frame.position if site.frame else i
+        follow = not simplify(position - i).symbols() - {q_len, k_len}
+        strategy = choose(variant, Lengths(site.q_hint, site.k_hint, follow), self.strategy)
+        plain = variant == Variant(scale=variant.scale) and variant.score == score and variant.normalizer == SOFTMAX
+        return Carried(FORMS[strategy], gains=not (plain and site.form == "scaled_dot_product_attention"))
+
+
+def objection(site: Site, variant: Variant) -> str | None:
+    """Why a site cannot be exported; None if it can."""
+    if site.dtype not in DTYPES:
+        return f"onnxruntime's CPU computes in {', '.join(DTYPES)}; found {site.dtype}"
+    if any(part.dropout for part in variant.parts()):
+        return "its dropout is active: call `model.eval()`"
+    derived = [table.name for part in variant.parts() for table in part.derived]
+    if derived and isinstance(site.k_len, str):
+        return f'the table "{derived[0]}" follows from the number of keys, which changes from call to call'
+    return None
+
+
+def _attend(operands: Sequence[Tensor], what: str) -> Tensor:
+    """What the exported function computes, by PyTorch's operators."""
+    call = Call.read(what)
+    q, k, v, *given = operands
+    tables = dict(zip(call.tables, given, strict=True))
+    first = int(tables[FIRST_QUERY]) if FIRST_QUERY in tables else call.first
+    heads = q.shape[1]
+    out, _ = attend_torch(
+        Operands(
+            q, k, v, tables, tables.get(Q_POSITIONS, first), 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers
+        ),
+        call.variant,
+    )
+    return out.contiguous()
+
+
+def _shape(operands: Sequence[Tensor], what: str) -> Tensor:
+    q, _, v, *_ = operands
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+_library.impl("exported", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::exported", _shape, lib=_library)

@@ -1,0 +1,86 @@
+"""Builds the local function `attn::<site>` of one exported attention: standard operators, made from its variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.targets.onnx.dense import dense
+from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
+from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
+from attn_compiler.targets.onnx.scan import scan
+from attn_compiler.targets.onnx.scope import All, Scope, picked
+from attn_compiler.targets.onnx.spec import Spec
+from attn_compiler.targets.operands import head_groups, kv_owners
+from attn_compiler.targets.reach import shows_itself, sides
+
+DOMAIN = "attn"
+OPSET = 24
+Strategy = Callable[[Group], ir.Value]
+STRATEGIES: Mapping[str, Strategy] = {"dense": dense, "scan": scan}
+
+
+def function(spec: Spec, strategy: str) -> ir.Function:
+    """The function of one attention; its inputs are q, k, v and the tables."""
+    nodes = Nodes()
+    inputs = {name: ir.Value(name=name.replace(".", "_")) for name in ("q", "k", "v", *spec.call.tables)}
+    groups = head_groups(spec.call.variant, spec.heads)
+    outs = [_group(spec, nodes, inputs, heads, variant, STRATEGIES[strategy]) for heads, variant in groups]
+    joined = outs[0] if len(outs) == 1 else nodes.op("Concat", *outs, axis=1)
+    order = [head for heads, _ in groups for head in heads]
+    out = picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
+    graph = ir.Graph(
+        list(inputs.values()), [out], nodes=[*nodes.shared.front, *nodes.written], opset_imports={"": OPSET}, name=spec.call.name
+    )
+    return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
+
+
+def _group(
+    spec: Spec, nodes: Nodes, inputs: Mapping[str, ir.Value], heads: Sequence[int], variant: Variant, strategy: Strategy
+) -> ir.Value:
+    """What some of the heads compute."""
+    kv = kv_owners(heads, spec.heads // spec.kv_heads)
+    q = picked(nodes, inputs["q"], heads, spec.heads, 1)
+    k, v = (picked(nodes, inputs[name], kv, spec.kv_heads, 1) for name in ("k", "v"))
+    q_len = spec.q_len if isinstance(spec.q_len, int) else nodes.size(inputs["q"], 2)
+    k_len = spec.k_len if isinstance(spec.k_len, int) else nodes.size(inputs["k"], 2)
+    scope = Scope(spec, nodes, inputs, tuple(heads), All(q_len), All(k_len))
+    q, k, v = (_cast(nodes, x, spec.dtype, scope.real) for x in (q, k, v))
+    placed = spec.in_places(variant)
+    if scaled_ahead(placed):
+        q = nodes.op("Mul", q, scope.scores.real_tensor(placed.scale))
+    empty = None if _always_sees(spec, variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
+    group = Group(scope, Block(q, k, v, len(kv)), placed, empty, sides(variant.mask.substitute(spec.sizes)), spec.first)
+    out = (strategy if _has_bounds(group) else dense)(group)
+    return _cast(nodes, out, scope.real, spec.dtype)
+
+
+def _has_bounds(group: Group) -> bool:
+    """Whether a block of queries can do with some of the keys; a row that is empty may be of all of them."""
+    whole = group.variant.empty_rows is EmptyRows.UNMASKED and group.empty is not None
+    return group.first is not None and not whole and group.sides.bounded
+
+
+def _cast(nodes: Nodes, x: ir.Value, held: str, wanted: str) -> ir.Value:
+    return x if held == wanted else nodes.op("Cast", x, to=int(DTYPES[wanted]))
+
+
+def _always_sees(spec: Spec, variant: Variant) -> bool:
+    """Whether no row can be empty."""
+    if variant.mask.value is True:
+        return True
+    return spec.position == e.i and spec.q_len == spec.k_len and shows_itself(variant.mask)
+
+
+def _empty(scope: Scope, v: ir.Value, ratio: int, rule: EmptyRows) -> ir.Value:
+    """What a query that sees no key gets."""
+    nodes = scope.nodes
+    if rule is EmptyRows.MEAN:
+        mean = nodes.op("ReduceMean", v, nodes.vector(2), keepdims=1)
+        owners = [head // ratio for head in range(len(scope.heads))]
+        return nodes.op("Gather", mean, nodes.constant(owners, "int64"), axis=1)
+    return nodes.constant(np.nan if rule is EmptyRows.NAN else 0.0, scope.real)

@@ -1,0 +1,203 @@
+"""What the leaves of expressions stand for where some queries meet some keys: axes [batch, heads, queries, keys]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value, type_of
+from attn_compiler.targets.onnx.printer import Printer
+from attn_compiler.targets.onnx.spec import Spec, Stored, sort_of
+from attn_compiler.targets.operands import PLACE
+
+_AXES: Mapping[Expr, int] = {e.b: 4, e.h: 3, e.i: 2, PLACE: 1}  # where a coordinate stands, from the right
+
+
+class Tokens(Protocol):
+    """Some of the tokens of one axis."""
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        """What `x` holds of these tokens along an axis."""
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        """Their places among all tokens, as a tensor of one axis."""
+
+    @property
+    def count(self) -> Value:
+        """How many they are."""
+
+
+@dataclass(frozen=True)
+class All:
+    """All tokens of an axis."""
+
+    count: Value
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        return x
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        return nodes.range(0, self.count)
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The tokens from `start` to before `stop`."""
+
+    start: Value
+    stop: Value
+    count: Value
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        return nodes.slice(x, axis, self.start, self.stop)
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        return nodes.range(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Tokens by their places."""
+
+    listed: ir.Value
+    count: Value
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        return nodes.op("Gather", x, self.listed, axis=axis)
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        return self.listed
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several runs of tokens, one after the other."""
+
+    parts: tuple[Tokens, ...]
+    count: Value
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        return nodes.op("Concat", *(part.pick(nodes, x, axis) for part in self.parts), axis=axis)
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        return nodes.op("Concat", *(part.places(nodes) for part in self.parts), axis=0)
+
+
+@dataclass
+class Scope:
+    """Where expressions are printed: some query heads, queries and keys of a call. `outer` is the scope around a loop."""
+
+    spec: Spec
+    nodes: Nodes
+    operands: Mapping[str, ir.Value]  # q, k, v and the tables, by name
+    heads: tuple[int, ...]
+    queries: Tokens
+    keys: Tokens
+    outer: Scope | None = None
+    _printers: dict[str, Printer] = field(default_factory=dict)
+
+    @property
+    def real(self) -> str:
+        """How real numbers are held while computing: half precision only stores."""
+        return "float64" if self.spec.dtype == "float64" else "float32"
+
+    @property
+    def scores(self) -> Printer:
+        return self.printer(self.real)
+
+    @property
+    def masks(self) -> Printer:
+        """Real numbers in a mask decide, so they are in double precision."""
+        return self.printer("float64")
+
+    def printer(self, real: str) -> Printer:
+        """Prints with real numbers that are held as `real`."""
+        if real not in self._printers:
+            outer = self.outer.printer(real) if self.outer else None
+            varies = frozenset((e.i, PLACE)) if outer else frozenset[Expr]()
+            self._printers[real] = Printer(self.nodes, lambda node, at: self._leaf(node, at, real), real, outer, varies)
+        return self._printers[real]
+
+    def _leaf(self, node: Expr, at: Sequence[Value], real: str) -> Value:
+        if node.op == "table":
+            return self._table(node, at, real)
+        if node in (e.h, e.kv):
+            ratio = self.spec.heads // self.spec.kv_heads if node == e.kv else 1
+            return self.nodes.constant(np.asarray(self.heads)[:, None, None] // ratio, "int64")
+        if node in (e.q_len, e.k_len):
+            return self._lengths[node]
+        places = {e.b: self._batch, e.i: self.queries.places, PLACE: self.keys.places}[node](self.nodes)
+        return places if node == PLACE else self.nodes.reshape(places, -1, *[1] * (_AXES[node] - 1))
+
+    def _batch(self, nodes: Nodes) -> ir.Value:
+        return nodes.range(0, nodes.size(self.operands["q"], 0))
+
+    @cached_property
+    def _lengths(self) -> Mapping[Expr, Value]:
+        return {e.q_len: self.nodes.size(self.operands["q"], 2), e.k_len: self.nodes.size(self.operands["k"], 2)}
+
+    def _table(self, node: Expr, at: Sequence[Value], real: str) -> ir.Value:
+        stored, table = self.spec.table(str(node.value)), self.operands[str(node.value)]
+        axes = len(stored.shape)
+        coordinates = node.args[len(node.args) - axes :]
+        if self._counts(coordinates, stored):
+            read = self._view(table, coordinates, stored)
+        else:
+            read = self._gathered(table, at[len(at) - axes :], stored)
+        wanted = type_of(node.sort, real)
+        return read if stored.dtype == wanted else self.nodes.op("Cast", read, to=int(DTYPES[wanted]))
+
+    def _counts(self, coordinates: Sequence[Expr], stored: Stored) -> bool:
+        """Whether a table's axes are those of the call, so that it is a view."""
+        places = [_AXES.get(coordinate, 0) for coordinate in coordinates]
+        spec = self.spec
+        sizes = {e.b: spec.batch, e.h: spec.heads, e.i: spec.q_len, PLACE: spec.k_len}
+        fits = all(size in (1, sizes.get(x)) for x, size in zip(coordinates, stored.shape, strict=True))
+        return fits and 0 not in places and sorted(set(places), reverse=True) == places
+
+    def _view(self, table: ir.Value, coordinates: Sequence[Expr], stored: Stored) -> ir.Value:
+        for axis, (coordinate, size) in enumerate(zip(coordinates, stored.shape, strict=True)):
+            if size == 1 or coordinate == e.b:
+                continue
+            if coordinate == e.h:
+                table = picked(self.nodes, table, self.heads, self.spec.heads, axis)
+            else:
+                tokens = self.queries if coordinate == e.i else self.keys
+                table = tokens.pick(self.nodes, table, axis)
+        places = {_AXES[coordinate] for coordinate in coordinates}
+        rank = max(places, default=0)
+        new = [rank - place for place in range(rank, 0, -1) if place not in places]
+        return self.nodes.op("Unsqueeze", table, self.nodes.vector(*new)) if new else table
+
+    def _gathered(self, table: ir.Value, at: Sequence[Value], stored: Stored) -> ir.Value:
+        """The table read anywhere; an index outside is moved to the border."""
+        if not at:
+            return table
+        nodes, flat = self.nodes, ir.Value()
+        for axis, (index, size) in enumerate(zip(at, stored.shape, strict=True)):
+            extent = nodes.index(size if isinstance(size, int) else nodes.size(table, axis))
+            last = nodes.op("Sub", extent, nodes.index(1))
+            inside = nodes.op("Max", nodes.op("Min", nodes.index(index), last), nodes.index(0))
+            flat = nodes.op("Add", nodes.op("Mul", flat, extent), inside) if axis else inside
+        return nodes.op("Gather", nodes.reshape(table, -1), flat, axis=0)
+
+
+def picked(nodes: Nodes, x: ir.Value, chosen: Sequence[int], of: int, axis: int) -> ir.Value:
+    """Some numbers along an axis of length `of`."""
+    if tuple(chosen) == tuple(range(of)):
+        return x
+    if list(chosen) == list(range(chosen[0], chosen[0] + len(chosen))):
+        return nodes.slice(x, axis, chosen[0], chosen[0] + len(chosen))
+    return nodes.op("Gather", x, nodes.constant(list(chosen), "int64"), axis=axis)
+
+
+def sorts_fit(stored: Stored, sort: Sort) -> bool:
+    """Whether a table can be read as a sort."""
+    return (sort is Sort.BOOL) == (sort_of(stored.dtype) is Sort.BOOL)

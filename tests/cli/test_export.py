@@ -1,0 +1,31 @@
+"""`attn export`: one line, one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from typer.testing import CliRunner
+
+from attn_compiler.cli import app
+from attn_compiler.export import front
+
+TINY = "hf:llama,num_hidden_layers=1,hidden_size=32,intermediate_size=32,num_attention_heads=4,vocab_size=64"
+
+
+def test_a_model_is_written_with_lengths_that_may_change(tmp_path: Path) -> None:
+    out = tmp_path / "llama.onnx"
+    result = CliRunner().invoke(app, ["export", TINY, "--out", str(out), "--length", "16", "--policy", "streaming", "--json"])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout[result.stdout.index("{") :])["checks"]) == 2
+    (tokens,) = onnxruntime.InferenceSession(out).get_inputs()
+    assert all(isinstance(size, str) for size in tokens.shape)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "find_spec", lambda package: None)
+    result = CliRunner().invoke(app, ["export", TINY, "--out", str(tmp_path / "llama.onnx")])
+    assert result.exit_code == 2
+    assert 'pip install "attn-compiler[onnx]"' in result.output

@@ -1,0 +1,68 @@
+"""One exported attention as an ONNX model of its own, run in onnxruntime."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from attn_compiler.runtime.call import operands_of
+from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
+from attn_compiler.targets.onnx.nodes import DTYPES
+from attn_compiler.targets.onnx.spec import Q_POSITIONS, Call, Spec, Stored
+from attn_compiler.testing.case import Case
+
+
+def run(case: Case, strategy: str, *, dynamic: bool = False) -> Tensor:
+    """The output of a case, its attention being a function of an ONNX model."""
+    operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
+    tables = {name: operands.tables[name] for name in sorted(case.variant.tables())}
+    positions = operands.q_positions
+    if isinstance(positions, Tensor):
+        tables[Q_POSITIONS] = positions
+    first = positions if isinstance(positions, int) else None
+    spec = _spec(case, Call("model.layers.0.attention", case.variant, tuple(tables), first, 0, 1), tables, dynamic)
+    model = _model(spec, strategy)
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    feeds = {"q": case.q, "k": case.k, "v": case.v, **tables}
+    (out,) = session.run(None, {name: x.detach().numpy() for name, x in feeds.items()})
+    return torch.from_numpy(out)
+
+
+def _spec(case: Case, call: Call, tables: dict[str, Tensor], dynamic: bool) -> Spec:
+    batch, heads, q_len, dim = case.q.shape
+    _, kv_heads, k_len, value_dim = case.v.shape
+    names = {batch: "rows", q_len: "queries", k_len: "keys"} if dynamic and heads not in (batch, q_len, k_len) else {}
+    stored = tuple(
+        Stored(name, _dtype(x), tuple(names.get(size, size) if size > 1 else size for size in x.shape))
+        for name, x in tables.items()
+    )
+    sizes = [names.get(size, size) for size in (batch, q_len, k_len)]
+    return Spec(call, stored, sizes[0], heads, kv_heads, sizes[1], sizes[2], dim, value_dim, _dtype(case.q))
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _model(spec: Spec, strategy: str) -> onnx.ModelProto:
+    made = function(spec, strategy)
+
+    def tensor(name: str, dtype: str, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(shape))
+
+    inputs = [
+        tensor("q", spec.dtype, spec.batch, spec.heads, spec.q_len, spec.dim),
+        tensor("k", spec.dtype, spec.batch, spec.kv_heads, spec.k_len, spec.dim),
+        tensor("v", spec.dtype, spec.batch, spec.kv_heads, spec.k_len, spec.value_dim),
+        *(tensor(table.name, table.dtype, *table.shape) for table in spec.stored),
+    ]
+    out = tensor("out", spec.dtype, spec.batch, spec.heads, spec.q_len, spec.value_dim)
+    call = ir.Node(DOMAIN, made.name, inputs, outputs=[out])
+    graph = ir.Graph(inputs, [out], nodes=[call], opset_imports={"": OPSET, DOMAIN: 1}, name="main")
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[made]))

@@ -1,0 +1,129 @@
+"""`attn.export_onnx`: whole models with a policy, run in onnxruntime, against the same model rewritten by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn_compiler as attn
+from attn_compiler.errors import ExportError, RefusedError
+from attn_compiler.export import files
+from attn_compiler.testing import assert_all_within_budget
+from end_to_end.models import double, like_llama, llama, tokens
+
+WINDOW = {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": {"mask": "causal & window(8)"}}]}
+DYNAMIC = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+
+
+def run(path: Path, **feeds: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    return [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in feeds.items()})]
+
+
+class Attention(nn.Module):
+    """Nothing but an attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def write(path: Path, policy: object = WINDOW, **more: object) -> attn.ExportReport:
+    return attn.export_onnx(Attention().eval(), (torch.randn(1, 2, 40, 8),), path, policy, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["dense", "scan"])
+def test_an_exported_llama_computes_what_its_policy_says_at_any_length(strategy: str, tmp_path: Path) -> None:
+    model, path = llama().eval(), tmp_path / "llama.onnx"
+    attn.export_onnx(model, (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC, strategy=strategy)
+    for batch, length in ((2, 32), (1, 1), (3, 150)):
+        by_hand = like_llama(tokens(batch, length), window=8)
+        with torch.no_grad():
+            exact = by_hand(double(model))
+            found = run(path, input_ids=tokens(batch, length))
+            assert_all_within_budget(found, [exact], lambda by_hand=by_hand: [by_hand(model)])
+
+
+def test_each_attention_is_one_labelled_function(tmp_path: Path) -> None:
+    model, path = llama().eval(), tmp_path / "llama.onnx"
+    attn.export_onnx(model, (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC, strategy="scan")
+    written = onnx.load(path)
+    calls = [node.op_type for node in written.graph.node if node.domain == "attn"]
+    assert calls == ["layers.0.self_attn", "layers.1.self_attn"]
+    functions = {one.name: {x.key: x.value for x in one.metadata_props} for one in written.functions if one.domain == "attn"}
+    assert functions["layers.1.self_attn"]["attn.strategy"] == "scan"
+    assert "window" in functions["layers.1.self_attn"]["attn.computes"]
+
+
+def test_the_mask_that_the_model_made_is_gone(tmp_path: Path) -> None:
+    model, path = llama().eval(), tmp_path / "llama.onnx"
+    attn.export_onnx(model, (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC)
+    assert not [node for node in onnx.load(path).graph.node if node.op_type in ("And", "LessOrEqual", "Where")]
+
+
+def test_the_report_says_what_was_checked(tmp_path: Path) -> None:
+    report = write(tmp_path / "one.onnx")
+    assert [decision.target for decision in report.report.decisions] == ["onnx"]
+    assert "checked in onnxruntime" in str(report)
+    assert json.loads(json.dumps(report.record()))["bytes"] == (tmp_path / "one.onnx").stat().st_size
+
+
+def test_a_table_of_the_policy_becomes_a_constant(tmp_path: Path) -> None:
+    policy = {
+        "version": 1,
+        "labels": {"document": {"given": "documents"}},
+        "rules": [{"match": {}, "attn": {"mask": "same(document)"}}],
+    }
+    documents = torch.arange(40) // 11
+    write(tmp_path / "one.onnx", policy, tables={"documents": documents})
+    x = torch.randn(1, 2, 40, 8)
+    seen = (documents[:, None] == documents) & torch.ones(40, 40, dtype=torch.bool).tril()
+    exact = nn.functional.scaled_dot_product_attention(*[x.double()] * 3, attn_mask=seen)
+    plain = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+    assert_all_within_budget(run(tmp_path / "one.onnx", x=x), [exact], lambda: [plain])
+
+
+def test_a_result_that_differs_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = files.ir.save
+
+    def spoil(model: files.ir.Model, *args: object, **more: object) -> None:
+        function = next(iter(model.functions.values()))
+        doubled = files.ir.Node("", "Add", [function.outputs[0]] * 2)
+        function.append(doubled)
+        function.outputs[0] = doubled.outputs[0]
+        save(model, *args, **more)
+
+    monkeypatch.setattr(files.ir, "save", spoil)
+    with pytest.raises(ExportError, match="onnxruntime computes something else"):
+        write(tmp_path / "one.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_there_survives_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "one.onnx").write_text("mine")
+    refused = {"version": 1, "rules": [{"match": {}, "attn": {"edit": ["uniform"]}, "fallback": "error"}]}
+    with pytest.raises(RefusedError, match="fallback: error"):
+        write(tmp_path / "one.onnx", refused)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_model_in_training_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"model\.eval\(\)"):
+        attn.export_onnx(Attention(), (torch.randn(1, 2, 40, 8),), tmp_path / "one.onnx")
+
+
+def test_an_unknown_strategy_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match='did you mean "scan"'):
+        write(tmp_path / "one.onnx", strategy="scann")
+
+
+def test_a_precision_that_onnxruntime_does_not_compute_in_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(1, 2, 40, 8, dtype=torch.bfloat16)
+    fatal = {"version": 1, "rules": [{"match": {}, "attn": {"mask": "window(8)"}, "fallback": "error"}]}
+    with pytest.raises(RefusedError, match="bfloat16"):
+        attn.export_onnx(Attention().eval(), (x,), tmp_path / "one.onnx", fatal)
