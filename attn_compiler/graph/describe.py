@@ -19,7 +19,7 @@ from attn_compiler.graph.risky import risky_tables
 from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
-from attn_compiler.planning.site import Form, Frame, Length, Site, TableShape
+from attn_compiler.planning.site import Form, Frame, Kind, Length, Site, TableShape
 from attn_compiler.torch_private import likely
 
 UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
@@ -56,9 +56,11 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         _known(product(axis)) for axis in (found.heads, found.kv_heads, found.depth, found.width)
     )
     q_len, k_len = found.lengths
+    known = kind(found)
+    dynamic = any(isinstance(size, SymInt) for size in found.lengths)
     return Site(
         name=found.name,
-        kind=kind(found),
+        kind=known or (Kind.SELF if _hint(q_len) == _hint(k_len) else Kind.CROSS),
         phase=phase(found),
         layer=None,
         layers=None,
@@ -84,7 +86,8 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         idiom=found.idiom,
         where=found.where,
         longer=(lambda tokens: answer(k_len >= tokens)) if isinstance(k_len, SymInt) else None,
-        decodes=(lambda: decodes(found)) if any(isinstance(size, SymInt) for size in found.lengths) else None,
+        decodes=(lambda: decodes(found)) if dynamic else None,
+        alike=(lambda: answer(q_len == k_len)) if dynamic and known is None else None,
     )
 
 

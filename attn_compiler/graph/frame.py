@@ -141,13 +141,13 @@ def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | 
     return Frame(position, "the places of the cache that new keys are written to")
 
 
-def kind(site: GraphSite) -> Kind:
-    """Self, cross, joint or pool."""
+def kind(site: GraphSite) -> Kind | None:
+    """Self, cross, joint or pool; None where queries and keys are inputs of the graph, so that only lengths can tell."""
     found = origin(site)
     if found.same:
         return Kind.JOINT if found.joined else Kind.SELF
-    if not found.projected:  # queries and keys are inputs of the graph
-        return Kind.SELF if equal(*site.lengths) else Kind.CROSS
+    if not found.projected:
+        return None
     return Kind.POOL if found.learned else Kind.CROSS
 
 

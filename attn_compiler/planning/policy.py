@@ -33,7 +33,7 @@ class Match:
         """Whether something other than the layer rules a site out."""
         return bool(
             (self.module is not None and not _glob(self.module).fullmatch(f".{site.name}" if site.name else ""))
-            or (self.kind and site.kind not in self.kind)
+            or (self.kind and not site.is_of(self.kind))
             or (self.phase and not site.is_in(self.phase))
             or (self.min_tokens is not None and not site.at_least(self.min_tokens))
             or (self.max_tokens is not None and site.at_least(self.max_tokens + 1))

@@ -93,6 +93,7 @@ class Site:
     # Questions about dynamic lengths: asking makes the answer a guard.
     longer: Callable[[int], bool] | None = field(default=None, compare=False, repr=False)
     decodes: Callable[[], bool] | None = field(default=None, compare=False, repr=False)
+    alike: Callable[[], bool] | None = field(default=None, compare=False, repr=False)  # as many queries as keys
 
     def at_least(self, tokens: int) -> bool:
         """Whether there are that many keys; where their number is dynamic, that becomes a condition of the compilation."""
@@ -105,6 +106,12 @@ class Site:
             return self.phase in phases
         return (Phase.DECODE if self.decodes() else Phase.PREFILL) in phases
 
+    def is_of(self, kinds: Collection[Kind]) -> bool:
+        """Whether its kind is one of these; where nothing but dynamic lengths can tell, that becomes a condition too."""
+        if self.alike is None or (Kind.SELF in kinds) == (Kind.CROSS in kinds):
+            return self.kind in kinds
+        return (Kind.SELF if self.alike() else Kind.CROSS) in kinds
+
     def likely(self) -> Site:
         """The same site at its likely lengths: asking about them adds no condition."""
-        return replace(self, longer=None, decodes=None)
+        return replace(self, longer=None, decodes=None, alike=None)

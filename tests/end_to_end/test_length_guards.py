@@ -66,6 +66,14 @@ def test_a_phase_is_that_of_the_shape_at_hand(first: Sequence[Shape], dynamic: b
 
 
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("first", [(9, 9), (20, 60)], ids=["self first", "cross first"])
+def test_a_kind_that_only_lengths_can_tell_is_that_of_the_shape_at_hand(first: Shape, dynamic: bool | None) -> None:
+    run = torch.compile(attend, backend="attn", dynamic=dynamic, options=policy({"kind": "self"}, CAPPED))
+    shapes = [first, (30, 30), (20, 60), (16, 16), (17, 18), (9, 9), (40, 20)]
+    assert set(computed(run, shapes)) == {(queries, keys) for queries, keys in shapes if queries == keys}
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
 def test_tokens_are_those_of_the_shape_at_hand(dynamic: bool | None) -> None:
     match = {"min_tokens": 18, "max_tokens": 30}
     run = torch.compile(attend, backend="attn", dynamic=dynamic, options=policy(match, CAPPED))
@@ -112,7 +120,7 @@ def of_kept(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return attend(q, k.index_select(2, places), v.index_select(2, places))
 
 
-@pytest.mark.parametrize("match", [{"min_tokens": 10}, {"phase": "decode"}])
+@pytest.mark.parametrize("match", [{"min_tokens": 10}, {"phase": "decode"}, {"kind": "self"}])
 def test_a_length_that_depends_on_data_is_refused(match: dict[str, object]) -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         run = torch.compile(of_kept, backend="attn", options=policy(match, CAPPED))
