@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -16,8 +16,9 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_cpp, dtype_name
+from attn_compiler.runtime.operator import attend_cpp, dtype_name, wants_gradients
 from attn_compiler.targets.choice import form_of
+from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -34,41 +35,49 @@ class CppTarget:
     name = "cpp"
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
-        q, k, v = operands.q, operands.k, operands.v
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands.tables.values())):
-            return "its kernels compute no gradients yet"
+        q = operands.q
+        differentiated = wants_gradients(operands)
+        if differentiated and lse:
+            return "its kernels know no gradients of the log-sum-exp"
         if operands.training and any(part.dropout for part in variant.parts()):
             return "its kernels have no dropout yet"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
-        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored)
+        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, differentiated)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_cpp(operands, variant, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {})
-        if site.phase is Phase.TRAIN:
-            reason = "its kernels compute no gradients yet"
+        training = site.phase is Phase.TRAIN
+        reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
+        if training and any(part.dropout for part in variant.parts()):
+            reason = "its kernels have no dropout yet"
         if site.q_hint < FEW:
             reason = f"{site.q_hint} queries are too few for its kernels to pay"
-        if not reason and form_of(site, variant) in _DENSE and _dense_gain(site.dtype, form_of(site, variant)) < WORTH:
-            reason = f"{form_of(site, variant)} is as fast on this machine"
+        form = form_of(site, variant)
+        if not reason and form in _DENSE and _dense_gain(site.dtype, form, training) < WORTH:
+            reason = f"{form} is as fast on this machine"
         return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
 
 
 @cache
-def _dense_gain(dtype: str, form: Form) -> float:
+def _dense_gain(dtype: str, form: Form, training: bool) -> float:
     """How many times faster a kernel is than PyTorch's own operator where nothing, or only the future, is hidden."""
     causal = _DENSE[form]
-    q, k, v = torch.randn(3, 1, 2, 512, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    drawn = torch.randn(3, 1, 2, 512, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    q, k, v = (x.requires_grad_(training) for x in drawn)
     operands = Operands(q, k, v, {}, 0, 0, (0, 1), 2, 2, 0, 1)
     variant = Variant(mask=e.k <= e.q) if causal else Variant()
-    with torch.no_grad():
+
+    def step(attend: Callable[[], Tensor]) -> Callable[[], object]:
+        return (lambda: torch.autograd.grad(attend(), (q, k, v), q.detach())) if training else attend
+
+    with torch.set_grad_enabled(training):
         return faster(
-            f"{dtype} {form} of torch {torch.__version__}",
-            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
-            lambda: attend_cpp(operands, variant),
+            f"{dtype} {form}{', training,' if training else ''} of torch {torch.__version__}",
+            step(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)),
+            step(lambda: attend_cpp(operands, variant)[0]),
         )
 
 
@@ -78,8 +87,11 @@ def _machine(device: str, dtype: str) -> str | None:
     return why_not()
 
 
-def objection(variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored]) -> str | None:
+def objection(
+    variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored], differentiated: bool = False
+) -> str | None:
     """What the kernels have against a variant, whatever the machine; `counted` are the positions of queries and keys."""
     q_counted, k_counted = counted
-    reasons = (refuse(in_places(part, q_counted=q_counted, k_counted=k_counted), stored) for part in variant.parts())
+    placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
+    reasons = (refuse(part, stored) or (gradient.refuse(part) if differentiated else None) for part in placed)
     return next(filter(None, reasons), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,16 +77,21 @@ class Shape:
     first_key: int
     contents: tuple[Contents | None, ...]  # of the tables, where a mask reads them
 
+    def sizes(self) -> list[int]:
+        """The numbers of a call, in the order of the kernel's structure."""
+        sizes = [self.batch, self.heads, self.kv_heads, self.q_len, self.k_len, self.layer, self.layers]
+        return [*sizes, self.first_query, self.first_key]
+
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The runs of keys that each vector of queries meets, for all schedules of a launch, as a kernel reads them.
+    """The runs of rows that each vector of lanes meets, for all schedules of a launch, as a kernel reads them.
 
     `schedule_of` says which schedule each head follows, row by row of the batch.
     """
 
-    q_order: NDArray[np.int32] | None
-    k_order: NDArray[np.int32] | None
+    lane_order: NDArray[np.int32] | None
+    row_order: NDArray[np.int32] | None
     head_numbers: NDArray[np.int32]
     schedule_of: NDArray[np.int32]
     vectors: int
@@ -96,7 +102,7 @@ class Visits:
 
     def words(self) -> list[int]:
         """The fields in the order of the kernel's structure."""
-        orders = [0 if x is None else x.ctypes.data for x in (self.q_order, self.k_order)]
+        orders = [0 if x is None else x.ctypes.data for x in (self.lane_order, self.row_order)]
         arrays = (self.head_numbers, self.schedule_of, self.offsets, self.start, self.stop, self.full)
         head_numbers, schedule_of, *runs = (x.ctypes.data for x in arrays)
         return [*orders, len(self.head_numbers), head_numbers, schedule_of, self.vectors, *runs]
@@ -120,48 +126,66 @@ class Launch:
 @lru_cache(maxsize=128)
 def launches(shape: Shape) -> tuple[Launch, ...]:
     """The launches of a call, its groups of heads one after the other."""
-    return tuple(_launch(shape, members, variant) for members, variant in head_groups(shape.variant, shape.heads))
+    groups = ((members, variant, _forward(shape, variant)) for members, variant in head_groups(shape.variant, shape.heads))
+    return tuple(launch(shape, members, spec, load(source(spec)), "forward", variant.mask) for members, variant, spec in groups)
 
 
 def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
     """The sources of a call's kernels, and the heads that each is for."""
-    return tuple((members, source(_spec(shape, variant))) for members, variant in head_groups(shape.variant, shape.heads))
+    return tuple((members, source(_forward(shape, variant))) for members, variant in head_groups(shape.variant, shape.heads))
 
 
-def _spec(shape: Shape, variant: Variant) -> Spec:
+def _forward(shape: Shape, variant: Variant) -> Spec:
+    return spec_at(shape, variant, pairs=_pairs(shape.dtype))
+
+
+def spec_at(shape: Shape, variant: Variant, *, pairs: bool = False) -> Spec:
+    """The kernel of a variant without groups."""
     tables = dict(zip(shape.names, shape.stored, strict=True))
     known = variant.map(lambda x: simplify(x.substitute({e.heads: const(shape.heads)})) if x.mentions(e.heads) else x)
     placed = in_places(known, q_counted=shape.q_counted, k_counted=shape.k_counted)
-    return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=_pairs(shape.dtype))
+    return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=pairs)
 
 
-def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
-    spec = _spec(shape, variant)
-    library = load(source(spec))
+def launch(
+    shape: Shape, members: Sequence[int], spec: Spec, library: CDLL, entry: str, mask: Expr, *, by_key: bool = False
+) -> Launch:
+    """A kernel with what it visits. `mask` is that of `spec`, in positions."""
     library.lanes.restype = _word
-    visited = _visits(shape, members, variant, spec.variant.mask, int(library.lanes()))
+    lanes = int(library.lanes())
+    visited = _visits(shape, members, mask, spec.variant.mask, lanes, by_key=by_key)
     numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
-    work = visited.pairs * int(library.lanes()) * shape.batch * len(members) * (shape.dim + shape.value_dim)
-    library.forward.argtypes = [_pointer]
-    return Launch(library.forward, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
+    work = visited.pairs * lanes * shape.batch * len(members) * (shape.dim + shape.value_dim)
+    run = library[entry]
+    run.argtypes = [_pointer]
+    return Launch(run, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
 
 
 def _pairs(dtype: str) -> bool:
     return dtype == "bfloat16" and why_not() is None and pairs_are_faster()
 
 
-def _visits(shape: Shape, members: Sequence[int], variant: Variant, mask: Expr, lanes: int) -> Visits:
-    """The schedule that visits the fewest pairs among the orders that suit the mask."""
+def _visits(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr, lanes: int, *, by_key: bool) -> Visits:
+    """The schedule that visits the fewest pairs among the orders that suit the mask.
+
+    With `by_key`, lanes hold keys and rows hold queries: the same mask with the roles exchanged.
+    """
     tables = {name: x.values() for name, x in zip(shape.names, shape.contents, strict=True) if x and name in mask.tables()}
     masks = list(_masks(shape, members, mask, per_row=bool(tables)))
-    keys = COARSE if tables or shape.k_len >= LONG else 1
+    across, along = shape.q_len, shape.k_len
+    if by_key:
+        across, along = along, across
+        exchanged = {one: one.substitute({e.i: e.k, e.k: e.i}) for one in dict.fromkeys(masks)}
+        masks = [exchanged[one] for one in masks]
+        in_positions = in_positions.substitute({e.q: e.k, e.k: e.q})
+    step = COARSE if tables or along >= LONG else 1
     best = None
-    for q_order, k_order in arrangements(variant.mask, shape.q_len, shape.k_len, lanes):
+    for lane_order, row_order in arrangements(in_positions, across, along, lanes):
         runs: dict[Expr, Runs] = {}
         for one in masks:
             if one not in runs:
-                runs[one] = visits(one, shape.q_len, shape.k_len, (lanes, keys), e.i, q_order, k_order, tables)
-        found = _joined(shape, members, masks, runs, keys, q_order, k_order)
+                runs[one] = visits(one, across, along, (lanes, step), e.i, lane_order, row_order, tables)
+        found = _joined(members, masks, runs, (along, step), lane_order, row_order)
         best = found if best is None or found.pairs < best.pairs else best
     assert best is not None
     return best
@@ -190,40 +214,53 @@ _word, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 def _joined(
-    shape: Shape,
     members: Sequence[int],
     masks: Sequence[Expr],
     runs: dict[Expr, Runs],
-    keys: int,
-    q_order: Integers | None,
-    k_order: Integers | None,
+    rows: tuple[int, int],  # how many there are, and how many a schedule counts as one
+    lane_order: Integers | None,
+    row_order: Integers | None,
 ) -> Visits:
+    length, step = rows
     order, parts = list(runs), list(runs.values())
     before = np.cumsum([0] + [len(part.start) for part in parts])
     return Visits(
-        None if q_order is None else q_order.astype(np.int32),
-        None if k_order is None else k_order.astype(np.int32),
+        None if lane_order is None else lane_order.astype(np.int32),
+        None if row_order is None else row_order.astype(np.int32),
         np.array(members, np.int32),
         np.array([order.index(mask) for mask in masks], np.int32),
         parts[0].rows,
         np.concatenate([part.offsets + n for part, n in zip(parts, before, strict=False)]).astype(np.int64),
-        np.concatenate([part.start * keys for part in parts]).astype(np.int32),
-        np.minimum(np.concatenate([part.stop * keys for part in parts]), shape.k_len).astype(np.int32),
+        np.concatenate([part.start * step for part in parts]).astype(np.int32),
+        np.minimum(np.concatenate([part.stop * step for part in parts]), length).astype(np.int32),
         np.concatenate([part.full for part in parts]),
     )
 
 
-def run(shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, totals: Tensor | None, tables: Sequence[Tensor]) -> None:
-    """Fill `out` and `totals`."""
+def run(
+    shape: Shape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    totals: Tensor | None,
+    tables: Sequence[Tensor],
+    *,
+    for_gradients: bool,
+) -> None:
+    """Fill `out` and `totals`: the log-sum-exp of each query, or what gradients need of it."""
     pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if totals is None else totals.data_ptr()]
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
-    sizes = [shape.batch, shape.heads, shape.kv_heads, shape.q_len, shape.k_len, shape.layer, shape.layers]
-    sizes += [shape.first_query, shape.first_key]
-    given = [_table(table) for table in tables]
-    for launch in launches(shape):
-        of_tables = [x for n in launch.numbers for x in given[n]]
-        words = array("q", [*pointers, *strides, launch.parallel, *launch.words, *sizes, *of_tables])
-        launch.run(words.buffer_info()[0])
+    given = [table_words(table) for table in tables]
+    for one in launches(shape):
+        of_tables = [x for n in one.numbers for x in given[n]]
+        call(one, [*pointers, int(for_gradients), *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
+
+
+def call(launch: Launch, words: Sequence[int]) -> None:
+    """Run a kernel on the fields of its call."""
+    fields = array("q", words)  # has to live until the kernel is done
+    launch.run(fields.buffer_info()[0])
 
 
 def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]) -> tuple[Contents | None, ...]:
@@ -239,6 +276,7 @@ def _contents(table: Tensor) -> Contents | None:
     return Contents(array.tobytes(), array.dtype.str, array.shape)
 
 
-def _table(table: Tensor) -> list[int]:
+def table_words(table: Tensor) -> list[int]:
+    """The fields of a table."""
     rest = (0,) * (4 - table.ndim)
     return [table.data_ptr(), *table.shape, *rest, *table.stride(), *rest]

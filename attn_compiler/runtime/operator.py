@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,22 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import kernels
+from attn_compiler.runtime import gradients, kernels
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
 
 _library = torch.library.Library("attn_compiler", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "attend(Tensor q, Tensor k, Tensor v, Tensor[] tables, SymInt[] first, str what, bool totals) -> (Tensor, Tensor)"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor[] tables, SymInt[] first, str what, str kept) -> (Tensor, Tensor)"
 )
+_library.define(  # type: ignore[no-untyped-call]
+    "attend_backward(Tensor above, Tensor q, Tensor k, Tensor v, Tensor[] tables, SymInt[] first, str what, Tensor out, "
+    "Tensor kept, bool[] wanted) -> Tensor[]"
+)
+
+# What is kept of each query besides its output.
+NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "total", "for gradients"
 
 
 def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
@@ -40,8 +48,16 @@ def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Re
         else:
             first.append(at)
     what = json.dumps([wire.write(variant), names, operands.layer, operands.layers])
-    out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, lse)
+    kept = TOTAL if lse else FOR_GRADIENTS if wants_gradients(operands) else NOTHING
+    out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
     return out, totals if lse else None
+
+
+def wants_gradients(operands: Operands) -> bool:
+    """Whether a call has to be differentiated."""
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for x in (operands.q, operands.k, operands.v, *operands.tables.values())
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -51,33 +67,84 @@ def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str, totals: bool
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str, kept: str
 ) -> tuple[Tensor, Tensor]:
+    out, sums = _empty(q, v, kept)
+    if not out.numel() and not sums.numel():
+        return out, sums
+    q, k, v = _side_by_side(q, k, v)
+    totals = None if kept == NOTHING else sums
+    kernels.run(_shape(q, k, v, tables, first, what), q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
+    return out, sums
+
+
+def _attend_backward(
+    above: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    first: Sequence[int],
+    what: str,
+    out: Tensor,
+    kept: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    if not (out.numel() and k.numel()):
+        return [x.zero_() for x in _empty_gradients(q, k, v, tables, wanted)]
+    q, k, v, out, above = _side_by_side(q, k, v, out, above)
+    given = gradients.Given(q, k, v, tables, out, kept, above)
+    of_q, of_k, of_v, of_tables = gradients.gradients(_shape(q, k, v, tables, first, what), given, wanted)
+    return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str) -> kernels.Shape:
     variant, names, layer, layers = _read(what)
     batch, heads, q_len, dim = q.shape
     _, kv_heads, k_len, value_dim = v.shape
     if max(q_len, k_len, *map(abs, first)) >= LONGEST:
         raise ShapeError(f"kernels count up to {LONGEST} tokens; found {q_len} queries and {k_len} keys from {list(first)}")
-    out, sums = _empty(q, v, totals)
-    if not out.numel() and not sums.numel():
-        return out, sums
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     stored = tuple(Stored(dtype_name(t.dtype), t.ndim) for t in tables)
     counted = Q_POSITIONS not in names, K_POSITIONS not in names
     contents = kernels.contents_of(variant, names, tables)
     sizes = batch, heads, kv_heads, q_len, k_len, dim, value_dim
-    shape = kernels.Shape(
+    return kernels.Shape(
         variant, names, stored, *counted, *sizes, dtype_name(q.dtype), layer, layers, first[0], first[1], contents
     )
-    kernels.run(shape, q, k, v, out, sums if totals else None, tables)
-    return out, sums
 
 
-def _empty(q: Tensor, v: Tensor, totals: bool) -> tuple[Tensor, Tensor]:
+def _side_by_side(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands whose rows lie in one piece."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in operands)
+
+
+def _empty(q: Tensor, v: Tensor, kept: str) -> tuple[Tensor, Tensor]:
     """Room for the result, laid out as models want it: they transpose heads and tokens, which then costs nothing."""
     batch, heads, q_len, _ = q.shape
     out = q.new_empty((batch, q_len, heads, v.shape[3])).transpose(1, 2)
-    return out, q.new_empty((batch, heads, q_len) if totals else (0,), dtype=torch.float32)
+    return out, q.new_empty((0,) if kept == NOTHING else (batch, heads, q_len), dtype=torch.float32)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    of_tables = (t.new_empty(t.shape) for t, yes in zip(tables, wanted, strict=True) if yes)
+    return [*(gradients.empty_like_tokens(x) for x in (q, k, v)), *of_tables]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tables, ctx.first, ctx.what, ctx.kept = inputs
+    out, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(q, k, v, out, kept, *tables)
+
+
+def _differentiate(ctx: Any, above: Tensor, _: Tensor) -> tuple[object, ...]:
+    q, k, v, out, kept, *tables = ctx.saved_tensors
+    if ctx.kept != FOR_GRADIENTS:  # nothing required gradients where the call was recorded
+        out, kept = torch.ops.attn_compiler.attend(q, k, v, tables, ctx.first, ctx.what, FOR_GRADIENTS)
+    wanted = [bool(yes) for yes in ctx.needs_input_grad[3]]
+    found = torch.ops.attn_compiler.attend_backward(above, q, k, v, tables, ctx.first, ctx.what, out, kept, wanted)
+    of_tables = iter(found[3:])
+    return *found[:3], [next(of_tables) if yes else None for yes in wanted], None, None, None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,6 +153,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 _library.impl("attend", _attend, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("attend_backward", _attend_backward, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::attend", lambda q, k, v, tables, first, what, kept: _empty(q, v, kept), lib=_library)
 torch.library.register_fake(
-    "attn_compiler::attend", lambda q, k, v, tables, first, what, totals: _empty(q, v, totals), lib=_library
+    "attn_compiler::attend_backward",
+    lambda above, q, k, v, tables, first, what, out, kept, wanted: _empty_gradients(q, k, v, tables, wanted),
+    lib=_library,
 )
+torch.library.register_autograd("attn_compiler::attend", _differentiate, setup_context=_remember, lib=_library)

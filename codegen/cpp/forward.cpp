@@ -1,7 +1,8 @@
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
   const Stored *q, *k, *v;
   Stored* out;
-  float* totals;  // the log-sum-exp, or null
+  float* totals;      // a number of each query, or null
+  int64_t gradients;  // whether that is what gradients need: the log of its mass plus the peak, or its mass; else the log-sum-exp
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t parallel;  // whether there is work for threads
   Visits visits;
@@ -104,7 +105,8 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
   UNROLLED for (int n = 0; n < VECTORS; n++) {
     sees[n] = PEAK ? work.peak[n] != -INFINITY : work.sees[n];
     factor[n] = factor_of(task, work.queries, n, work.mass[n], work.peak[n]);
-    if (call.totals) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
+    if (call.totals && !call.gradients) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
+    if (call.totals && call.gradients) total[n] = PEAK ? logarithm(work.mass[n]) + work.peak[n] : work.mass[n];
   }
   bool left = false;
   for (int m = 0; m < places.count; m++) {

@@ -1,4 +1,4 @@
-// Vectors of queries, and what expressions need of them: comparisons, rounding, exponentials, reads of tables.
+// Vectors of tokens, and what expressions need of them: comparisons, rounding, exponentials, reads of tables.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +16,7 @@ constexpr int LANES = 8, VECTORS = 3, ROWS = 4;   // 12 of 16
 #else
 constexpr int LANES = 4, VECTORS = 3, ROWS = 8;   // NEON: 24 of 32
 #endif
-constexpr int TILE = LANES * VECTORS;  // queries at work together
+constexpr int TILE = LANES * VECTORS;  // tokens at work together
 
 template <int FROM, int TO> struct Vectors {  // some of the vectors of a tile
   static constexpr int from = FROM, to = TO;

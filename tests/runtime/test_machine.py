@@ -40,12 +40,12 @@ def site(variant: Variant) -> Site:
 
 @pytest.mark.parametrize(("gain", "outcome"), [(1.0, Refusal), (2.0, Carried)])
 def test_where_pytorch_is_as_fast_it_serves(gain: float, outcome: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_dense_gain", lambda dtype, form: gain)
+    monkeypatch.setattr(cpp, "_dense_gain", lambda *_: gain)
     assert isinstance(cpp.CppTarget().carry(site(Variant()), Variant()), outcome)
 
 
 def test_a_window_is_carried_however_fast_pytorch_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_dense_gain", lambda dtype, form: 0.1)
+    monkeypatch.setattr(cpp, "_dense_gain", lambda *_: 0.1)
     window = Variant(mask=(e.k <= e.q) & (e.q - e.k < 9))
     assert isinstance(cpp.CppTarget().carry(site(window), window), Carried)
 

@@ -1,0 +1,78 @@
+// The gradient of q, and those of tables in what is divided by: queries in lanes, keys in rows.
+
+// What every sum of weight * v was multiplied with.
+INLINE vf factor_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak) {
+  // <factor>
+}
+
+INLINE vf pull_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along) {
+  // <pull>
+}
+
+// What a query adds to the gradients of tables that stand in the factor.
+INLINE void add_query(const Call& given, const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along) {
+  // <query sums>
+}
+
+// A shift of the peak changes nothing, so with the log of the mass in it the mass is one.
+INLINE void number(const Call& call, const Task& task, Work& work, const Places& places) {
+  const Stored* rows[TILE];
+  vf kept[VECTORS];
+  for (int m = 0; m < TILE; m++) {
+    rows[m] = call.out.row(task.b, task.h, places.of[m]);
+    kept[m / LANES][m % LANES] = m < places.count ? call.kept[call.query(task, places.of[m])] : -INFINITY;
+  }
+  pack<VALUE_DIM>(rows, work.of_y);
+  UNROLLED for (int n = 0; n < VECTORS; n++) {
+    vf along = {};
+    for (int d = 0; d < VALUE_DIM; d++) along += *at(work.of_y, d, n) * *at(work.y, d, n);
+    const vi sees = kept[n] != -INFINITY;
+    const vf mass = PEAK ? splat<vf>(1.0f) : kept[n], peak = PEAK ? kept[n] : vf{};
+    along = sees ? along : vf{};
+    work.base[n] = sees ? peak * LOG2E : vf{};
+    work.factor[n] = sees ? factor_of(task, work.lanes, n, mass, peak) : vf{};
+    work.pull[n] = pull_of(task, work.lanes, n, mass, peak, along);
+    add_query(call, task, work.lanes, n, mass, peak, along);
+  }
+  for (int m = 0; m < places.count; m++) {
+    call.number(BASE, task, places.of[m]) = work.base[m / LANES][m % LANES];
+    call.number(FACTOR, task, places.of[m]) = work.factor[m / LANES][m % LANES];
+    call.number(PULL, task, places.of[m]) = work.pull[m / LANES][m % LANES];
+  }
+}
+
+INLINE void differentiate(const Call& call, const Task& task, Work& work, int64_t member, int64_t tile) {
+  Places places = take_lanes(call, work, task.b, task.h, tile * TILE, call.context.q_len);
+  prepare(task, work.lanes);
+  number(call, task, work, places);
+  gather(call, task, work, [&](auto meet) { call.visits.each(task.b, member, tile, meet); });
+  if (EMPTY_ROWS == UNMASKED) {
+    bool left = false;
+    for (int m = 0; m < places.count; m++) {
+      const bool unseeing = !work.sees[m / LANES][m % LANES];
+      call.number(UNSEEING, task, places.of[m]) = unseeing;
+      left |= unseeing;
+    }
+    work.everything = true;
+    if (left) gather(call, task, work, [&](auto meet) { meet(0, VECTORS, 0, call.context.k_len, true); });
+  }
+  write_x(call, work, places, task.b, task.h);
+}
+
+extern "C" void backward(const Call* given) {
+  const Call& call = *given;
+  const Context& sizes = call.context;
+  const int64_t tiles = (sizes.q_len + TILE - 1) / TILE, members = call.visits.members;
+#pragma omp parallel if (call.parallel)
+  {
+    Work* work = new Work;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < sizes.batch * members * tiles; n++) {
+      const int64_t member = n / tiles % members, tile = tiles - 1 - n % tiles, h = call.visits.head_numbers[member];
+      Task task = {sizes, (index_t)(n / tiles / members), (index_t)h, (index_t)(h / (sizes.heads / sizes.kv_heads))};
+      prepare(task);
+      differentiate(call, task, *work, member, tile);
+    }
+    delete work;
+  }
+}

@@ -1,0 +1,120 @@
+"""Gradients through the generated C++ kernels against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_compiler as attn
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.testing import Case, assert_case, check_variant, random_case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAUSAL = e.k <= e.q
+SINK = e.acc / (e.mass + e.exp(e.table("sinks", e.h, sort=Sort.REAL) - e.peak))
+ROW, COLUMN = (lambda x: x // 8), (lambda x: x % 8)
+
+
+def near(a: Expr, b: Expr, distance: int) -> Expr:
+    return abs(a - b) <= distance
+
+
+VARIANTS = {
+    "causal": Variant(mask=CAUSAL),
+    "window": Variant(mask=CAUSAL & (e.q - e.k < 7)),
+    "dilated": Variant(mask=CAUSAL & e.same((e.q - e.k) % 4, 0) & (e.q - e.k < 16)),
+    "neighborhood": Variant(mask=near(ROW(e.q), ROW(e.k), 1) & near(COLUMN(e.q), COLUMN(e.k), 1)),
+    "softcap": Variant(mask=CAUSAL, score=e.tanh(e.score / 5.0) * 5.0),
+    "sinks": Variant(mask=CAUSAL, normalizer=Normalizer("sink", SOFTMAX.weight, SINK)),
+    "sigmoid": Variant(mask=CAUSAL, normalizer=Normalizer("sigmoid", e.sigmoid(e.score - 1.0), e.acc)),
+    "alibi": Variant(score=e.score - e.table("slopes", e.h, sort=Sort.REAL) * abs(e.real(e.q - e.k))),
+    "bias": Variant(score=e.score + e.table("bias", e.b, e.h, e.i, e.k, sort=Sort.REAL)),
+    "cosine": Variant(score=e.dot / (e.q_norm * e.k_norm + 0.1) * 3.0),
+    "per head": Variant(mask=CAUSAL, groups=((IntegerSet.parse("0::2"), Variant(mask=e.q - e.k < 5)),)),
+}
+
+
+def tables_of(variant: Variant) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"sinks": (4,), "slopes": (4,), "bias": (1, 4, 67, 67)}
+    return {name: torch.rand(shapes[name], generator=generator, dtype=torch.float64) for name in sorted(variant.tables())}
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_gradients_of_a_variant_are_within_budget(name: str) -> None:
+    check_variant(VARIANTS[name], tables=tables_of(VARIANTS[name]), targets=["cpp"])
+
+
+@pytest.mark.parametrize("seeds", [range(n, n + 10) for n in range(0, 40, 10)], ids=str)
+def test_gradients_of_random_variants_are_within_budget(seeds: range) -> None:
+    for seed in seeds:
+        assert_case(random_case(seed), DTYPES[seed % 3], "cpp")
+
+
+def operands(q_len: int, k_len: int, dim: int, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, heads, q_len, dim), (2, kv_heads, k_len, dim), (2, kv_heads, k_len, dim)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("dim", [8, 24, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_over_many_tiles_are_within_budget(dim: int, dtype: torch.dtype) -> None:
+    assert_case(Case(VARIANTS["window"], *operands(300, 300, dim), {}), dtype, "cpp")
+
+
+@pytest.mark.parametrize("rule", [EmptyRows.ZERO, EmptyRows.MEAN, EmptyRows.UNMASKED])
+def test_queries_that_see_nothing_hand_on_what_their_rule_says(rule: EmptyRows) -> None:
+    variant = Variant(mask=(e.q % 3 > 0) & CAUSAL, empty_rows=rule)
+    assert_case(Case(variant, *operands(50, 70, 8), {}), torch.float32, "cpp")
+
+
+def test_what_nobody_sees_may_be_anything() -> None:
+    q, k, v = (x.float().requires_grad_() for x in operands(40, 40, 8))
+    with torch.no_grad():
+        k[:, :, 20:] = v[:, :, 20:] = torch.nan
+    out = attn.attend(q, k, v, Variant(mask=e.k < 20), target="cpp")
+    assert isinstance(out, Tensor)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(x.isfinite().all() for x in (out, *gradients))
+    assert not any(x[:, :, 20:].any() for x in gradients[1:])
+
+
+def test_only_what_wants_a_gradient_gets_one() -> None:
+    variant = VARIANTS["bias"]
+    q, k, v = (x.float() for x in operands(40, 40, 8))
+    bias = torch.zeros(1, 4, 40, 40, requires_grad=True)
+    out = attn.attend(q, k.requires_grad_(), v, variant, tables={"bias": bias}, target="cpp")
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    assert bias.grad is not None
+    assert k.grad is not None
+    assert q.grad is None
+
+
+def test_threads_add_to_one_table() -> None:
+    variant, threads = VARIANTS["alibi"], torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_case(Case(variant, *operands(200, 200, 32), tables_of(variant)), torch.float32, "cpp")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_log_sum_exp_has_no_gradient_here() -> None:
+    q, k, v = (x.float().requires_grad_() for x in operands(40, 40, 8))
+    with pytest.raises(ShapeError, match="its kernels know no gradients of the log-sum-exp"):
+        attn.attend(q, k, v, Variant(), target="cpp", return_lse=True)
+
+
+def test_what_has_no_derivative_is_refused() -> None:
+    score = e.score + e.table("phase", e.h, sort=Sort.REAL) % 2.0
+    q, k, v = (x.float().requires_grad_() for x in operands(40, 40, 8))
+    with pytest.raises(ShapeError, match="its gradients are unknown: `mod` has no derivative"):
+        attn.attend(q, k, v, Variant(score=score), tables={"phase": torch.rand(4)}, target="cpp")
