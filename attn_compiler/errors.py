@@ -56,6 +56,10 @@ class MissingPackageError(AttnError, ImportError):
     """An optional package is needed for what was asked."""
 
 
+class DerivativeError(AttnError, RuntimeError):
+    """A derivative was asked for that generated kernels do not compute."""
+
+
 class CompilerError(AttnError, RuntimeError):
     """A generated kernel cannot be built on this machine."""
 

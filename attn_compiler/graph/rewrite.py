@@ -19,7 +19,7 @@ from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
-from attn_compiler.planning.site import Site
+from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.runtime.targets import Target
 from attn_compiler.targets.operands import Operands, Positions
@@ -121,7 +121,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(
             q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
-            training=variant.dropout > 0, risky=site.risky,
+            training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky,
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)

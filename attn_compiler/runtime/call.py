@@ -46,6 +46,7 @@ def operands_of(
         layer=layer,
         layers=layers,
         training=training,
+        differentiated=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *read.values())),
         risky=_risky(tables) if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else frozenset(),
     )
 

@@ -16,7 +16,7 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_cpp, dtype_name, wants_gradients
+from attn_compiler.runtime.operator import attend_cpp, dtype_name
 from attn_compiler.targets.choice import form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
@@ -36,14 +36,13 @@ class CppTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q = operands.q
-        differentiated = wants_gradients(operands)
-        if differentiated and lse:
+        if operands.differentiated and lse:
             return "its kernels know no gradients of the log-sum-exp"
         if operands.training and any(part.dropout for part in variant.parts()):
             return "its kernels have no dropout yet"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
-        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, differentiated)
+        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_cpp(operands, variant, lse=lse)
@@ -67,7 +66,7 @@ def _dense_gain(dtype: str, form: Form, training: bool) -> float:
     causal = _DENSE[form]
     drawn = torch.randn(3, 1, 2, 512, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     q, k, v = (x.requires_grad_(training) for x in drawn)
-    operands = Operands(q, k, v, {}, 0, 0, (0, 1), 2, 2, 0, 1)
+    operands = Operands(q, k, v, {}, 0, 0, (0, 1), 2, 2, 0, 1, differentiated=training)
     variant = Variant(mask=e.k <= e.q) if causal else Variant()
 
     def step(attend: Callable[[], Tensor]) -> Callable[[], object]:

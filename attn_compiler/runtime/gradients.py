@@ -39,7 +39,7 @@ def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tenso
     adds = len(pairs) > 1
     sum_k, sum_v = (torch.zeros_like(x, dtype=torch.float32) for x in (of_k, of_v)) if adds else (of_k, of_v)
     sums = [torch.zeros(t.shape, dtype=torch.float64) if yes else None for t, yes in zip(given.tables, wanted, strict=True)]
-    numbers = torch.empty((_NUMBERS, *given.kept.shape), dtype=torch.float32)
+    numbers = torch.empty((_NUMBERS, *given.kept.shape[1:]), dtype=torch.float32)
     operands = [word for x in (given.q, given.k, given.v, given.out, given.above) for word in _words(x)]
     results = [word for x in (of_q, sum_k, sum_v) for word in _words(x)]
     tables = [table_words(table) for table in given.tables]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.errors import ShapeError
+from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import gradients, kernels
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, Stored
 from attn_compiler.targets.operands import Operands
@@ -27,8 +27,8 @@ _library.define(  # type: ignore[no-untyped-call]
     "Tensor kept, bool[] wanted) -> Tensor[]"
 )
 
-# What is kept of each query besides its output.
-NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "total", "for gradients"
+# What is kept of each query besides its output. A cached graph holds these words: another layout needs other ones.
+NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
 
 
 def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
@@ -48,16 +48,9 @@ def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Re
         else:
             first.append(at)
     what = json.dumps([wire.write(variant), names, operands.layer, operands.layers])
-    kept = TOTAL if lse else FOR_GRADIENTS if wants_gradients(operands) else NOTHING
+    kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
     out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
     return out, totals if lse else None
-
-
-def wants_gradients(operands: Operands) -> bool:
-    """Whether a call has to be differentiated."""
-    return torch.is_grad_enabled() and any(
-        x.requires_grad for x in (operands.q, operands.k, operands.v, *operands.tables.values())
-    )
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +115,8 @@ def _empty(q: Tensor, v: Tensor, kept: str) -> tuple[Tensor, Tensor]:
     """Room for the result, laid out as models want it: they transpose heads and tokens, which then costs nothing."""
     batch, heads, q_len, _ = q.shape
     out = q.new_empty((batch, q_len, heads, v.shape[3])).transpose(1, 2)
-    return out, q.new_empty((0,) if kept == NOTHING else (batch, heads, q_len), dtype=torch.float32)
+    sizes = {NOTHING: (0,), TOTAL: (batch, heads, q_len), FOR_GRADIENTS: (2, batch, heads, q_len)}
+    return out, q.new_empty(sizes[kept], dtype=torch.float32)
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -147,6 +141,13 @@ def _differentiate(ctx: Any, above: Tensor, _: Tensor) -> tuple[object, ...]:
     return *found[:3], [next(of_tables) if yes else None for yes in wanted], None, None, None
 
 
+def _differentiate_again(ctx: Any, *above: Tensor) -> None:
+    raise DerivativeError(
+        "gradients of gradients were asked for (`create_graph=True`), which generated kernels do not have; "
+        'attend with `target="torch"`'
+    )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` and the like."""
     return str(dtype).removeprefix("torch.")
@@ -161,3 +162,4 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_autograd("attn_compiler::attend", _differentiate, setup_context=_remember, lib=_library)
+torch.library.register_autograd("attn_compiler::attend_backward", _differentiate_again, lib=_library)

@@ -39,6 +39,7 @@ class Operands:
     layer: int
     layers: int
     training: bool = False  # whether dropout is active
+    differentiated: bool = False  # whether gradients will be asked for
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
 
     @property

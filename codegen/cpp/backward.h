@@ -27,7 +27,7 @@ enum Number { BASE, FACTOR, PULL, UNSEEING, NUMBERS };
 struct Call {  // every field has eight bytes
   Operand q, k, v, out, above;
   Result of_q, of_k, of_v;  // gradients
-  const float* kept;        // by the forward kernel: of each query the log of its mass plus the peak, or its mass
+  const float* kept;        // by the forward kernel: the peaks of all queries, -∞ for those that see no key, and their masses
   float* numbers;           // [NUMBERS][batch][heads][q_len]
   int64_t adds;             // whether the gradients of k and v are sums over launches
   int64_t parallel;         // whether there is work for threads
@@ -36,10 +36,12 @@ struct Call {  // every field has eight bytes
   Table sums[TABLES];      // gradients of tables, in double precision
   int64_t shared[TABLES];  // whether several threads may add to one number of it
 
-  int64_t query(const Task& task, int64_t i) const { return (task.b * context.heads + task.h) * context.q_len + i; }
-  float& number(Number which, const Task& task, int64_t i) const {
-    return numbers[which * context.batch * context.heads * context.q_len + query(task, i)];
+  int64_t place(int which, const Task& task, int64_t i) const {
+    return ((which * context.batch + task.b) * context.heads + task.h) * context.q_len + i;
   }
+  float peak(const Task& task, int64_t i) const { return kept[place(0, task, i)]; }
+  float mass(const Task& task, int64_t i) const { return kept[place(1, task, i)]; }
+  float& number(Number which, const Task& task, int64_t i) const { return numbers[place(which, task, i)]; }
 };
 
 INLINE void add(const Call& given, int table, int64_t at, double x) {
@@ -136,7 +138,7 @@ template <int FROM, int TO> static void meet(const Call& call, const Task& task,
     const int numbered = BY_QUERY ? n : j;
     const vf dot = *at(work.scores, j, n), score = score_of(task, work.lanes, n, rows, j, dot);
     vf weight, slope;
-    if (PEAK) weight = slope = weight_of(score * LOG2E - work.base[numbered]);
+    if (PEAK) weight = slope = weight_of(score - work.base[numbered]);
     else {
       weight = weight_from(task, work.lanes, n, rows, j, score);
       slope = weight_slope(task, work.lanes, n, rows, j, score);

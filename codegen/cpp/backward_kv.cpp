@@ -4,7 +4,7 @@
 INLINE void add_means(const Call& call, const Task& task, float* mean) {
   const int64_t q_len = call.context.q_len;
   for (int64_t i = 0; i < q_len; i++) {
-    if (call.kept[call.query(task, i)] != -INFINITY) continue;
+    if (call.peak(task, i) != -INFINITY) continue;
     const Stored* above = call.above.row(task.b, task.h, i);
     for (int d = 0; d < VALUE_DIM; d++) mean[d] += (float)above[d] / (float)call.context.k_len;
   }

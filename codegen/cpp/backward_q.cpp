@@ -14,25 +14,24 @@ INLINE void add_query(const Call& given, const Task& task, const Lanes& lanes, i
   // <query sums>
 }
 
-// A shift of the peak changes nothing, so with the log of the mass in it the mass is one.
 INLINE void number(const Call& call, const Task& task, Work& work, const Places& places) {
   const Stored* rows[TILE];
-  vf kept[VECTORS];
+  vf peak[VECTORS], mass[VECTORS];
   for (int m = 0; m < TILE; m++) {
     rows[m] = call.out.row(task.b, task.h, places.of[m]);
-    kept[m / LANES][m % LANES] = m < places.count ? call.kept[call.query(task, places.of[m])] : -INFINITY;
+    peak[m / LANES][m % LANES] = m < places.count ? call.peak(task, places.of[m]) : -INFINITY;
+    mass[m / LANES][m % LANES] = call.mass(task, places.of[m]);
   }
   pack<VALUE_DIM>(rows, work.of_y);
   UNROLLED for (int n = 0; n < VECTORS; n++) {
     vf along = {};
     for (int d = 0; d < VALUE_DIM; d++) along += *at(work.of_y, d, n) * *at(work.y, d, n);
-    const vi sees = kept[n] != -INFINITY;
-    const vf mass = PEAK ? splat<vf>(1.0f) : kept[n], peak = PEAK ? kept[n] : vf{};
+    const vi sees = peak[n] != -INFINITY;
     along = sees ? along : vf{};
-    work.base[n] = sees ? peak * LOG2E : vf{};
-    work.factor[n] = sees ? factor_of(task, work.lanes, n, mass, peak) : vf{};
-    work.pull[n] = pull_of(task, work.lanes, n, mass, peak, along);
-    add_query(call, task, work.lanes, n, mass, peak, along);
+    work.base[n] = sees ? peak[n] : vf{};
+    work.factor[n] = sees ? factor_of(task, work.lanes, n, mass[n], peak[n]) : vf{};
+    work.pull[n] = pull_of(task, work.lanes, n, mass[n], peak[n], along);
+    add_query(call, task, work.lanes, n, mass[n], peak[n], along);
   }
   for (int m = 0; m < places.count; m++) {
     call.number(BASE, task, places.of[m]) = work.base[m / LANES][m % LANES];

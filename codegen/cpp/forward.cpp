@@ -1,8 +1,8 @@
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
   const Stored *q, *k, *v;
   Stored* out;
-  float* totals;      // a number of each query, or null
-  int64_t gradients;  // whether that is what gradients need: the log of its mass plus the peak, or its mass; else the log-sum-exp
+  float* totals;      // what is kept of each query, or null
+  int64_t gradients;  // whether that is what gradients need
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t parallel;  // whether there is work for threads
   Visits visits;
@@ -11,7 +11,13 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
   Stored* out_row(const Task& task, int64_t i) const {
     return out + task.b * out_stride[0] + task.h * out_stride[1] + i * out_stride[2];
   }
-  float* total(const Task& task, int64_t i) const { return totals + (task.b * context.heads + task.h) * context.q_len + i; }
+  // The log-sum-exp; or, for gradients, the peak (-∞ if no key is seen) and, behind the peaks of all queries, the mass.
+  void keep(const Task& task, int64_t i, float total, float peak, float mass) const {
+    if (!totals) return;
+    float* of_query = totals + (task.b * context.heads + task.h) * context.q_len + i;
+    if (gradients) of_query[0] = peak, of_query[context.batch * context.heads * context.q_len] = mass;
+    else of_query[0] = total;
+  }
 };
 
 INLINE vf weight_from(const Task& task, const Lanes& lanes, int n, vf score) {
@@ -60,13 +66,13 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   if (PEAK) {
     vf base[VECTORS];
     UNROLLED for (int n = FROM; n < TO; n++) {
-      base[n] = peak[n] == -INFINITY ? vf{} : peak[n] * LOG2E;
-      keep[n] = weight_of(work.peak[n] * LOG2E - base[n]);
+      base[n] = peak[n] == -INFINITY ? vf{} : peak[n];
+      keep[n] = weight_of(work.peak[n] - base[n]);
       work.peak[n] = peak[n];
     }
     for (int j = 0; j < count; j++) UNROLLED for (int n = FROM; n < TO; n++) {
       vf* score = at(work.scores, j, n);
-      *score = weight_of(*score * LOG2E - base[n]);
+      *score = weight_of(*score - base[n]);
       mass[n] += *score;
     }
   } else {
@@ -100,13 +106,12 @@ struct Places {
 
 // Write the queries that have seen a key. Returns whether some have not.
 INLINE bool finish(const Call& call, const Task& task, Work& work, Places& places) {
-  vf factor[VECTORS], total[VECTORS];
+  vf factor[VECTORS], total[VECTORS] = {};
   vi sees[VECTORS];
   UNROLLED for (int n = 0; n < VECTORS; n++) {
     sees[n] = PEAK ? work.peak[n] != -INFINITY : work.sees[n];
     factor[n] = factor_of(task, work.queries, n, work.mass[n], work.peak[n]);
     if (call.totals && !call.gradients) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
-    if (call.totals && call.gradients) total[n] = PEAK ? logarithm(work.mass[n]) + work.peak[n] : work.mass[n];
   }
   bool left = false;
   for (int m = 0; m < places.count; m++) {
@@ -119,7 +124,8 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
     Stored* row = call.out_row(task, places.of[m]);
     const float f = factor[m / LANES][m % LANES];
     for (int d = 0; d < VALUE_DIM; d++) row[d] = (Stored)(work.out[d * TILE + m] * f);
-    if (call.totals) *call.total(task, places.of[m]) = total[m / LANES][m % LANES];
+    const vf peak = PEAK ? work.peak[m / LANES] : vf{};
+    call.keep(task, places.of[m], total[m / LANES][m % LANES], peak[m % LANES], work.mass[m / LANES][m % LANES]);
   }
   return left;
 }
@@ -133,7 +139,7 @@ INLINE void fill(const Call& call, const Task& task, const Places& places) {
     if (!places.wanted[m]) continue;
     Stored* row = call.out_row(task, places.of[m]);
     for (int d = 0; d < VALUE_DIM; d++) row[d] = (Stored)filling[d];
-    if (call.totals) *call.total(task, places.of[m]) = -INFINITY;
+    call.keep(task, places.of[m], -INFINITY, -INFINITY, 0.0f);
   }
 }
 

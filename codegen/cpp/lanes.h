@@ -99,12 +99,12 @@ INLINE vf fraction(vf x) {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
-// 2^x for x <= 0: exactly 0 below 2^-100, so that no product of a weight is subnormal; NaN stays NaN.
+// e^x for x <= 0: exactly 0 below 2^-100, so that no product of a weight is subnormal; NaN stays NaN.
 INLINE vf weight_of(vf x) {
   const vf rounding = splat<vf>(12582912.0f);
-  vf shifted = x + rounding;
-  vi power = (vi)fraction(x - (shifted - rounding)) + ((vi)shifted << 23);
-  return x < -100.0f ? vf{} : (vf)power;
+  vf shifted = x * LOG2E + rounding;
+  vi power = (vi)fraction(x * LOG2E - (shifted - rounding)) + ((vi)shifted << 23);
+  return x < -100.0f * LN2 ? vf{} : (vf)power;
 }
 
 INLINE vf exponential(vf x) {

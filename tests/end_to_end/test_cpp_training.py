@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as attn
-from attn_compiler.runtime import cpp
+from attn_compiler.runtime import cpp, gradients, kernels
 from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 from end_to_end.models import WINDOW, assert_outcome, double, like_llama, llama, outcome, tokens
 
@@ -122,3 +122,13 @@ def test_one_graph_trains_and_infers() -> None:
     with torch.no_grad():
         assert_within_budget(run(compiled), run(double(model)), run(model))
     assert_outcome(outcome(compiled, run), model, run)
+
+
+@quick
+def test_a_training_step_attends_once_forward_and_once_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward, backward = kernels.run, gradients.gradients
+    monkeypatch.setattr(kernels, "run", lambda *given, **named: calls.append("forward") or forward(*given, **named))
+    monkeypatch.setattr(gradients, "gradients", lambda *given: calls.append("backward") or backward(*given))
+    trained(llama(), like_llama(tokens(length=LENGTH)))
+    assert calls == ["forward"] * 2 + ["backward"] * 2
