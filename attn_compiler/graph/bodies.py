@@ -83,7 +83,7 @@ def _inside(outer: Part) -> Iterator[Part]:
     for body in [body for body in bodies(outer.graph) if has_anchor(body.module)]:
         graph = capture_body(body)
         places = graph.graph.find_nodes(op="placeholder")
-        seen = {place: (outer.reader, operand) for place, operand in zip(places, body.operands, strict=True)}
+        seen = {place: (outer.reader, operand) for place, operand in zip(places, body.operands, strict=bool(body.operands))}
         part = Part(graph, SymbolicReader(graph, placeholders=seen), body, outer)
         yield part
         yield from _inside(part)

@@ -14,12 +14,16 @@ from attn_compiler.graph.calls import Argument
 from attn_compiler.graph.leaves import LEAVES
 
 _LARGEST_LITERAL = 4096
+_LOOPS = ("while_loop", "scan", "associative_scan", "map_impl")
 _LITERALS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)  # traced, they would turn into buffers nobody knows
 
 
 @dataclass(frozen=True)
 class Body:
-    """The graph inside a higher-order operator (a checkpointed block, a branch): its placeholders stand for `operands`."""
+    """The graph inside a higher-order operator (a checkpointed block, a branch, the body of a loop).
+
+    Its placeholders stand for `operands`; there are none where a loop passes something else each time.
+    """
 
     name: str
     node: fx.Node
@@ -62,9 +66,13 @@ def bodies(gm: fx.GraphModule) -> Iterator[Body]:
         flat: list[fx.Node] = [x for x in private.tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
         modules = {x: gm.get_submodule(str(x.target)) for x in flat if _is_body(gm, x)}
         operands = tuple(x for x in flat if x not in modules)
+        if str(node.target) == "cond":
+            operands = operands[1:]  # the first is what chooses
         for at, module in modules.items():
             assert isinstance(module, fx.GraphModule)
-            if sum(n.op == "placeholder" for n in module.graph.nodes) == len(operands):
+            if str(node.target) in _LOOPS:
+                yield Body(str(at.target), node, module, ())
+            elif len(module.graph.find_nodes(op="placeholder")) == len(operands):
                 yield Body(str(at.target), node, module, operands)
 
 
@@ -74,7 +82,8 @@ def _is_body(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def capture_body(body: Body) -> fx.GraphModule:
     """Capture the graph inside a higher-order operator, its inputs being what the outer graph knows of them."""
-    return capture(body.module, [operand.meta["val"] for operand in body.operands])
+    inputs = body.operands or body.module.graph.find_nodes(op="placeholder")
+    return capture(body.module, [private.known_value(x) for x in inputs])
 
 
 def drop_dead_code(gm: fx.GraphModule) -> None:
