@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-# Read when transformers and torch are first imported.
+# Read when transformers, torch and Triton are first imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU, Triton's kernels are run by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

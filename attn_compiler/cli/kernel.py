@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,8 @@ from rich.syntax import Syntax
 
 from attn_compiler.cli.axes import axes, tokens
 from attn_compiler.runtime.kernel_source import kernel_source
+
+_LEXERS = {"cpp": "cpp", "triton": "python"}
 
 
 def kernel(
@@ -24,7 +27,8 @@ def kernel(
     kv_heads: Annotated[int | None, typer.Option(help="How many key heads; as many as query heads unless given.", min=1)] = None,
     head_dim: Annotated[int, typer.Option(help="How many numbers a head has.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="What the operands are: float32, bfloat16 or float16.")] = "float32",
-    target: Annotated[str, typer.Option(help="The language of the kernel.")] = "cpp",
+    target: Annotated[str, typer.Option(help="The language of the kernel: cpp or triton.")] = "cpp",
+    save: Annotated[Path | None, typer.Option(help="Write it to this file instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it for programs.")] = False,
 ) -> None:
     """Print the source of the kernel that attends by a mask."""
@@ -36,9 +40,11 @@ def kernel(
         q_len=queries or length, k_len=length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, target=target,
     )  # fmt: skip
     console = Console()
-    if as_json:
+    if save:
+        save.write_text(text, encoding="utf-8")
+    elif as_json:
         typer.echo(json.dumps({"target": target, "dtype": dtype, "source": text}))
     elif console.is_terminal:
-        console.print(Syntax(text, target, background_color="default"))
+        console.print(Syntax(text, _LEXERS[target], background_color="default"))
     else:
         typer.echo(text, nl=False)

@@ -20,7 +20,7 @@ from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
 from attn_compiler.targets.torch_target import Result
 
-Target = Literal["auto", "cpp", "torch", "reference"]
+Target = Literal["auto", "cpp", "triton", "torch", "reference"]
 Attended = Tensor | tuple[Tensor, Tensor]
 SITE_BIAS = "site.bias"  # the name under which `bias=` is read
 

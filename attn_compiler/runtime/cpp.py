@@ -16,7 +16,7 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_cpp, dtype_name
+from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.choice import form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
@@ -45,7 +45,7 @@ class CppTarget:
         return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        return attend_cpp(operands, variant, lse=lse)
+        return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         training = site.phase is Phase.TRAIN
@@ -76,7 +76,7 @@ def _dense_gain(dtype: str, form: Form, training: bool) -> float:
         return faster(
             f"{dtype} {form}{', training,' if training else ''} of torch {torch.__version__}",
             step(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)),
-            step(lambda: attend_cpp(operands, variant)[0]),
+            step(lambda: attend_generated(operands, variant, "cpp")[0]),
         )
 
 

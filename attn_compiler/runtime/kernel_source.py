@@ -13,9 +13,11 @@ from attn_compiler.runtime.cpp import DTYPES, objection
 from attn_compiler.runtime.kernels import Shape, sources
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
+from attn_compiler.runtime.triton_kernels import programs
 from attn_compiler.targets.cpp.spec import Stored
 
-TARGETS = ("cpp",)
+_PRINT = {"cpp": (sources, "//"), "triton": (programs, "#")}  # and how remarks begin
+TARGETS = tuple(_PRINT)
 
 
 def kernel_source(
@@ -57,10 +59,11 @@ def kernel_source(
         read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, dtype,
         layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
-    found = sources(shape)
+    print_all, remark = _PRINT[target]
+    found = print_all(shape)
     if len(found) == 1:
         return found[0][1]
-    return "\n".join(f"// Heads {', '.join(map(str, members))} of {heads}.\n{text}" for members, text in found)
+    return "\n".join(f"{remark} Heads {', '.join(map(str, members))} of {heads}.\n{text}" for members, text in found)
 
 
 def _stored(variant: Variant, dtype: str, given: Mapping[str, Tensor]) -> dict[str, Stored]:

@@ -171,7 +171,7 @@ def _visits(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr
     With `by_key`, lanes hold keys and rows hold queries: the same mask with the roles exchanged.
     """
     tables = {name: x.values() for name, x in zip(shape.names, shape.contents, strict=True) if x and name in mask.tables()}
-    masks = list(_masks(shape, members, mask, per_row=bool(tables)))
+    masks = list(masks_of(shape, members, mask, per_row=bool(tables)))
     across, along = shape.q_len, shape.k_len
     if by_key:
         across, along = along, across
@@ -191,7 +191,7 @@ def _visits(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr
     return best
 
 
-def _masks(shape: Shape, members: Sequence[int], mask: Expr, *, per_row: bool) -> Iterator[Expr]:
+def masks_of(shape: Shape, members: Sequence[int], mask: Expr, *, per_row: bool) -> Iterator[Expr]:
     """The mask of each head in each row of the batch, as it says itself or, without `per_row`, as it may be in any row."""
     sizes = {e.heads: shape.heads, e.q_len: shape.q_len, e.k_len: shape.k_len, e.layer: shape.layer, e.layers: shape.layers}
     known = {leaf: const(n) for leaf, n in sizes.items()} | {e.dim: const(shape.dim), PLACE: e.k}
@@ -270,7 +270,7 @@ def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]
 
 
 def _contents(table: Tensor) -> Contents | None:
-    if table.numel() > READABLE or table.dtype.is_floating_point:
+    if table.device.type != "cpu" or table.numel() > READABLE or table.dtype.is_floating_point:
         return None
     array = table.detach().numpy()
     return Contents(array.tobytes(), array.dtype.str, array.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
-from attn_compiler.runtime import gradients, kernels
+from attn_compiler.runtime import gradients, kernels, triton_kernels
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -31,8 +31,8 @@ _library.define(  # type: ignore[no-untyped-call]
 NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
 
 
-def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-    """Attend by generated kernels. `operands` and `variant` are such that the target has nothing against them."""
+def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: bool = False) -> Result:
+    """Attend by the kernels of a target that has nothing against `operands` and `variant`."""
     names = sorted(name for name in variant.tables())
     tables = [operands.tables[name] for name in names]
     q_at, k_at = operands.q_positions, operands.k_positions
@@ -47,16 +47,16 @@ def attend_cpp(operands: Operands, variant: Variant, *, lse: bool = False) -> Re
             first.append(0)
         else:
             first.append(at)
-    what = json.dumps([wire.write(variant), names, operands.layer, operands.layers])
+    what = json.dumps([wire.write(variant), names, operands.layer, operands.layers, target])
     kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
     out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
     return out, totals if lse else None
 
 
 @lru_cache(maxsize=1024)
-def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int]:
-    variant, names, layer, layers = json.loads(what)
-    return wire.read(variant), tuple(names), layer, layers
+def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int, str]:
+    variant, names, layer, layers, target = json.loads(what)
+    return wire.read(variant), tuple(names), layer, layers, target
 
 
 def _attend(
@@ -67,8 +67,12 @@ def _attend(
         return out, sums
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
-    kernels.run(_shape(q, k, v, tables, first, what), q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
+    shape, run = _shape(q, k, v, tables, first, what), _RUN[_read(what)[-1]]
+    run(shape, q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
     return out, sums
+
+
+_RUN = {"cpp": kernels.run, "triton": triton_kernels.run}
 
 
 def _attend_backward(
@@ -92,7 +96,7 @@ def _attend_backward(
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str) -> kernels.Shape:
-    variant, names, layer, layers = _read(what)
+    variant, names, layer, layers, _ = _read(what)
     batch, heads, q_len, dim = q.shape
     _, kv_heads, k_len, value_dim = v.shape
     if max(q_len, k_len, *map(abs, first)) >= LONGEST:
@@ -153,7 +157,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_library.impl("attend", _attend, "CPU")  # type: ignore[no-untyped-call]
+for _device in ("CPU", "CUDA"):
+    _library.impl("attend", _attend, _device)  # type: ignore[no-untyped-call]
 _library.impl("attend_backward", _attend_backward, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::attend", lambda q, k, v, tables, first, what, kept: _empty(q, v, kept), lib=_library)
 torch.library.register_fake(

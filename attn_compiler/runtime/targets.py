@@ -10,6 +10,7 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
 from attn_compiler.runtime.cpp import CppTarget
+from attn_compiler.runtime.triton import TritonTarget
 from attn_compiler.targets.choice import TorchTarget
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -31,4 +32,4 @@ class Target(Protocol):
         """Run a call that is not refused."""
 
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TorchTarget())}
+TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TritonTarget(), TorchTarget())}

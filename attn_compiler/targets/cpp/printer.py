@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 
@@ -73,15 +73,15 @@ class Printer:
 
     def function(self, root: Expr, real: str = "real") -> list[str]:
         """The statements of a function that returns `root` as a vector; `real` is the type of its real numbers."""
-        root = self._by_level(root)
-        body = _Body(self, real, None, Counter(_used([root])))
+        root = by_level(root, self.level)
+        body = _Body(self, real, None, Counter(used([root])))
         result = body.vector(root)
         return [*body.statements, *_broken(f"return {result};")]
 
     def addition(self, read: Expr, value: Expr) -> list[str]:
         """The statements that add `value` to the gradient of a table, where it was read."""
-        value = self._by_level(value)
-        body = _Body(self, "real", None, Counter(_used([read, value])))
+        value = by_level(value, self.level)
+        body = _Body(self, "real", None, Counter(used([read, value])))
         number, _ = self.tables[str(read.value)]
         places, added = ", ".join(body.text(x) for x in read.args), body.vector(value)
         adding = f"add(given, {number}, given.sums[{number}].at({places}), {added});"
@@ -94,25 +94,12 @@ class Printer:
             found |= self.leaves[leaf][1]
         return found
 
-    def _by_level(self, root: Expr) -> Expr:
-        """Conditions in the order of what they depend on, so that those of one token alone become one."""
-        levels = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
-
-        def change(node: Expr) -> Expr:
-            if node.op not in ("and", "or"):
-                return node
-            parts = _chain(node, node.op)
-            of_level = [[part for part in parts if self.level(part) == level] for level in levels]
-            return _joined([_joined(part, node.op) for part in of_level if part], node.op)
-
-        return root.transform(change)
-
     def scope(self, level: Level) -> tuple[list[str], list[str]]:
         """The fields of one level, and the statements that fill them. Ask for TASK last: others add to it."""
         fields, declared, statements, names = self._fields[level], list[str](), list[str](), set[str]()
         for real in ("real", "exact"):
             roots = [node for node, kind in fields if kind == real]
-            body = _Body(self, real, level, Counter(_used(roots)), statements, names)
+            body = _Body(self, real, level, Counter(used(roots)), statements, names)
             for node in roots:
                 body.text(node)
         for (node, real), name in fields.items():
@@ -209,11 +196,11 @@ class _Body:
         return self._operator(node, level) if node.op in self.printer.dialect["operators"] else self._function(node, level)
 
     def _operator(self, node: Expr, level: Level) -> str:
-        common, vector = _common(node), Level.LANE & level
-        lift = vector if common is Sort.BOOL else Level.TASK
-        args = [self._operand(a, common, lift, node.op, right=at > 0) for at, a in enumerate(node.args)]
+        sort, vector = common(node), Level.LANE & level
+        lift = vector if sort is Sort.BOOL else Level.TASK
+        args = [self._operand(a, sort, lift, node.op, right=at > 0) for at, a in enumerate(node.args)]
         written = str(self.printer.dialect["operators"][node.op]).format(*args)
-        as_truth = self.real == "real" if common is Sort.REAL else not self.printer.wide
+        as_truth = self.real == "real" if sort is Sort.REAL else not self.printer.wide
         return written if node.op not in _COMPARISONS or not vector or as_truth else f"truth({written})"
 
     def _operand(self, node: Expr, sort: Sort, lift: Level, of: str, *, right: bool) -> str:
@@ -230,15 +217,15 @@ class _Body:
         return text if inner > outer or (inner == outer and not right and of != "neg") else f"({text})"
 
     def _function(self, node: Expr, level: Level) -> str:
-        common, vector, choice = _common(node), Level.LANE & level, node.op == "where"
+        operands, vector, choice = common(node), Level.LANE & level, node.op == "where"
         kind = self.printer.type(node.sort, self.real, level)
         args = []
         for at, a in enumerate(node.args):
-            sort = Sort.BOOL if a.sort is Sort.BOOL else common
+            sort = Sort.BOOL if a.sort is Sort.BOOL else operands
             # A function is of the type of its first operand; a choice is told its type.
             lift = vector if (at > 0 and sort is Sort.BOOL if choice else not at) else Level.TASK
             args.append(self._fitted(a, sort, lift, self.text(a)))
-        if self.printer.wide and common is Sort.INDEX and not vector and not choice:
+        if self.printer.wide and operands is Sort.INDEX and not vector and not choice:
             args = [f"(index_t){text}" if a.is_const else text for a, text in zip(node.args, args, strict=True)]
         written = str(self.printer.dialect["functions"][node.op]).format(*args, type=kind)
         return f"convert<{kind}>({written})" if node.op in ("ceil", "floor") else written
@@ -276,7 +263,21 @@ def _is_given(node: Expr) -> bool:
     return any(leaf.sort is Sort.REAL and leaf not in _NORMS for leaf in node.symbols())
 
 
-def _common(node: Expr) -> Sort:
+def by_level(root: Expr, level: Callable[[Expr], Level]) -> Expr:
+    """Conditions in the order of what they depend on, so that those of one token alone become one."""
+    levels = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
+
+    def change(node: Expr) -> Expr:
+        if node.op not in ("and", "or"):
+            return node
+        parts = _chain(node, node.op)
+        of_level = [[part for part in parts if level(part) == wanted] for wanted in levels]
+        return _joined([_joined(part, node.op) for part in of_level if part], node.op)
+
+    return root.transform(change)
+
+
+def common(node: Expr) -> Sort:
     """The sort of the operands of an operation, once they are brought to one; of a choice, of what is chosen from."""
     sorts = [a.sort for a in (node.args[1:] if node.op == "where" else node.args)]
     if Sort.BOOL in sorts:
@@ -284,7 +285,7 @@ def _common(node: Expr) -> Sort:
     return Sort.REAL if Sort.REAL in sorts or node.op in _ON_REALS else Sort.INDEX
 
 
-def _used(roots: Sequence[Expr]) -> list[Expr]:
+def used(roots: Sequence[Expr]) -> list[Expr]:
     """The operands of all that the roots are made of, as often as they are used."""
     return [a for node in dict.fromkeys(part for root in roots for part in root.walk()) for a in node.args]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.bounds import Interval, bounds
+from attn_compiler.algebra.bounds import Box, Interval, bounds
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, Variant
 from attn_compiler.targets.operands import PLACE
@@ -60,11 +60,13 @@ class Spec:
     @property
     def wide(self) -> bool:
         """Whether some index may need more than 32 bits."""
-        return not all(_is_narrow(node) for node in self._nodes() if node.sort is Sort.INDEX)
+        return not all(is_narrow(node) for root in self.parts() for node in root.walk() if node.sort is Sort.INDEX)
 
-    def _nodes(self) -> Iterator[Expr]:
+    def parts(self) -> Iterator[Expr]:
+        """The expressions of which a kernel is made."""
         for root in (self.variant.mask, self.score, self.variant.normalizer.weight, self.factor, self.total):
-            yield from root.walk() if root is not None else ()
+            if root is not None:
+                yield root
 
 
 def in_places(variant: Variant, *, q_counted: bool, k_counted: bool) -> Variant:
@@ -112,13 +114,14 @@ def _proportion(output: Expr) -> Expr | None:
 
 
 _TOKENS, _COUNTS = Interval(0, LONGEST), Interval(0, 1 << 20)
-_BOX = {
+SIZES: Box = {
     **dict.fromkeys((e.i, PLACE, e.q_len, e.k_len), _TOKENS),
     **dict.fromkeys((FIRST_QUERY, FIRST_KEY), Interval(-LONGEST, LONGEST)),
     **dict.fromkeys((e.b, e.h, e.kv, e.heads, e.dim, e.layer, e.layers), _COUNTS),
 }
 
 
-def _is_narrow(node: Expr) -> bool:
-    lo, hi = bounds(node, _BOX)
+def is_narrow(node: Expr, box: Box = SIZES) -> bool:
+    """Whether an index fits into 32 bits, whatever the sizes are."""
+    lo, hi = bounds(node, box)
     return -math.inf < lo and lo >= -(1 << 31) and hi < (1 << 31)

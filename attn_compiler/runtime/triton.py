@@ -1,0 +1,59 @@
+"""The target of generated Triton: which calls its kernels can run, and at which sites they should."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Phase, Site
+from attn_compiler.runtime import interpreter
+from attn_compiler.runtime.cpp import DTYPES, objection
+from attn_compiler.runtime.operator import attend_generated, dtype_name
+from attn_compiler.targets.cpp.spec import Stored
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result
+
+WIDEST = 256  # numbers of a head, up to which a tile fits
+
+
+class TritonTarget:
+    """Kernels in Triton, generated for one variant and compiled by it for the GPU at hand."""
+
+    name = "triton"
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        q, v = operands.q, operands.v
+        if operands.differentiated:
+            return "its kernels compute no gradients yet"
+        if operands.training and any(part.dropout for part in variant.parts()):
+            return "its kernels have no dropout yet"
+        stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
+        counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
+        where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
+        return where or objection(variant, counted, stored)
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        return attend_generated(operands, variant, self.name, lse=lse)
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        reason = _machine(site.device, site.dtype, max(site.head_dim, site.value_dim)) or objection(
+            variant, (True, True), {}, differentiated=False
+        )
+        if site.phase is Phase.TRAIN:
+            reason = "its kernels compute no gradients yet"
+        if site.device != "cuda":
+            reason = f"its kernels are for GPUs; found {site.device}"
+        return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)
+
+
+def _machine(device: str, dtype: str, dim: int) -> str | None:
+    interpreted = device == "cpu" and interpreter.is_interpreting()
+    if not (device == "cuda" or interpreted) or dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES)} on a GPU, or on the CPU with TRITON_INTERPRET=1; found {dtype} on {device}"
+    if dim > WIDEST:
+        return f"its kernels take heads of up to {WIDEST} numbers; found {dim}"
+    return None if find_spec("triton") else "Triton is missing: pip install triton"

@@ -1,0 +1,155 @@
+"""Runs generated Triton kernels: what they visit is worked out once for all calls of the same shape, and kept on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.runs import Integers
+from attn_compiler.runtime import interpreter
+from attn_compiler.runtime.compiler import folder
+from attn_compiler.runtime.kernels import Shape, spec_at
+from attn_compiler.runtime.visits import met, walk
+from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.triton.launch import program
+from attn_compiler.targets.triton.source import Iteration, source
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: queries and keys of a tile, warps that share it, and tiles that are loaded ahead."""
+
+    queries: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The kernel of some of the heads, and the arrays that say what it visits."""
+
+    members: tuple[int, ...]
+    spec: Spec
+    text: str
+    visits: Mapping[str, Integers]
+
+
+@lru_cache(maxsize=128)
+def kernels(shape: Shape, blocks: Blocks) -> tuple[Kernel, ...]:
+    """The kernels of a call, its groups of heads one after the other."""
+    return tuple(_kernel(shape, members, variant, blocks) for members, variant in head_groups(shape.variant, shape.heads))
+
+
+def _kernel(shape: Shape, members: tuple[int, ...], variant: Variant, blocks: Blocks) -> Kernel:
+    spec = spec_at(shape, variant)
+    found = met(shape, members, variant.mask, spec.variant.mask, (blocks.queries, blocks.keys))
+    steps = walk(found)
+    orders = [np.zeros(1, np.int64) if x is None else x for x in (found.q_order, found.k_order)]
+    arrays = (np.array(members), found.schedule_of, steps.numbers, steps.listed, *orders)
+    names = ("members", "schedule_of", "met", "listed", "q_order", "k_order")
+    text = source(spec, Iteration(steps.stretches, found.q_order is not None))
+    return Kernel(members, spec, text, dict(zip(names, arrays, strict=True)))
+
+
+def programs(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """The kernels of a call as programs that run on their own, and the heads that each is for."""
+    blocks = Blocks()
+    constants = {
+        "BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN": f"{shape.batch}, {shape.heads}, {shape.kv_heads}, {shape.q_len}, {shape.k_len}",
+        "BLOCK_Q, BLOCK_K, WARPS, STAGES": f"{blocks.queries}, {blocks.keys}, {blocks.warps}, {blocks.stages}",
+        "SIZES": f"{_sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
+        "DTYPE": f"torch.{shape.dtype}",
+    }
+    found = kernels(shape, blocks)
+    return tuple(
+        (one.members, program(one.text, one.spec, {**constants, "MEMBERS": len(one.members)}, one.visits)) for one in found
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel, loaded, with what it visits on the device."""
+
+    kernel: Any
+    visits: tuple[Tensor, ...]
+    numbers: tuple[int, ...]  # the places of its tables among those of the call
+
+
+@lru_cache(maxsize=128)
+def launches(shape: Shape, blocks: Blocks, device: torch.device) -> tuple[Launch, ...]:
+    """The launches of a call."""
+    found = []
+    for one in kernels(shape, blocks):
+        visits = (torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device) for x in one.visits.values())
+        numbers = tuple(shape.names.index(name) for name, _ in one.spec.tables)
+        found.append(Launch(load(one.text).forward, tuple(visits), numbers))
+    return tuple(found)
+
+
+def run(
+    shape: Shape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    totals: Tensor | None,
+    tables: Sequence[Tensor],
+    *,
+    for_gradients: bool,
+) -> None:
+    """Fill `out` and `totals`: the log-sum-exp of each query."""
+    assert not for_gradients
+    blocks = Blocks()
+    for one in launches(shape, blocks, q.device):
+        grid = -(-shape.q_len // blocks.queries), len(one.visits[0]), shape.batch
+        read = tuple(_table(tables[n]) for n in one.numbers)
+        with interpreter.quiet():
+            one.kernel[grid](
+                _operand(q), _operand(k), _operand(v), _operand(out), totals, one.visits, read, _sizes(shape),
+                BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+
+
+def _sizes(shape: Shape) -> tuple[int, ...]:
+    counts = (shape.heads, shape.kv_heads, shape.q_len, shape.k_len, shape.layer, shape.layers)
+    return (*counts, shape.first_query, shape.first_key)
+
+
+def _operand(x: Tensor) -> tuple[object, ...]:
+    return (x, *x.stride()[:3])
+
+
+def _table(table: Tensor) -> tuple[object, ...]:
+    return table, tuple(table.shape), tuple(table.stride())
+
+
+@lru_cache(maxsize=256)
+def load(text: str) -> Any:
+    """The module that a text is: Triton compiles functions of files."""
+    if interpreter.is_interpreting():
+        interpreter.mend()
+    path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        Path(file.name).replace(path)  # whole or not at all, whoever else does the same
+    spec = importlib.util.spec_from_file_location(f"attn_kernel_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,108 @@
+"""Which tiles each tile meets, head by head and row by row of a batch, in the order of tokens that visits the fewest pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr
+from attn_compiler.planning.layout import arrangements
+from attn_compiler.planning.runs import Integers, Runs, Segments, sweep
+from attn_compiler.planning.schedule import visits
+from attn_compiler.runtime.kernels import Shape, masks_of
+
+MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more stand in a list
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """The runs of every schedule, and which schedule each head follows, row by row of the batch."""
+
+    q_order: Integers | None
+    k_order: Integers | None
+    schedule_of: NDArray[np.int32]
+    runs: tuple[Runs, ...]
+
+    @property
+    def tiles(self) -> int:
+        return sum(one.count() for one in self.runs)
+
+
+def met(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr, tile: tuple[int, int]) -> Met:
+    """What tiles of `tile` queries and keys meet. `in_positions` is the mask before places were spelled out."""
+    tables = {name: x.values() for name, x in zip(shape.names, shape.contents, strict=True) if x and name in mask.tables()}
+    masks = list(masks_of(shape, members, mask, per_row=bool(tables)))
+    order = list(dict.fromkeys(masks))
+    schedule_of = np.array([order.index(one) for one in masks], np.int32)
+    best = None
+    for q_order, k_order in arrangements(in_positions, shape.q_len, shape.k_len, tile[0]):
+        runs = (visits(one, shape.q_len, shape.k_len, tile, e.i, q_order, k_order, tables) for one in order)
+        whole = tuple(_whole(one, shape.k_len // tile[1]) for one in runs)
+        found = Met(q_order, k_order, schedule_of, whole)
+        best = found if best is None or found.tiles < best.tiles else best
+    assert best is not None
+    return best
+
+
+def _whole(runs: Runs, complete: int) -> Runs:
+    """The same, where a tile that reaches beyond the last key is never full."""
+    full = runs.segments(True)
+    clipped = Segments(full.row, np.minimum(full.start, complete), np.minimum(full.stop, complete))
+    return sweep(runs.rows, runs.columns, [runs.segments(False)], [clipped])
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What `Met` is to a kernel: for each tile of each schedule the stretches of its mixed tiles, then of its full ones.
+
+    `numbers` are [tiles, 2, stretches, 2]: where each stretch starts and stops; those that are left over are empty. With
+    `stretches` 0 they are [tiles, 2, 1, 2]: from where on in `listed` the tiles stand, and how many they are.
+    """
+
+    stretches: int
+    numbers: Integers
+    listed: Integers
+
+
+def walk(met: Met) -> Walk:
+    """How a kernel goes over the tiles that each tile meets."""
+    kinds = [[_of_kind(one, full) for full in (False, True)] for one in met.runs]
+    most = max((int(np.bincount(part.row).max()) for pair in kinds for part in pair if len(part.row)), default=1)
+    rows = met.runs[0].rows
+    if most <= MOST_STRETCHES:
+        numbers = [np.stack([_stretches(part, rows, most) for part in pair], axis=1) for pair in kinds]
+        return Walk(most, np.concatenate(numbers), np.zeros(1, np.int64))
+    parts = [part for pair in kinds for part in pair]
+    counts = [np.bincount(part.row, part.stop - part.start, rows).astype(np.int64) for part in parts]
+    before = np.cumsum([0, *(count.sum() for count in counts)])
+    numbers = [np.stack([np.cumsum(count) - count + n, count], axis=1) for count, n in zip(counts, before, strict=False)]
+    of_tiles = np.stack(numbers).reshape(len(kinds), 2, rows, 1, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2, 1, 2)
+    return Walk(0, of_tiles, np.concatenate([_tiles(part) for part in parts]))
+
+
+def _of_kind(runs: Runs, full: bool) -> Segments:
+    wanted = runs.full == full
+    return Segments(runs.row_of_run[wanted], runs.start[wanted], runs.stop[wanted])
+
+
+def _stretches(part: Segments, rows: int, most: int) -> Integers:
+    """[rows, most, 2], of one kind."""
+    found = np.zeros((rows, most, 2), np.int64)
+    place = np.arange(len(part.row)) - np.searchsorted(part.row, part.row)
+    found[part.row, place] = np.stack([part.start, part.stop], axis=1)
+    # An empty one stands where the one before stops: then it is skipped by a shift of nothing.
+    for n in range(1, most):
+        found[:, n] = np.where(found[:, n, :1] < found[:, n, 1:], found[:, n], found[:, n - 1, 1:])
+    return found
+
+
+def _tiles(part: Segments) -> Integers:
+    """All tiles of all stretches, one after the other."""
+    count = part.stop - part.start
+    first = part.start - (np.cumsum(count) - count)
+    tiles: Integers = np.arange(int(count.sum())) + np.repeat(first, count)
+    return tiles

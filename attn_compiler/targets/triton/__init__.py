@@ -1,0 +1,1 @@
+"""A variant into the source of a Triton kernel."""

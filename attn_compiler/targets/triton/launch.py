@@ -1,0 +1,74 @@
+"""What makes a kernel a program of its own: its visits written out, and a call that tries it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr
+from attn_compiler.planning.runs import Integers
+from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.operands import PLACE
+from attn_compiler.targets.triton.source import filled, skeleton
+
+
+def program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
+    """A kernel and what launches it. `visits` are its arrays, in the order in which it takes them."""
+    lines = [f"{name} = {value}" for name, value in constants.items()]
+    arrays = [line for name, array in visits.items() for line in _written(name, array)]
+    holes = {
+        "constants": lines,
+        "visits": [*arrays, f"numbers = {', '.join(visits)}"],
+        "example": list(_example(spec)),
+    }
+    whole = skeleton("launch.py")
+    launcher = filled(whole[whole.index("# <constants>") :], holes)
+    return kernel.replace("import triton\n", "import torch\nimport triton\n", 1) + "\n\n" + launcher
+
+
+def _written(name: str, array: Integers) -> Iterator[str]:
+    """An array as the evenly rising parts of its columns: those of structured masks are few."""
+    columns = array.reshape(len(array), -1).T
+    texts = [f"sequence({', '.join(str(part) for part in parts(column))})" for column in columns]
+    if len(texts) == 1:
+        yield f"{name} = {texts[0]}"
+        return
+    yield f"{name} = ["
+    yield from (f"    {text}," for text in texts)
+    yield "]"
+    yield f"{name} = torch.stack({name}, dim=1)"
+
+
+def parts(numbers: Sequence[int] | Integers) -> list[tuple[int, int, int]]:
+    """The first number, the step and the length of each evenly rising part."""
+    values = np.asarray(numbers, np.int64)
+    found: list[tuple[int, int, int]] = []
+    at = 0
+    while at < len(values):
+        steps = np.diff(values[at:])
+        step = int(steps[0]) if len(steps) else 0
+        other = np.flatnonzero(steps != step)
+        count = int(other[0]) + 1 if len(other) else len(values) - at
+        found.append((int(values[at]), step, count))
+        at += count
+    return found
+
+
+def _example(spec: Spec) -> Iterator[str]:
+    for name, shape in (("q", "HEADS, Q_LEN, DIM"), ("k", "KV_HEADS, K_LEN, DIM"), ("v", "KV_HEADS, K_LEN, VALUE_DIM")):
+        yield f"{name} = torch.randn(BATCH, {shape}.value, dtype=DTYPE, device=device)"
+    reads = {str(x.value): x.args for part in spec.parts() for x in part.walk() if x.op == "table"}
+    sizes = {name: ", ".join(map(_size, reads[name])) for name, _ in spec.tables}
+    made = (f"torch.ones(({sizes[name]},), dtype=torch.{stored.dtype}, device=device)" for name, stored in spec.tables)
+    yield f"tables = ({''.join(f'{one}, ' for one in made)})".replace(", )", ",)")
+
+
+def _size(at: Expr) -> str:
+    """How many numbers a table has along an axis: whatever it is, an index outside is moved to the border."""
+    sizes = [size for leaf, size in _SIZES.items() if at.mentions(leaf)]
+    return " + ".join(sizes) or "1"
+
+
+_SIZES = {e.b: "BATCH", e.h: "HEADS", e.kv: "KV_HEADS", e.i: "Q_LEN", PLACE: "K_LEN"}

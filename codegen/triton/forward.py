@@ -1,0 +1,87 @@
+"""Attention: one program owns a tile of queries of one head, and meets the tiles of keys that these may see."""
+
+import triton
+import triton.language as tl
+from tiles import give, norm, read, rows, take, task
+
+# <constants>
+DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
+WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a power of two
+PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
+INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
+BY_PEAK = FILLS = MEAN = ORDERED = False
+# </constants>
+
+
+@triton.jit
+def absorb(score, values, peak, mass, acc):
+    """The sums with one more tile: weights are relative to the peak, so those before are brought to the new one."""
+    highest = tl.maximum(peak, tl.max(score, 1, keep_dims=True))
+    origin = tl.where(highest == -INFINITY, 0.0, highest)
+    weight, keep = tl.exp2(score - origin), tl.exp2(peak - origin)
+    mass = mass * keep + tl.sum(weight, 1, keep_dims=True)
+    return highest, mass, tl.dot(weight.to(values.dtype), values, acc * keep, input_precision="ieee")
+
+
+@triton.jit
+def collect(score, weight, values, peak, mass, acc):
+    """The sums with one more tile, whose weights stand as they are."""
+    weight = tl.where(score == -INFINITY, 0.0, weight)
+    mass += tl.sum(weight, 1, keep_dims=True)
+    acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+    return tl.maximum(peak, tl.max(score, 1, keep_dims=True)), mass, acc
+
+
+@triton.jit
+def forward(q, k, v, out, totals, visits, tables, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Operands are a pointer and the strides of batch, heads and tokens; `totals` takes the log-sum-exp, or is None.
+
+    After each tile `peak` is the largest score so far as a power of two, `mass` the sum of weights 2 ** (score - peak),
+    `acc` that of weight * v.
+    """
+    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key = sizes
+    tile, b, h, kv, met = task(visits, heads // kv_heads, 4 * STRETCHES)
+    listed, q_order, k_order = visits[3:]
+    # <tables>
+    # <per head>
+
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
+    i = tl.minimum(row, q_len - 1)
+    if ORDERED:
+        i = tl.load(q_order + i)
+    queries = take(rows(q, b, h, i), DIM, WIDTH)
+    # <per query>
+
+    peak = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
+    mass = tl.zeros([BLOCK_Q, 1], tl.float32)
+    acc = tl.zeros([BLOCK_Q, VALUE_WIDTH], tl.float32)
+    for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
+        steps, seen = tl.cdiv(k_len, BLOCK_K), False  # <steps>
+        for step in tl.range(0, steps):
+            key_tile = step  # <key tile>
+            column = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            j = column if phase == 1 else tl.minimum(column, k_len - 1)
+            if ORDERED:
+                j = tl.load(k_order + j)
+            keys, values = take(rows(k, b, kv, j.T), DIM, WIDTH), take(rows(v, b, kv, j.T), VALUE_DIM, VALUE_WIDTH)
+            # <per key>
+            dot = tl.dot(queries, keys.T, input_precision="ieee")
+            score = dot * 0.125  # <score>
+            if MEAN:
+                score = score if phase < 2 else tl.zeros_like(dot)
+            if phase == 0:
+                visible = column < k_len  # <visible>
+                score = tl.where(visible, score, -INFINITY)
+            if FILLS:
+                score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
+            if BY_PEAK:
+                peak, mass, acc = absorb(score, values, peak, mass, acc)
+            else:
+                weight = score  # <weight>
+                if MEAN:
+                    weight = weight if phase < 2 else 1.0
+                peak, mass, acc = collect(score, weight, values, peak, mass, acc)
+    seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
+    give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
+    if totals is not None:
+        tl.store(totals + (tl.cast(b, tl.int64) * heads + h) * q_len + i, tl.where(seen, total, -INFINITY), mask=row < q_len)

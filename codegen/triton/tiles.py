@@ -1,0 +1,84 @@
+"""What kernels need of tiles: rows of operands, numbers of tables, functions of real numbers."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def task(visits, group, VISIT: tl.constexpr):
+    """The tile of queries of this program, its row of the batch, its head, the key head of that, and where its visits start."""
+    members, schedule_of, met = visits[:3]
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles first: under a causal mask they are the long ones
+    b, member = tl.program_id(2), tl.program_id(1)
+    h = tl.load(members + member)
+    schedule = tl.load(schedule_of + b * tl.num_programs(1) + member)
+    return tile, b, h, h // group, met + (schedule * tl.num_programs(0) + tile) * VISIT
+
+
+@triton.jit
+def read(table, at):
+    """What stands in a table; an index outside is moved to the border."""
+    pointer, sizes, strides = table
+    for axis in tl.static_range(len(sizes)):
+        pointer += tl.cast(tl.minimum(tl.maximum(at[axis], 0), sizes[axis] - 1), tl.int64) * strides[axis]
+    return tl.load(pointer)
+
+
+@triton.jit
+def rows(operand, b, h, tokens):
+    """Where the rows of some tokens start."""
+    pointer, of_batch, of_head, of_token = operand
+    return pointer + tl.cast(b, tl.int64) * of_batch + tl.cast(h, tl.int64) * of_head + tl.cast(tokens, tl.int64) * of_token
+
+
+@triton.jit
+def take(row, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The numbers of some rows, then zeros up to a width that is a power of two."""
+    d = tl.arange(0, WIDTH)[None, :]
+    if WIDTH == DIM:
+        return tl.load(row + d)
+    return tl.load(row + d, mask=d < DIM, other=0.0)
+
+
+@triton.jit
+def give(row, x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the rows that are `inside`."""
+    d = tl.arange(0, WIDTH)[None, :]
+    tl.store(row + d, x.to(row.dtype.element_ty), mask=inside & (d < DIM))
+
+
+@triton.jit
+def norm(x):
+    """The length of each row."""
+    x = x.to(tl.float32)
+    return tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
+
+
+@triton.jit
+def quotient(a, b):
+    """What is left of `a / b` without its fraction, rounded down."""
+    found = a // b
+    rest = a - found * b
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), found - 1, found)
+
+
+@triton.jit
+def remainder(a, b):
+    """What rounding the quotient down leaves."""
+    return a - quotient(a, b) * b
+
+
+@triton.jit
+def tangent(x):
+    """The hyperbolic one."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    found = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -found, found)
+
+
+@triton.jit
+def power(a, b):
+    """`a` to the power of `b`; below zero that of whole numbers."""
+    found = tl.exp2(b * tl.log2(tl.abs(a)))
+    found = tl.where((a < 0) & (b - 2 * tl.floor(b / 2) == 1), -found, found)
+    return tl.where(b == 0, 1.0, tl.where(a == 0, 0.0, found))
