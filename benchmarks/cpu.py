@@ -3,7 +3,8 @@
     python benchmarks/cpu.py FOLDER [--threads 1] [--rounds 7] [--only window] [--dtypes float32,bfloat16] [--peers]
 
 Writes `cpu.json` and `cpu.md` to FOLDER. The shapes below were fixed before anything was measured. Dense SDPA is the yardstick:
-causal where the case is, full otherwise. `--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA.
+causal where the case is, full otherwise. Cases that train are timed forward and backward.
+`--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +56,8 @@ class Case:
     must: tuple[float, float] | None = None  # on AMD Zen 5, in float32 and bfloat16
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     sees: Sees | None = None  # the mask again, for those who take functions or tensors
+    trains: bool = False  # whether a gradient is taken too
+    dropout: float = 0.0
 
 
 def scattered(length: int, block: int, share: float) -> Tensor:
@@ -96,6 +99,13 @@ CASES = (
     Case("window 256, 2 kv heads", "causal & window(256)", 4096, kv_heads=2),
     Case("window 256, heads of 128", "causal & window(256)", 4096, dim=128),
     Case("8 documents, causal", "causal & same(document)", 4096, tables={"document": torch.arange(4096)[None] // 512}),
+    Case("window 256, training", "causal & window(256)", 4096, must=(6, 6), sees=near(256), trains=True),
+    Case("window 256, training with dropout", "causal & window(256)", 4096, trains=True, dropout=0.1),
+    Case("window 1024, training", "causal & window(1024)", 4096, sees=near(1024), trains=True),
+    Case("dilated, 128 keys 4 apart, training", "causal & window(512) & dilated(4)", 4096, sees=near(512, 4), trains=True),
+    Case("ALiBi, causal, training", {"mask": "causal", "score": "score + alibi()"}, 4096, trains=True),
+    Case("window 256, 2 kv heads, training", "causal & window(256)", 4096, kv_heads=2, trains=True),
+    Case("dense causal, training", "causal", 4096, sees=near(1 << 30), trains=True),
     Case("dense causal, 128 tokens", "causal", 128),
     Case("dense causal, 512 tokens", "causal", 512),
 )
@@ -116,23 +126,30 @@ class Result:
 def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
     """Everybody's way to compute a case; the yardstick first."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, HEADS, case.length, case.dim, generator=generator).to(dtype)
-    k, v = (torch.randn(1, case.kv_heads, case.length, case.dim, generator=generator).to(dtype) for _ in range(2))
-    tables = dict(case.tables)
-    variant = read(case)
+    heads = (HEADS, case.kv_heads, case.kv_heads)
+    drawn = (torch.randn(1, n, case.length, case.dim, generator=generator).to(dtype) for n in heads)
+    q, k, v = (x.requires_grad_(case.trains) for x in drawn)
+    tables, variant = dict(case.tables), replace(read(case), dropout=case.dropout)
+    grouped, rate = case.kv_heads != HEADS, case.dropout
     found: dict[str, Run] = {
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.kv_heads != HEADS),
-        "cpp": lambda: attn.attend(q, k, v, variant, tables=tables, target="cpp"),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, None, rate, is_causal=case.causal, enable_gqa=grouped),
+        "cpp": lambda: attn.attend(q, k, v, variant, tables=tables, target="cpp", training=case.trains),
     }
     if peers:
-        found["torch"] = lambda: attn.attend(q, k, v, variant, tables=tables, target="torch")
+        found["torch"] = lambda: attn.attend(q, k, v, variant, tables=tables, target="torch", training=case.trains)
         if case.sees and case.length <= 8192:
             at = torch.arange(case.length)
             mask = case.sees(at[:, None], at[None])
-            found["masked sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=case.kv_heads != HEADS)
-        if case.sees:
+            found["masked sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, mask, rate, enable_gqa=grouped)
+        if case.sees and not case.trains:  # it has no gradients on a CPU
             found["flex"] = flex(q, k, v, case.sees)
-    return found
+    above = torch.randn(q.shape, generator=generator).to(dtype)
+    return {name: trained(run, (q, k, v), above) if case.trains else run for name, run in found.items()}
+
+
+def trained(run: Run, leaves: tuple[Tensor, ...], above: Tensor) -> Run:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(run(), leaves, above)[0]
 
 
 def read(case: Case) -> Variant:
@@ -195,12 +212,12 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     results = []
-    with torch.no_grad():
-        for case in CASES:
-            for name in options.dtypes.split(",") if any(part in case.name for part in options.only.split(",")) else ():
+    for case in CASES:
+        for name in options.dtypes.split(",") if any(part in case.name for part in options.only.split(",")) else ():
+            with torch.set_grad_enabled(case.trains):
                 results.append(measure(case, getattr(torch, name), options.rounds, peers=options.peers))
-                print(results[-1], flush=True)
-                torch.compiler.reset()
+            print(results[-1], flush=True)
+            torch.compiler.reset()
     options.folder.mkdir(parents=True, exist_ok=True)
     write_json(options.folder / "cpu.json", {"results": [asdict(result) for result in results]})
     names = list(dict.fromkeys(name for result in results for name in result.ratios))

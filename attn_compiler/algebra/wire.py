@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from attn_compiler.algebra.expr import Expr, Sort
@@ -11,12 +12,12 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import EmptyRows, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @lru_cache(maxsize=1024)
 def write(variant: Variant) -> str:
-    """The variant as one line of JSON. Dropout and the recipes of derived tables are not part of it."""
+    """The variant as one line of JSON. The recipes of derived tables are not part of it."""
     nodes: dict[Expr, int] = {}
 
     def number(root: Expr) -> int:
@@ -25,7 +26,7 @@ def write(variant: Variant) -> str:
         return nodes[root]
 
     parts = [("", variant), *((str(heads), group) for heads, group in variant.groups)]
-    written = [[heads, one.empty_rows.value, one.normalizer.name, *map(number, _roots(one))] for heads, one in parts]
+    written = [[heads, one.empty_rows.value, one.normalizer.name, one.dropout, *map(number, _roots(one))] for heads, one in parts]
     listed = [[node.op, [nodes[a] for a in node.args], node.value, node.sort.value] for node in nodes]
     return json.dumps([_VERSION, listed, written], separators=(",", ":"))
 
@@ -41,7 +42,7 @@ def read(text: str) -> Variant:
         nodes.append(Expr(op, tuple(nodes[a] for a in args), value, Sort(sort)))
     whole, *groups = (_variant(part, nodes) for part in written)
     named = tuple((IntegerSet.parse(part[0]), group) for part, group in zip(written[1:], groups, strict=True))
-    return Variant(whole.mask, whole.empty_rows, whole.scale, whole.score, whole.normalizer, named)
+    return replace(whole, groups=named)
 
 
 def _roots(variant: Variant) -> tuple[Expr, ...]:
@@ -49,6 +50,7 @@ def _roots(variant: Variant) -> tuple[Expr, ...]:
 
 
 def _variant(part: Sequence[object], nodes: Sequence[Expr]) -> Variant:
-    _, empty_rows, name, *roots = part
+    _, empty_rows, name, dropout, *roots = part
     mask, scale, score, weight, output = (nodes[root] for root in roots if isinstance(root, int))
-    return Variant(mask, EmptyRows(empty_rows), scale, score, Normalizer(str(name), weight, output))
+    normalizer = Normalizer(str(name), weight, output)
+    return Variant(mask, EmptyRows(empty_rows), scale, score, normalizer, dropout=float(str(dropout)))

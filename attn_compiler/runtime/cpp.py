@@ -38,8 +38,6 @@ class CppTarget:
         q = operands.q
         if operands.differentiated and lse:
             return "its kernels know no gradients of the log-sum-exp"
-        if operands.training and any(part.dropout for part in variant.parts()):
-            return "its kernels have no dropout yet"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
@@ -50,8 +48,6 @@ class CppTarget:
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         training = site.phase is Phase.TRAIN
         reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
-        if training and any(part.dropout for part in variant.parts()):
-            reason = "its kernels have no dropout yet"
         if site.q_hint < FEW:
             reason = f"{site.q_hint} queries are too few for its kernels to pay"
         form = form_of(site, variant)

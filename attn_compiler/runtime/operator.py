@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import gradients, kernels, triton_kernels
-from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, Stored
+from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
 
@@ -33,6 +34,7 @@ NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
 
 def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: bool = False) -> Result:
     """Attend by the kernels of a target that has nothing against `operands` and `variant`."""
+    variant = variant if operands.training else _without_dropout(variant)
     names = sorted(name for name in variant.tables())
     tables = [operands.tables[name] for name in names]
     q_at, k_at = operands.q_positions, operands.k_positions
@@ -47,10 +49,18 @@ def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: 
             first.append(0)
         else:
             first.append(at)
+    if any(part.dropout for part in variant.parts()):  # drawn by a step of the graph, repeated where that is recomputed
+        names.append(SEED)
+        tables.append(torch.randint(1 << 62, (), dtype=torch.int64, device=operands.q.device))
     what = json.dumps([wire.write(variant), names, operands.layer, operands.layers, target])
     kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
     out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
     return out, totals if lse else None
+
+
+def _without_dropout(variant: Variant) -> Variant:
+    groups = tuple((heads, replace(of_group, dropout=0.0)) for heads, of_group in variant.groups)
+    return replace(variant, dropout=0.0, groups=groups)
 
 
 @lru_cache(maxsize=1024)

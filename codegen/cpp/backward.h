@@ -143,7 +143,9 @@ template <int FROM, int TO> static void meet(const Call& call, const Task& task,
       weight = weight_from(task, work.lanes, n, rows, j, score);
       slope = weight_slope(task, work.lanes, n, rows, j, score);
     }
-    vf of_weight = *at(work.along, j, n) * work.factor[numbered] + work.pull[numbered];
+    vf along = *at(work.along, j, n);
+    // <drop>
+    vf of_weight = along * work.factor[numbered] + work.pull[numbered];
     vf of_score = slope * of_weight;
     weight *= work.factor[numbered];
     if (!PEAK || EMPTY_ROWS == UNMASKED || rows.mixed[j]) {

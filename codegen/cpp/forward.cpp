@@ -74,12 +74,14 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
       vf* score = at(work.scores, j, n);
       *score = weight_of(*score - base[n]);
       mass[n] += *score;
+      // <drop>
     }
   } else {
     for (int j = 0; j < count; j++) UNROLLED for (int n = FROM; n < TO; n++) {
       vf* score = at(work.scores, j, n);
       *score = *score == -INFINITY ? vf{} : weight_from(task, work.queries, n, *score);
       mass[n] += *score;
+      // <drop>
     }
   }
   UNROLLED for (int n = FROM; n < TO; n++) work.mass[n] = work.mass[n] * keep[n] + mass[n];

@@ -11,6 +11,7 @@ from attn_compiler.algebra.derivative import derivative
 from attn_compiler.algebra.expr import Expr, Sort, const
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AlgebraError
+from attn_compiler.targets.cpp import dropout
 from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level, Printer
 from attn_compiler.targets.cpp.source import assembled, printer_of
 from attn_compiler.targets.cpp.spec import FIRST_KEY, Spec
@@ -141,6 +142,7 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
         "score slope": printer.function(slopes.score(e.dot)),
         "norm slope": printer.function(slopes.score(norm)),
         "pair sums": pair_sums,
+        "drop": dropout.in_backward(by_query=leaves is _BY_QUERY) if spec.variant.dropout else (),
     }
     if leaves is _BY_QUERY:
         holes |= {
@@ -154,7 +156,9 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
         f"constexpr bool SUMS = {str(bool(pair_sums)).lower()};  // pairs add to the gradients of tables",
         f"constexpr bool NORMED = {str(slopes.score(norm) != _ZERO).lower()};  // scores follow the norm of what stands in lanes",
     )
-    return assembled(spec, printer, holes, ("tiles.h", "view.h", "backward.h", skeleton), CHUNK, *constants)
+    return assembled(
+        spec, printer, holes, ("tiles.h", "view.h", "backward.h", skeleton), CHUNK, *constants, by_query=leaves is _BY_QUERY
+    )
 
 
 def _sums(printer: Printer, added: Mapping[Expr, Expr]) -> list[str]:

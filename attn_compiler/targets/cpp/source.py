@@ -10,6 +10,7 @@ from functools import lru_cache
 from attn_compiler.algebra.expr import const
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.library import folder
+from attn_compiler.targets.cpp import dropout
 from attn_compiler.targets.cpp.printer import LEAVES, Dialect, Leaves, Level, Printer
 from attn_compiler.targets.cpp.spec import Spec
 
@@ -29,6 +30,7 @@ def source(spec: Spec) -> str:
         "weight": printer.function(const(0.0) if spec.by_peak else spec.variant.normalizer.weight),
         "factor": printer.function(spec.factor),
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
+        "drop": dropout.in_forward() if spec.variant.dropout else (),
     }
     return assembled(spec, printer, holes, ("tiles.h", "view.h", "forward.cpp"), CHUNK)
 
@@ -40,12 +42,22 @@ def printer_of(spec: Spec, leaves: Leaves = LEAVES) -> Printer:
 
 
 def assembled(
-    spec: Spec, printer: Printer, holes: Mapping[str, Sequence[str]], skeletons: Sequence[str], chunk: int, *more: str
+    spec: Spec,
+    printer: Printer,
+    holes: Mapping[str, Sequence[str]],
+    skeletons: Sequence[str],
+    chunk: int,
+    *more: str,
+    by_query: bool = True,
 ) -> str:
-    """The skeletons with their holes filled; `more` are constants that only they know."""
+    """The skeletons with their holes filled; `more` are constants that only they know, with `by_query` queries stand in lanes."""
     scopes: dict[str, Sequence[str]] = {}
     for level, name in ((Level.LANE, "per lane"), (Level.ROW, "per row"), (Level.TASK, "per task")):
         scopes[f"{name}: fields"], scopes[f"{name}: values"] = printer.scope(level)
+    if spec.variant.dropout:
+        skeletons = ("dropout.h", *skeletons)
+        more = (*more, *dropout.constants(spec))
+        scopes = {name: (*lines, *dropout.scopes(spec, by_query=by_query)[name]) for name, lines in scopes.items()}
     body = _filled("\n".join(_skeleton(name) for name in skeletons), {**holes, **scopes})
     return "\n".join((_skeleton("lanes.h"), *_constants(spec, chunk), *more, "", body))
 

@@ -14,6 +14,7 @@ from attn_compiler.targets.operands import PLACE
 
 FIRST_QUERY, FIRST_KEY = e.symbol("first_query", Sort.INDEX), e.symbol("first_key", Sort.INDEX)
 Q_POSITIONS, K_POSITIONS = "attn.q_positions", "attn.k_positions"
+SEED = "attn.seed"  # from which follows what is dropped
 MOST_AXES = 4
 LONGEST = 1 << 28  # of what counts tokens, so that narrow integers can hold them
 
@@ -49,7 +50,10 @@ class Spec:
     @property
     def factor(self) -> Expr | None:
         """What the sum of weight · v is multiplied with; None where the output is not proportional to it."""
-        return _proportion(self.variant.normalizer.output)
+        proportion, rate = _proportion(self.variant.normalizer.output), self.variant.dropout
+        if proportion is None or not rate:
+            return proportion
+        return proportion * (1 / (1 - rate) if rate < 1 else 0.0)
 
     @property
     def total(self) -> Expr | None:
@@ -97,9 +101,10 @@ def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapp
         """A table that has fewer axes than coordinates is read at the last ones."""
         return e.rebuild(node, node.args[len(node.args) - tables[str(node.value)].axes :]) if node.op == "table" else node
 
-    own = replace(variant, derived=(), groups=(), dropout=0.0).map(lambda expression: expression.transform(at_last))
+    own = replace(variant, derived=(), groups=()).map(lambda expression: expression.transform(at_last))
+    read = {name: tables[name] for name in own.tables()} | ({SEED: Stored("int64", 0)} if own.dropout else {})
     paired = pairs and dtype == "bfloat16" and dim % 2 == 0
-    return Spec(own, dim, value_dim, dtype, tuple((name, tables[name]) for name in sorted(own.tables())), paired)
+    return Spec(own, dim, value_dim, dtype, tuple((name, read[name]) for name in sorted(read)), paired)
 
 
 def _proportion(output: Expr) -> Expr | None:
