@@ -29,7 +29,8 @@ Traced = Any  # whatever flows along an edge of a graph: tensors, symbolic numbe
 RETRACE_FAILURES = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
 DYNAMO_CONTROL_FLOW = TorchDynamoException  # restarts of its analysis come as exceptions: they must pass
 statically_known_true = symbolic_shapes.statically_known_true
-tree_leaves, tree_flatten, tree_unflatten = pytree.tree_leaves, pytree.tree_flatten, pytree.tree_unflatten
+tree_leaves, tree_map = pytree.tree_leaves, pytree.tree_map
+tree_flatten, tree_unflatten = pytree.tree_flatten, pytree.tree_unflatten
 ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 
 _OPENS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_func_increment_nesting")

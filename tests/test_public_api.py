@@ -15,14 +15,8 @@ from attn_compiler import errors
 
 PROMISED = {"attend", "errors", "explain", "library", "load_policy", "reference", "testing"}
 LATER = {"cache", "export_onnx", "kernel_source", "schedule"}
-CONVENIENT = {
-    "ExportReport",
-    "Policy",
-    "Report",
-    "Tables",
-    "Variant",
-    "reports",
-}  # what the functions take and return, what was decided
+# What the functions take and return, what was decided.
+CONVENIENT = {"ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
 
 ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if issubclass(error, Exception)]
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
-from torch import SymInt, Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.export.report import Checked
+from attn_compiler.export.trials import trials
+from attn_compiler.runtime.exported import attend_eagerly
 from attn_compiler.testing.budget import error_of, largest, over_budget
-
-_FILL = -1e4  # a number as low as this is no random one: it hides something
 
 
 def check(path: Path, program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Checked, ...]:
@@ -29,72 +29,58 @@ def check(path: Path, program: ExportedProgram, args: Sequence[Any], kwargs: Map
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     leaves, structure = private.tree_flatten((tuple(args), dict(kwargs)))
     model = program.module()
+    assert isinstance(model, fx.GraphModule)
     names = [str(name) for name in program.graph_signature.user_inputs]
-    checked = []
-    for inputs in _trials(program, leaves):
-        again = private.tree_unflatten(inputs, structure)
-        feeds = {name: x for name, x in zip(names, inputs, strict=True) if isinstance(x, Tensor)}
-        checked.append(_compared(session, feeds, partial(_run, model, *again)))
-    return tuple(checked)
+    return tuple(
+        _compared(session, dict(zip(names, inputs, strict=True)), model, private.tree_unflatten(inputs, structure))
+        for inputs in trials(program, leaves)
+    )
 
 
-def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    with torch.no_grad():
-        return [x for x in private.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
-
-
-def _compared(session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor], plain: Callable[[], list[Tensor]]) -> Checked:
-    wanted = {one.name for one in session.get_inputs()}
-    found = session.run(None, {name: x.detach().numpy() for name, x in feeds.items() if name in wanted})
-    actual, exact = [torch.from_numpy(x) for x in found], plain()
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feeds.items())
+def _compared(session: onnxruntime.InferenceSession, inputs: Mapping[str, Any], model: fx.GraphModule, call: Any) -> Checked:
+    wanted = [one.name for one in session.get_inputs()]
+    actual = [torch.from_numpy(x) for x in session.run(None, {name: inputs[name].detach().numpy() for name in wanted})]
+    exact = _run(_Double(model), call)
+    plain = _run(_Plain(model), call)
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
     names = [one.name for one in session.get_outputs()]
-    wrong = over_budget(actual, exact, plain, names)
+    wrong = over_budget(actual, exact, lambda: _run(_Plain(model), call), names)
     if wrong:
         raise ExportError(f"onnxruntime computes something else than the rewritten model, for {shapes}: {'; '.join(wrong)}")
-    return Checked(shapes, max(map(error_of, actual, exact), default=0.0), max(map(largest, exact), default=0.0))
+    return Checked(shapes, max(map(error_of, actual, plain), default=0.0), max(map(largest, plain), default=0.0))
 
 
-def _trials(program: ExportedProgram, leaves: Sequence[Any]) -> list[list[Any]]:
-    """The inputs of each comparison: random ones of the given shapes, and of others where these may change."""
-    generator = torch.Generator().manual_seed(0)
-    count = len(program.graph_signature.input_specs) - len(leaves)
-    placeholders = program.graph.find_nodes(op="placeholder")[count:]
-    same = [
-        _random(node, x, x.shape, generator) if isinstance(x, Tensor) else x for node, x in zip(placeholders, leaves, strict=True)
-    ]
-    others = [_other_shape(node, x) if isinstance(x, Tensor) else () for node, x in zip(placeholders, leaves, strict=True)]
-    if all(not isinstance(x, Tensor) or shape == x.shape for shape, x in zip(others, leaves, strict=True)):
-        return [same]
-    changed = [
-        _random(node, x, shape, generator) if isinstance(x, Tensor) else x
-        for node, x, shape in zip(placeholders, leaves, others, strict=True)
-    ]
-    return [same, changed]
+def _run(interpreter: fx.Interpreter, call: Any) -> list[Tensor]:
+    flat = private.tree_leaves(call)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = interpreter.run(*flat)
+    return [x for x in private.tree_leaves(found) if isinstance(x, Tensor)]
 
 
-def _other_shape(node: fx.Node, x: Tensor) -> tuple[int, ...]:
-    """The shape of an input where every size that may change is another one."""
-    known = node.meta["val"].shape
-    plain = [isinstance(size, SymInt) and private.formula(size).is_symbol for size in known]
-    return tuple(size - 1 if free and size > 2 else size + 1 if free else size for free, size in zip(plain, x.shape, strict=True))
+class _Plain(fx.Interpreter):
+    """The program in its own precision, operator by operator: in attentions, too."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.attn_compiler.exported.default:
+            return attend_eagerly(*args)
+        return fx.Interpreter.call_function(self, target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Guards on the inputs: they hold for those that the model was traced with."""
+        return None
 
 
-def _random(node: fx.Node, x: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random numbers where a model takes any; what counts, chooses or hides is kept, repeated or cut to the shape."""
-    known = _vocabulary(node)
-    if known and not x.dtype.is_floating_point:
-        return torch.randint(0, known, tuple(shape), generator=generator, dtype=x.dtype)
-    if x.dtype.is_floating_point and not bool((x < _FILL).any()):
-        return torch.randn(tuple(shape), generator=generator).to(x.dtype)
-    for axis, size in enumerate(shape):
-        x = x.index_select(axis, torch.arange(size) % x.shape[axis])
-    return x
+class _Double(_Plain):
+    """The same, every real number in double precision."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        return private.tree_map(_doubled, _Plain.run_node(self, n))
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return private.tree_map(_doubled, _Plain.fetch_args_kwargs_from_env(self, n))
 
 
-def _vocabulary(node: fx.Node) -> int | None:
-    """How many different numbers an input may hold that is looked up in an embedding."""
-    for user in node.users:
-        if user.target is torch.ops.aten.embedding.default and user.args[1] is node:
-            return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-    return None
+def _doubled(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from attn_compiler import library
 from attn_compiler.errors import ExportError, MissingPackageError
 from attn_compiler.export.program import Rewritten, rewritten, traced
-from attn_compiler.export.report import Checked, ExportReport
+from attn_compiler.export.report import ExportReport
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
+from attn_compiler.targets.onnx.choice import check_strategy
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -38,25 +39,29 @@ def export_onnx(
 
     Each attention that is rewritten is one local function `attn::<its name>`. The file is compared in onnxruntime with the
     rewritten model on random inputs before it gets its name: where they differ, there is no file. `dynamic_shapes` is that
-    of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`).
+    of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `listed`).
     """
     if decode or flavor != "plain":
         raise ExportError("decoding with caches is not exported yet: leave out `decode` and `flavor`")
+    check_strategy(strategy)
     _need_packages()
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     with torch.no_grad():
         program = traced(model, args, kwargs or {}, dynamic_shapes)
-        result = rewritten(program, read, dict(tables or {}), strategy)
-        checks, size = _written(result, Path(path), args, kwargs or {})
-    return ExportReport(Path(path), report_of(result.plan, read), checks, size)
+        result = rewritten(program, read, dict(tables or {}))
+        return _written(result, read, Path(path), args, kwargs or {}, strategy)
 
 
-def _written(result: Rewritten, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Checked, ...], int]:
+def _written(
+    result: Rewritten, policy: Policy, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any], strategy: str
+) -> ExportReport:
     from attn_compiler.export.check import check
     from attn_compiler.export.files import write
     from attn_compiler.export.translation import translated
 
-    return write(translated(result), path, lambda at: check(at, result.program, args, kwargs))
+    made = translated(result, strategy)
+    checks, size = write(made.model, path, lambda at: check(at, result.program, args, kwargs))
+    return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size)
 
 
 def _need_packages() -> None:

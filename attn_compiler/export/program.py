@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
 from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.runtime.targets import Target
-from attn_compiler.targets.onnx.choice import FORMS
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Rewritten:
     names: tuple[str, ...]  # of the functions, one for each decision
 
 
-def rewritten(program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor], strategy: str) -> Rewritten:
+def rewritten(program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor]) -> Rewritten:
     """Rewrite the graph of a program in place."""
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan(sites, policy, (OnnxTarget(strategy),), near_misses)
+        return plan(sites, policy, (OnnxTarget(),), near_misses)
 
     before = [node.name for node in _results(program)]
     analysis = analyze(program.graph_module, None, decide)
@@ -77,8 +76,7 @@ def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
 
 
 def _targets(decisions: Sequence[Decision], names: Sequence[str]) -> Callable[[Decision], Target]:
-    strategies = {form: strategy for strategy, form in FORMS.items()}
-    own = {id(d): OnnxTarget(strategies[d.form], name) for d, name in zip(decisions, names, strict=True) if d.target}
+    own = {id(decision): OnnxTarget(name) for decision, name in zip(decisions, names, strict=True)}
     return lambda decision: own[id(decision)]
 
 
@@ -95,8 +93,3 @@ def _hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:
         if first < len(own):
             own[first].prepend(node)
     program.graph_module.recompile()
-
-
-def without_targets(plan: Plan) -> tuple[Decision, ...]:
-    """The attentions that keep their code."""
-    return tuple(replace(decision) for decision in plan.decisions if decision.target is None)

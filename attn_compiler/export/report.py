@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from attn_compiler.planning.report import Report
+from attn_compiler.targets.onnx.choice import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class ExportReport:
 
     path: Path
     report: Report
+    strategies: Mapping[str, str]  # which body each rewritten attention got, by the name of its function
     checks: tuple[Checked, ...]
     bytes: int
 
@@ -35,10 +39,14 @@ class ExportReport:
         return {
             "path": str(self.path),
             "bytes": self.bytes,
+            "strategies": dict(self.strategies),
             "checks": [vars(check) for check in self.checks],
             "report": json.loads(self.report.to_json()),
         }
 
     def __str__(self) -> str:
         written = f"written to {self.path} ({self.bytes / 1e6:.1f} MB)"
-        return "\n".join([str(self.report), "", written, *(f"checked in onnxruntime, {check}" for check in self.checks)])
+        counted = Counter(self.strategies.values())
+        bodies = (f"{count} of its functions: {STRATEGIES[name]}" for name, count in counted.items())
+        checks = (f"checked in onnxruntime, {check}" for check in self.checks)
+        return "\n".join([str(self.report), "", written, *bodies, *checks])

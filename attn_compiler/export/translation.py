@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from attn_compiler.algebra import wire
+from attn_compiler.export.constants import known_value
 from attn_compiler.export.program import Rewritten
 from attn_compiler.planning.formula import formulas, whole
-from attn_compiler.targets.onnx.choice import FORMS
+from attn_compiler.planning.plan import Decision
+from attn_compiler.planning.table_values import TableValues
+from attn_compiler.targets.onnx.choice import Likely, choose
 from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
 from attn_compiler.targets.onnx.spec import Call, Spec, Stored, length, shape_of
+from attn_compiler.targets.onnx.walk import Contents
 
 
-def translated(rewritten: Rewritten) -> ir.Model:
+@dataclass(frozen=True)
+class Translated:
+    """The model, and which body each of its attentions got, by name."""
+
+    model: ir.Model
+    strategies: Mapping[str, str]
+
+
+def translated(rewritten: Rewritten, wanted: str) -> Translated:
     """The model, with a labelled local function for each attention that was rewritten."""
+    contents = dict(_contents(rewritten.program))
     specs: dict[str, Spec] = {}
 
     def symbolic(operands: Sequence[Tensor], what: str) -> Tensor:
@@ -32,17 +47,29 @@ def translated(rewritten: Rewritten) -> ir.Model:
     exported = torch.onnx.export(lowered, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
     model: ir.Model = exported.model
-    strategies = {form: strategy for strategy, form in FORMS.items()}
-    for decision, name in zip(rewritten.plan.decisions, rewritten.names, strict=True):
-        if name in specs:
-            strategy = strategies[decision.form]
-            made = function(specs[name], strategy)
-            site = decision.site
-            made.metadata_props.update(_metadata(specs[name], strategy, decision.rule, whole(formulas(decision.variant, site))))
-            model.functions[made.identifier()] = made
+    strategies = {}
+    for name, spec in specs.items():
+        decision = rewritten.plan.decisions[rewritten.names.index(name)]
+        likely = Likely(decision.site.q_hint, decision.site.k_hint)
+        strategies[name] = choose(spec, likely, contents[name], wanted)
+        made = function(spec, strategies[name], contents[name])
+        made.metadata_props.update(_metadata(spec, strategies[name], decision))
+        model.functions[made.identifier()] = made
     if specs:
         model.opset_imports[DOMAIN] = 1
-    return model
+    return Translated(model, strategies)
+
+
+def _contents(program: ExportedProgram) -> Iterator[tuple[str, Contents]]:
+    """What is known of the tables of each attention."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.attn_compiler.exported.default):
+        call = Call.read(node.args[1])
+        found = {name: known_value(program, at) for name, at in zip(call.tables, node.args[0][3:], strict=True)}
+        masks = frozenset().union(*(part.mask.tables() for part in call.variant.parts()))
+        yield (
+            call.name,
+            {name: TableValues(table.detach().numpy()) for name, table in found.items() if table is not None and name in masks},
+        )
 
 
 def _spec(call: Call, operands: Sequence[Tensor]) -> Spec:
@@ -58,12 +85,13 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _metadata(spec: Spec, strategy: str, rule: str, says: str) -> Mapping[str, str]:
+def _metadata(spec: Spec, strategy: str, decision: Decision) -> Mapping[str, str]:
     sizes = {"heads": spec.heads, "kv_heads": spec.kv_heads, "q_len": spec.q_len, "k_len": spec.k_len, "head_dim": spec.dim}
     return {
-        "attn.computes": says,
+        "attn.computes": whole(formulas(decision.variant, decision.site)),
         "attn.variant": wire.write(spec.call.variant),
         "attn.strategy": strategy,
-        "attn.rule": rule,
+        "attn.rule": decision.rule,
+        "attn.outcome": decision.outcome,
         "attn.sizes": json.dumps(sizes),
     }

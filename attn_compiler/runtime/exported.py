@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.expr import i, k_len, q_len, score
-from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.expr import score
 from attn_compiler.algebra.variant import SOFTMAX, Variant
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.onnx.choice import FORMS, Lengths, choose
 from attn_compiler.targets.onnx.spec import FIRST_QUERY, Q_POSITIONS, Call
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, attend_torch
@@ -29,7 +27,6 @@ _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: igno
 class OnnxTarget:
     """A local function of standard ONNX operators; `site` names the attention that it is made for."""
 
-    strategy: str
     site: str = ""
 
     @property
@@ -55,11 +52,10 @@ class OnnxTarget:
         reason = objection(site, variant)
         if reason:
             return Refusal(self.name, reason)
-        position = site.frame.position if site.frame else i
-        follow = not simplify(position - i).symbols() - {q_len, k_len}
-        strategy = choose(variant, Lengths(site.q_hint, site.k_hint, follow), self.strategy)
         plain = variant == Variant(scale=variant.scale) and variant.score == score and variant.normalizer == SOFTMAX
-        return Carried(FORMS[strategy], gains=not (plain and site.form == "scaled_dot_product_attention"))
+        return Carried(
+            "an ONNX function of standard operators", gains=not (plain and site.form == "scaled_dot_product_attention")
+        )
 
 
 def objection(site: Site, variant: Variant) -> str | None:
@@ -74,7 +70,7 @@ def objection(site: Site, variant: Variant) -> str | None:
     return None
 
 
-def _attend(operands: Sequence[Tensor], what: str) -> Tensor:
+def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:
     """What the exported function computes, by PyTorch's operators."""
     call = Call.read(what)
     q, k, v, *given = operands
@@ -95,5 +91,5 @@ def _shape(operands: Sequence[Tensor], what: str) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-_library.impl("exported", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("exported", attend_eagerly, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::exported", _shape, lib=_library)

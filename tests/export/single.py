@@ -8,15 +8,17 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.call import operands_of
 from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
 from attn_compiler.targets.onnx.nodes import DTYPES
 from attn_compiler.targets.onnx.spec import Q_POSITIONS, Call, Spec, Stored
+from attn_compiler.targets.onnx.walk import Contents
 from attn_compiler.testing.case import Case
 
 
-def run(case: Case, strategy: str, *, dynamic: bool = False) -> Tensor:
-    """The output of a case, its attention being a function of an ONNX model."""
+def run(case: Case, strategy: str, *, dynamic: bool = False, known: bool = False) -> Tensor:
+    """The output of a case, its attention being a function of an ONNX model; with `known`, made for the tables' values."""
     operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
     tables = {name: operands.tables[name] for name in sorted(case.variant.tables())}
     positions = operands.q_positions
@@ -24,7 +26,8 @@ def run(case: Case, strategy: str, *, dynamic: bool = False) -> Tensor:
         tables[Q_POSITIONS] = positions
     first = positions if isinstance(positions, int) else None
     spec = _spec(case, Call("model.layers.0.attention", case.variant, tuple(tables), first, 0, 1), tables, dynamic)
-    model = _model(spec, strategy)
+    values = {name: TableValues(table.detach().numpy()) for name, table in tables.items() if table.dtype != torch.float64}
+    model = _model(spec, strategy, values if known else {})
     onnx.checker.check_model(model, full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -50,8 +53,8 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _model(spec: Spec, strategy: str) -> onnx.ModelProto:
-    made = function(spec, strategy)
+def _model(spec: Spec, strategy: str, contents: Contents) -> onnx.ModelProto:
+    made = function(spec, strategy, contents)
 
     def tensor(name: str, dtype: str, *shape: int | str) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(shape))

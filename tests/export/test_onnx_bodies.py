@@ -9,7 +9,6 @@ import torch
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.reading import read_variant
-from attn_compiler.targets.onnx.choice import Lengths, suits
 from attn_compiler.testing.budget import assert_all_within_budget
 from attn_compiler.testing.case import Case, on, plain
 from attn_compiler.testing.fuzz import random_case
@@ -23,6 +22,9 @@ MASKS = (
     "window(9)",
     "window(4) | sinks(10)",
     "causal & window(33) & dilated(4)",
+    "dilated(3)",
+    "window(50) & dilated(7)",
+    "(causal & window(41) | sinks(2)) & dilated(5)",
     "causal & chunks(50)",
 )
 
@@ -37,10 +39,10 @@ def case_of(mask: str, length: int, heads: int = 4, kv_heads: int = 2) -> Case:
     return Case(variant, q, k, v, {})
 
 
-def assert_right(case: Case, strategy: str, *, dynamic: bool) -> None:
+def assert_right(case: Case, strategy: str, *, dynamic: bool, known: bool = False) -> None:
     exact = on("reference")(case.to(torch.float64)).detach()
     with torch.no_grad():
-        assert_all_within_budget([run(case, strategy, dynamic=dynamic)], [exact], lambda: [plain(case)])
+        assert_all_within_budget([run(case, strategy, dynamic=dynamic, known=known)], [exact], lambda: [plain(case)])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -51,8 +53,9 @@ def test_a_mask_means_the_same_in_onnxruntime(mask: str, strategy: str, dynamic:
 
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 256])
-def test_blocks_are_right_for_every_length(length: int) -> None:
-    assert_right(case_of("causal & (window(20) | sinks(3))", length), "scan", dynamic=True)
+@pytest.mark.parametrize("mask", ["causal & (window(20) | sinks(3))", "causal & window(30) & dilated(3)"])
+def test_blocks_are_right_for_every_length(mask: str, length: int) -> None:
+    assert_right(case_of(mask, length), "scan", dynamic=True)
 
 
 def assert_random_case(seed: int) -> None:
@@ -61,8 +64,8 @@ def assert_random_case(seed: int) -> None:
     if 0 in (case.q.shape[2], case.k.shape[2]):
         return  # exported attentions have at least one query and one key
     assert_right(case, "dense", dynamic=bool(seed % 2))
-    if suits(case.variant, Lengths(case.q.shape[2], case.k.shape[2], not isinstance(case.q_positions, torch.Tensor))):
-        assert_right(case, "scan", dynamic=bool(seed % 2))
+    assert_right(case, "scan", dynamic=bool(seed % 2))
+    assert_right(case, "listed", dynamic=False, known=bool(seed % 3))
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -1,4 +1,4 @@
-"""Which body an exported attention gets: what suits its mask, and what is fastest at its lengths."""
+"""Which body an exported attention gets: what suits its mask, and what is fastest at its likely lengths."""
 
 from __future__ import annotations
 
@@ -8,45 +8,61 @@ from dataclasses import dataclass
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError, did_you_mean
-from attn_compiler.targets.reach import Sides, sides
+from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.onnx.spec import Spec
+from attn_compiler.targets.onnx.walk import STEP, Contents, walks
+from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.reach import sides
 
-FORMS: Mapping[str, str] = {
+STRATEGIES: Mapping[str, str] = {
     "dense": "standard operators over all keys",
-    "scan": "a scan over blocks of queries, each with the keys in reach",
+    "scan": "a loop over blocks of queries, each with the keys in reach",
+    "listed": "a loop over blocks of queries, each with the tiles of keys that a list names",
 }
-SHORTEST = 512  # queries below which a loop costs more than it saves
+ROWS = 128  # queries of a block: fewer cost calls, more cost keys that only some of them see
+LISTING = 1.1  # what a key from a list costs beside one among neighbors
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """What is known of the lengths when exporting: the likely ones where they change from call to call."""
+class Likely:
+    """The lengths that are expected."""
 
     queries: int
     keys: int
-    follow: bool  # whether the queries' positions follow each other
 
 
-def choose(variant: Variant, lengths: Lengths, wanted: str) -> str:
-    """The name of a body; `wanted` is one of them, or `auto`."""
-    if wanted not in ("auto", *FORMS):
-        raise ExportError(f'there is no strategy "{wanted}"{did_you_mean(wanted, ("auto", *FORMS))}')
+def check_strategy(wanted: str) -> None:
+    """Raise where a strategy is unknown."""
+    if wanted not in ("auto", *STRATEGIES):
+        raise ExportError(f'there is no strategy "{wanted}"{did_you_mean(wanted, ("auto", *STRATEGIES))}')
+
+
+def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto") -> str:
+    """The name of a body; one that is wanted and does not suit gives way to `dense`."""
+    costs = {"dense": float(likely.queries * likely.keys)}
+    groups = head_groups(spec.call.variant, spec.heads)
+    if all(_bounded(spec, variant) for _, variant in groups):
+        costs["scan"] = max(_scan_cost(spec, variant, likely) for _, variant in groups)
+    static = isinstance(spec.q_len, int) and isinstance(spec.k_len, int)
+    if static and wanted in ("auto", "listed"):
+        found = [walk.cost for heads, variant in groups for _, walk in walks(spec, heads, variant, contents)]
+        costs["listed"] = LISTING * max(found)
     if wanted != "auto":
-        return wanted if wanted == "dense" or suits(variant, lengths) else "dense"
-    return "scan" if suits(variant, lengths) and _pays(variant, lengths) else "dense"
+        return wanted if wanted in costs else "dense"
+    return min(costs, key=costs.__getitem__)
 
 
-def suits(variant: Variant, lengths: Lengths) -> bool:
-    """Whether some keys are out of reach for some blocks of queries."""
-    return lengths.follow and any(sides(part.mask).bounded for part in variant.parts())
+def _bounded(spec: Spec, variant: Variant) -> bool:
+    mask = spec.in_positions(variant.mask)
+    return spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
 
 
-def _pays(variant: Variant, lengths: Lengths) -> bool:
-    widest = max(_width(sides(part.mask), lengths) for part in variant.parts())
-    return lengths.queries >= SHORTEST and 2 * widest <= lengths.keys * 1.5
-
-
-def _width(reach: Sides, lengths: Lengths) -> float:
-    """How many keys a query meets on average."""
+def _scan_cost(spec: Spec, variant: Variant, likely: Likely) -> float:
+    """Pairs of query and key that the blocks of a scan compute."""
+    mask = spec.in_positions(variant.mask)
+    reach, step = sides(mask), dilation(mask)
+    rows = min(ROWS, likely.queries)
     closed = [side for side in (reach.farthest, -reach.nearest) if math.isfinite(side)]
-    width = sum(closed) + (2 - len(closed)) * lengths.keys / 2
-    return min(lengths.keys, reach.prefix + width)
+    width = max(0.0, sum(closed)) + (2 - len(closed)) * likely.keys / 2
+    keys = min(likely.keys, reach.prefix + width + rows * step) / step
+    return math.ceil(likely.queries / rows) * (STEP + rows * keys)

@@ -34,6 +34,7 @@ class Group:
 
     `empty` is what a query gets that sees no key; None where every query is known to see one. `sides` are how far the mask
     reaches from a query's position, which is `first` for the first of them; None where positions do not follow each other.
+    Only keys whose distance is a multiple of `step` are seen.
     """
 
     scope: Scope
@@ -42,6 +43,7 @@ class Group:
     empty: ir.Value | None
     sides: Sides
     first: Expr | None
+    step: int
 
 
 def scaled_ahead(variant: Variant) -> bool:

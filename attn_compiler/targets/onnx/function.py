@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
+from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Scope, picked
 from attn_compiler.targets.onnx.spec import Spec
+from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import shows_itself, sides
 
 DOMAIN = "attn"
 OPSET = 24
 Strategy = Callable[[Group], ir.Value]
-STRATEGIES: Mapping[str, Strategy] = {"dense": dense, "scan": scan}
 
 
-def function(spec: Spec, strategy: str) -> ir.Function:
-    """The function of one attention; its inputs are q, k, v and the tables."""
+def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
+    """The function of one attention; its inputs are q, k, v and the tables, some of which are known already."""
     nodes = Nodes()
     inputs = {name: ir.Value(name=name.replace(".", "_")) for name in ("q", "k", "v", *spec.call.tables)}
-    groups = head_groups(spec.call.variant, spec.heads)
-    outs = [_group(spec, nodes, inputs, heads, variant, STRATEGIES[strategy]) for heads, variant in groups]
+    groups = [
+        part for heads, own in head_groups(spec.call.variant, spec.heads) for part in _parts(spec, heads, own, strategy, contents)
+    ]
+    outs = [_group(spec, nodes, inputs, heads, variant, run) for heads, variant, run in groups]
     joined = outs[0] if len(outs) == 1 else nodes.op("Concat", *outs, axis=1)
-    order = [head for heads, _ in groups for head in heads]
+    order = [head for heads, _, _ in groups for head in heads]
     out = picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
     graph = ir.Graph(
         list(inputs.values()), [out], nodes=[*nodes.shared.front, *nodes.written], opset_imports={"": OPSET}, name=spec.call.name
     )
     return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
+
+
+def _parts(
+    spec: Spec, heads: Sequence[int], variant: Variant, strategy: str, contents: Contents
+) -> Iterator[tuple[Sequence[int], Variant, Strategy]]:
+    """Heads that are computed together, and how."""
+    if strategy == "listed":
+        for members, walk in walks(spec, heads, variant, contents):
+            yield members, variant, partial(listed, walk=walk)
+    else:
+        yield heads, variant, {"dense": dense, "scan": scan}[strategy]
 
 
 def _group(
@@ -54,15 +70,17 @@ def _group(
     if scaled_ahead(placed):
         q = nodes.op("Mul", q, scope.scores.real_tensor(placed.scale))
     empty = None if _always_sees(spec, variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
-    group = Group(scope, Block(q, k, v, len(kv)), placed, empty, sides(variant.mask.substitute(spec.sizes)), spec.first)
-    out = (strategy if _has_bounds(group) else dense)(group)
+    mask = spec.in_positions(variant.mask)
+    step = dilation(mask) if spec.position == e.i and spec.q_len == spec.k_len else 1
+    group = Group(scope, Block(q, k, v, len(kv)), placed, empty, sides(mask), spec.first, step)
+    out = (strategy if _suits(group, strategy) else dense)(group)
     return _cast(nodes, out, scope.real, spec.dtype)
 
 
-def _has_bounds(group: Group) -> bool:
+def _suits(group: Group, run: Strategy) -> bool:
     """Whether a block of queries can do with some of the keys; a row that is empty may be of all of them."""
     whole = group.variant.empty_rows is EmptyRows.UNMASKED and group.empty is not None
-    return group.first is not None and not whole and group.sides.bounded
+    return not whole and (run is not scan or (group.first is not None and (group.sides.bounded or group.step > 1)))
 
 
 def _cast(nodes: Nodes, x: ir.Value, held: str, wanted: str) -> ir.Value:

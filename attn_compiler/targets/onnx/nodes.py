@@ -94,15 +94,15 @@ class Nodes:
         """Other axes; 0 keeps an axis, -1 is what is left."""
         return self.op("Reshape", x, self.vector(*sizes))
 
-    def range(self, start: Value, stop: Value) -> ir.Value:
+    def range(self, start: Value, stop: Value, step: Value = 1) -> ir.Value:
         """The numbers from `start` to before `stop`."""
-        if isinstance(start, int) and isinstance(stop, int):
-            return self.constant(np.arange(start, stop), "int64")
-        return self.op("Range", self.index(start), self.index(stop), self.index(1))
+        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
+            return self.constant(np.arange(start, stop, step), "int64")
+        return self.op("Range", self.index(start), self.index(stop), self.index(step))
 
-    def slice(self, x: ir.Value, axis: int, start: Value, stop: Value) -> ir.Value:
-        """Neighbors along one axis."""
-        return self.op("Slice", x, self.vector(start), self.vector(stop), self.vector(axis))
+    def slice(self, x: ir.Value, axis: int, start: Value, stop: Value, step: Value = 1) -> ir.Value:
+        """Neighbors along one axis, or every so many of them."""
+        return self.op("Slice", x, *(self.vector(part) for part in (start, stop, axis, step)))
 
     def inside(self, body: Callable[[Nodes], tuple[Sequence[ir.Value], Sequence[ir.Value]]], name: str) -> ir.Graph:
         """A graph inside of a node: `body` writes it and says what it takes and gives."""

@@ -49,17 +49,18 @@ class All:
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The tokens from `start` to before `stop`."""
+    """The tokens from `start` to before `stop`, or every so many of them."""
 
     start: Value
     stop: Value
     count: Value
+    step: Value = 1
 
     def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
-        return nodes.slice(x, axis, self.start, self.stop)
+        return nodes.slice(x, axis, self.start, self.stop, self.step)
 
     def places(self, nodes: Nodes) -> ir.Value:
-        return nodes.range(self.start, self.stop)
+        return nodes.range(self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)

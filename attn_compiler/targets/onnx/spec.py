@@ -98,6 +98,11 @@ class Spec:
         own = replace(variant, groups=(), derived=(), dropout=0.0)
         return own.map(lambda expression: expression.substitute(spelled))
 
+    def in_positions(self, mask: Expr) -> Expr:
+        """A mask over positions alone, where these are what counts queries."""
+        counted = {e.i: e.q} if self.position == e.i else {}
+        return mask.substitute({**self.sizes, **counted})
+
     def table(self, name: str) -> Stored:
         return next(stored for stored in self.stored if stored.name == name)
 

@@ -1,0 +1,75 @@
+"""Random inputs for a program: of the shapes it was traced with, and of others where these may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch.export import ExportedProgram
+
+from attn_compiler import torch_private as private
+
+_FILL = -1e4  # a number as low as this is no random one: it hides something
+LONG = 300  # tokens that are enough to see that blocks fit together
+
+
+def trials(program: ExportedProgram, leaves: Sequence[Any]) -> list[list[Any]]:
+    """The inputs of each comparison."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(program.graph_signature.input_specs) - len(leaves)
+    nodes = program.graph.find_nodes(op="placeholder")[count:]
+    return [
+        [
+            _random(
+                node, x, [sizes.get(str(size), int(given)) for size, given in zip(_sizes(node), x.shape, strict=True)], generator
+            )
+            if isinstance(x, Tensor)
+            else x
+            for node, x in zip(nodes, leaves, strict=True)
+        ]
+        for sizes in _changes(program, nodes, leaves)
+    ]
+
+
+def _sizes(node: fx.Node) -> Sequence[int | SymInt]:
+    return node.meta["val"].shape  # type: ignore[no-any-return]
+
+
+def _changes(program: ExportedProgram, nodes: Sequence[fx.Node], leaves: Sequence[Any]) -> list[dict[str, int]]:
+    """What the sizes that may change are in each trial: not longer than they need be, then others."""
+    found: dict[str, int] = {}
+    tied: set[str] = set()
+    for node, x in zip(nodes, leaves, strict=True):
+        for size, given in zip(_sizes(node), x.shape, strict=True) if isinstance(x, Tensor) else ():
+            if isinstance(size, SymInt):
+                formula = private.formula(size)
+                found[str(formula)] = int(given)
+                tied |= set() if formula.is_symbol else {str(symbol) for symbol in formula.free_symbols}
+    free = {name: size for name, size in found.items() if name not in tied and name.isidentifier()}
+    ranges = {str(symbol): (int(limits.lower), limits.upper) for symbol, limits in program.range_constraints.items()}
+    first = {name: max(min(size, LONG), ranges.get(name, (0, 0))[0]) for name, size in free.items()}
+    other = {name: size - 1 if size > max(2, ranges.get(name, (0, 0))[0]) else size + 1 for name, size in first.items()}
+    fits = all(other[name] <= ranges[name][1] for name in other if name in ranges)
+    return [first, other] if other and fits else [first]
+
+
+def _random(node: fx.Node, x: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random numbers where a model takes any; what counts, chooses or hides is kept, repeated or cut to the shape."""
+    known = _vocabulary(node)
+    if known and not x.dtype.is_floating_point:
+        return torch.randint(0, known, tuple(shape), generator=generator, dtype=x.dtype)
+    if x.dtype.is_floating_point and not bool((x < _FILL).any()):
+        return torch.randn(tuple(shape), generator=generator).to(x.dtype)
+    for axis, size in enumerate(shape):
+        x = x.index_select(axis, torch.arange(size) % x.shape[axis])
+    return x
+
+
+def _vocabulary(node: fx.Node) -> int | None:
+    """How many different numbers an input may hold that is looked up in an embedding."""
+    for user in node.users:
+        if user.target is torch.ops.aten.embedding.default and user.args[1] is node:
+            return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+    return None

@@ -1,0 +1,159 @@
+"""Exported attentions in onnxruntime: our functions beside what PyTorch's exporter writes by itself, interleaved in one process.
+
+    python benchmarks/exported.py FOLDER [--threads 1] [--rounds 7] [--only window] [--strategy auto]
+
+Writes `onnx.md` and `onnx.json` to FOLDER. The shapes were fixed before anything was measured: one row, 8 heads of 64. The
+yardstick is one `Attention` of opset 24 with the mask as the model wrote it, made while the model runs where lengths change.
+Ours is the same model, its mask recovered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attn_compiler as attn
+from _tables import markdown, processor, write_json
+
+HEADS, DIM = 8, 64
+Sees = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask at a length, and how many times less processor time it must take."""
+
+    name: str
+    length: int
+    sees: Sees
+    must: float = 0.95
+    dynamic: bool = True
+
+
+def near(window: int, step: int = 1) -> Sees:
+    return lambda i, j: (i >= j) & (i - j < window) & ((i - j) % step == 0)
+
+
+def in_grid(i: Tensor, j: Tensor) -> Tensor:
+    """Within 6 of the nearest center that leaves the whole kernel inside a grid of 64 x 64."""
+    rows, columns = (i // 64).clamp(6, 57) - j // 64, (i % 64).clamp(6, 57) - j % 64
+    return (rows.abs() <= 6) & (columns.abs() <= 6)
+
+
+def scattered(length: int, block: int, share: float) -> Tensor:
+    """Which blocks of keys the blocks of queries see: some at random, and their own."""
+    blocks = length // block
+    chosen = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)) < share - 1 / blocks
+    return chosen | torch.eye(blocks, dtype=torch.bool)
+
+
+SPARSE = scattered(4096, 64, 0.12)
+CASES = (
+    *(Case(f"window 256 at {n}", n, near(256)) for n in (128, 256, 512, 1024, 2048)),
+    Case("window 256 at 4096", 4096, near(256), 10),
+    Case("window 256 at 8192", 8192, near(256), 25),
+    Case("causal at 1024", 1024, near(1 << 30)),
+    Case("causal at 4096", 4096, near(1 << 30)),
+    Case("dilated, 256 keys 4 apart", 4096, near(1024, 4), 8),
+    Case("12 % of blocks of 64", 4096, lambda i, j: SPARSE[i // 64, j // 64], 8, dynamic=False),
+    Case("neighborhood of 13 x 13 in 64 x 64", 4096, in_grid, 8, dynamic=False),
+)
+
+
+class Dense(nn.Module):
+    """Attention under a mask, as models write it."""
+
+    def __init__(self, sees: Sees) -> None:
+        super().__init__()
+        self.sees = sees
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.sees(i[:, None], i[None]))
+
+
+class Session:
+    """A file in onnxruntime."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.best = (float("inf"), float("inf"))
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        wall, processor_time = time.perf_counter(), time.process_time()
+        (out,) = self.session.run(None, feeds)
+        spent = time.perf_counter() - wall, time.process_time() - processor_time
+        self.best = min(self.best[0], spent[0]), min(self.best[1], spent[1])
+        return out  # type: ignore[no-any-return]
+
+
+def written(case: Case, folder: Path, strategy: str) -> tuple[Path, Path]:
+    """The yardstick and our file."""
+    inputs = tuple(torch.randn(3, 1, HEADS, case.length, DIM))
+    length = torch.export.Dim("length", min=2, max=1 << 16)
+    shapes = tuple({2: length} for _ in inputs) if case.dynamic else None
+    dense, ours = folder / f"{case.name}.dense.onnx", folder / f"{case.name}.onnx"
+    program = torch.onnx.export(
+        Dense(case.sees).eval(), inputs, dynamo=True, opset_version=24, dynamic_shapes=shapes, verbose=False
+    )
+    assert program is not None
+    program.save(dense)
+    attn.export_onnx(Dense(case.sees).eval(), inputs, ours, dynamic_shapes=shapes, strategy=strategy)
+    return dense, ours
+
+
+def measured(case: Case, folder: Path, threads: int, rounds: int, strategy: str) -> dict[str, object]:
+    """One row of the table."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (x.numpy() for x in torch.randn(3, 1, HEADS, case.length, DIM, generator=generator))
+    feeds = {"q": q, "k": k, "v": v}
+    dense, ours = (Session(path, threads) for path in written(case, folder, strategy))
+    apart = float(np.abs(dense.run(feeds) - ours.run(feeds)).max())
+    until = time.perf_counter() + 0.3  # short ones are run more often
+    for count in range(1000):
+        if count >= rounds and time.perf_counter() > until:
+            break
+        dense.run(feeds)
+        ours.run(feeds)
+    wall, busy = (dense.best[n] / ours.best[n] for n in (0, 1))
+    milliseconds = {"dense ms": f"{1e3 * dense.best[0]:.2f}", "ours ms": f"{1e3 * ours.best[0]:.2f}"}
+    ratios = {"wall": f"{wall:.2f}x", "processor time": f"{busy:.2f}x", "must": f"{case.must}x", "apart": f"{apart:.0e}"}
+    return {"attention": case.name, **milliseconds, **ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--strategy", default="auto")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            if given.only in case.name:
+                rows.append(measured(case, Path(folder), given.threads, given.rounds, given.strategy))
+                print(*rows[-1].values(), sep="  ", flush=True)
+    title = f"onnxruntime {onnxruntime.__version__} on {processor()}, {given.threads} thread{'s' * (given.threads > 1)}"
+    (given.folder / "onnx.md").write_text(f"{title}\n\n{markdown(rows)}")
+    write_json(given.folder / "onnx.json", {"onnxruntime": onnxruntime.__version__, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
