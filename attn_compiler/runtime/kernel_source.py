@@ -40,9 +40,36 @@ def kernel_source(
     Of tables only their dtypes and axes matter; without, they have one axis per coordinate and hold 64-bit integers, truth
     values or numbers of `dtype`.
     """
-    kv_heads = kv_heads or heads
     if target not in TARGETS:
         raise ShapeError(f'no target "{target}" has kernels to print{did_you_mean(target, TARGETS)}')
+    shape = shape_of(
+        variant, q_len=q_len, k_len=k_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, target=target,
+        tables=tables, values=values, layer=layer, layers=layers,
+    )  # fmt: skip
+    print_all, remark = _PRINT[target]
+    found = print_all(shape)
+    if len(found) == 1:
+        return found[0][1]
+    return "\n".join(f"{remark} Heads {', '.join(map(str, members))} of {heads}.\n{text}" for members, text in found)
+
+
+def shape_of(
+    variant: VariantLike,
+    *,
+    q_len: int,
+    k_len: int,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    dtype: str = "float32",
+    target: str = "cpp",
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int | float] | None = None,
+    layer: int = 0,
+    layers: int = 1,
+) -> Shape:
+    """What kernels of a target are made for: one row of a batch that attends by `variant`."""
+    kv_heads = kv_heads or heads
     if dtype not in DTYPES:
         raise ShapeError(f'no kernel takes "{dtype}"{did_you_mean(dtype, DTYPES)}')
     if min(heads, kv_heads, head_dim) < 1 or min(q_len, k_len) < 0 or heads % kv_heads:
@@ -55,15 +82,10 @@ def kernel_source(
     reason = objection(read, (True, True), stored)
     if reason:
         raise ShapeError(f"the target {target}: {reason}")
-    shape = Shape(
+    return Shape(
         read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, dtype,
         layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
-    print_all, remark = _PRINT[target]
-    found = print_all(shape)
-    if len(found) == 1:
-        return found[0][1]
-    return "\n".join(f"{remark} Heads {', '.join(map(str, members))} of {heads}.\n{text}" for members, text in found)
 
 
 def _stored(variant: Variant, dtype: str, given: Mapping[str, Tensor]) -> dict[str, Stored]:

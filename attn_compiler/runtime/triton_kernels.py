@@ -37,6 +37,15 @@ class Blocks:
     stages: int = 2
 
 
+def candidates(dtype: str, dim: int, *, amd: bool = False) -> tuple[Blocks, ...]:
+    """What is worth trying on a GPU, the likeliest first."""
+    if amd and dtype != "float32" and dim <= 128:
+        return Blocks(128, 64, 4, 1), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)
+    if dtype == "float32" or dim > 128:
+        return Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1)
+    return Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """The kernel of some of the heads, and the arrays that say what it visits."""

@@ -1,0 +1,129 @@
+"""Compiles Triton kernels ahead of time, for GPUs that need not be there, and reads what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_compiler.errors import CompilerError
+from attn_compiler.runtime.triton_kernels import Blocks, load
+
+# What Triton calls a machine, and how many threads a warp has.
+MACHINES: Mapping[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1"}
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A kernel to be compiled. Rows are taken to start at multiples of 16 bytes, as those of whole heads do."""
+
+    text: str
+    dtype: str
+    tables: tuple[tuple[str, int], ...]  # dtype and axes
+    machine: str
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel is made of on one machine."""
+
+    registers: int
+    stack: int  # bytes that registers spill into
+    shared: int  # bytes
+    opcodes: Mapping[str, int]
+
+    def count(self, *stems: str) -> int:
+        """How many instructions begin with one of the stems."""
+        return sum(count for name, count in self.opcodes.items() if name.startswith(stems))
+
+
+def compile_ahead(orders: Sequence[Order]) -> list[Compiled]:
+    """Compile kernels in a process of their own: one that interprets cannot, and what Triton cannot compile may end it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    given = json.dumps([asdict(order) for order in orders])
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompilerError(f"Triton cannot compile a kernel:\n{done.stderr[-2000:]}")
+    return [Compiled(**found) for found in json.loads(done.stdout)]
+
+
+def main() -> None:
+    """Compile the orders that stand in the standard input, and print what came of them."""
+    orders = (Order(**{**given, "blocks": Blocks(**given["blocks"])}) for given in json.load(sys.stdin))
+    print(json.dumps([asdict(_compiled(order)) for order in orders]))
+
+
+def _compiled(order: Order) -> Compiled:
+    from triton import compile as compile_
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    forward = load(order.text).forward
+    types, aligned = _signature(order), [["tt.divisibility", 16]]
+    names = list(forward.arg_names)
+    attributes = {(names.index(name), n): aligned for name in ("q", "k", "v", "out") for n in range(4)}
+    constants = {"BLOCK_Q": order.blocks.queries, "BLOCK_K": order.blocks.keys}
+    source = ASTSource(fn=forward, signature={name: types[name] for name in names}, constexprs=constants, attrs=attributes)
+    options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
+    return _read(compile_(source, target=GPUTarget(*MACHINES[order.machine]), options=options))
+
+
+def _signature(order: Order) -> dict[str, Any]:
+    """The types of a kernel's arguments."""
+    operand = (_POINTERS[order.dtype], "i32", "i32", "i32")
+    tables = tuple((_POINTERS.get(dtype, f"*i{dtype[3:]}"), ("i32",) * axes, ("i32",) * axes) for dtype, axes in order.tables)
+    kinds = {"totals": "*fp32", "visits": ("*i32",) * 6, "tables": tables, "sizes": ("i32",) * 8}
+    return {**dict.fromkeys(("q", "k", "v", "out"), operand), **kinds, "BLOCK_Q": "constexpr", "BLOCK_K": "constexpr"}
+
+
+def _read(kernel: Any) -> Compiled:
+    """What a compiled kernel is made of."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        wanted = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        registers, spilled, scratch = (int(_found(rf"\.{what}:\s*(\d+)", text)) for what in wanted)
+        opcodes = dict(Counter(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)))
+        return Compiled(registers, max(scratch, 4 * spilled), kernel.metadata.shared, opcodes)
+    usage, instructions = (_disassembled(kernel.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
+    registers, stack = (int(_found(rf"{what}:(\d+)", usage)) for what in ("REG", "STACK"))
+    return Compiled(registers, stack, kernel.metadata.shared, dict(Counter(_OPCODE.findall(instructions))))
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise CompilerError(f"what Triton compiled says nothing of `{pattern}`")
+    return match[1]
+
+
+def _disassembled(cubin: bytes, flag: str) -> str:
+    """What the disassembler in Triton's wheel says; it looks for another tool beside it."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools / "cuobjdump"), flag, file.name]
+        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise CompilerError(f"the disassembler cannot read what Triton compiled: {done.stderr.strip()}")
+    return done.stdout + done.stderr
