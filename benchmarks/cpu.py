@@ -58,6 +58,7 @@ class Case:
     sees: Sees | None = None  # the mask again, for those who take functions or tensors
     trains: bool = False  # whether a gradient is taken too
     dropout: float = 0.0
+    queries: int | None = None  # the last ones, where they are fewer than the keys
 
 
 def scattered(length: int, block: int, share: float) -> Tensor:
@@ -106,6 +107,11 @@ CASES = (
     Case("ALiBi, causal, training", {"mask": "causal", "score": "score + alibi()"}, 4096, trains=True),
     Case("window 256, 2 kv heads, training", "causal & window(256)", 4096, kv_heads=2, trains=True),
     Case("dense causal, training", "causal", 4096, sees=near(1 << 30), trains=True),
+    Case("decoding, window 1024", "causal & window(1024)", 32768, causal=False, must=(100, 0), queries=1),
+    Case("decoding", "causal", 32768, causal=False, must=(1.5, 0), queries=1),
+    Case("decoding, 2 kv heads", "causal", 32768, causal=False, kv_heads=2, queries=1),
+    Case("decoding 4 tokens, 2 kv heads", "all", 32768, causal=False, kv_heads=2, queries=4),
+    Case("decoding, 1024 tokens", "causal", 1024, causal=False, queries=1),
     Case("dense causal, 128 tokens", "causal", 128),
     Case("dense causal, 512 tokens", "causal", 512),
 )
@@ -126,8 +132,8 @@ class Result:
 def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
     """Everybody's way to compute a case; the yardstick first."""
     generator = torch.Generator().manual_seed(0)
-    heads = (HEADS, case.kv_heads, case.kv_heads)
-    drawn = (torch.randn(1, n, case.length, case.dim, generator=generator).to(dtype) for n in heads)
+    sizes = (HEADS, case.queries or case.length), (case.kv_heads, case.length), (case.kv_heads, case.length)
+    drawn = (torch.randn(1, *size, case.dim, generator=generator).to(dtype) for size in sizes)
     q, k, v = (x.requires_grad_(case.trains) for x in drawn)
     tables, variant = dict(case.tables), replace(read(case), dropout=case.dropout)
     grouped, rate = case.kv_heads != HEADS, case.dropout
@@ -154,7 +160,13 @@ def trained(run: Run, leaves: tuple[Tensor, ...], above: Tensor) -> Run:
 
 def read(case: Case) -> Variant:
     """The variant, read and simplified once, as a compiled model has it."""
-    sizes = {"heads": HEADS, "kv_heads": case.kv_heads, "q_len": case.length, "k_len": case.length, "head_dim": case.dim}
+    sizes = {
+        "heads": HEADS,
+        "kv_heads": case.kv_heads,
+        "q_len": case.queries or case.length,
+        "k_len": case.length,
+        "head_dim": case.dim,
+    }
     found = read_variant(case.variant, Variant(), **sizes, values=None, layer=0, layers=1)  # type: ignore[arg-type]
     return found.map(simplify)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 
 from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, sqrt, true
 from attn_compiler.algebra.integers import IntegerSet
@@ -80,7 +81,7 @@ class Variant:
 
     def tables(self) -> frozenset[str]:
         """The names of the run-time tables this reads."""
-        return frozenset().union(*(e.tables() for e in self.expressions()))
+        return frozenset(str(node.value) for node in reads(self))
 
     def map(self, change: Callable[[Expr], Expr]) -> Variant:
         """The same variant with `change` applied to each of its expressions."""
@@ -93,3 +94,10 @@ class Variant:
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
+
+
+@lru_cache(maxsize=1024)
+def reads(variant: Variant) -> tuple[Expr, ...]:
+    """All that a variant and its groups read of run-time tables."""
+    nodes = (node for expression in variant.expressions() for node in expression.walk())
+    return tuple(dict.fromkeys(node for node in nodes if node.op == "table"))

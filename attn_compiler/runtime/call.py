@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.expr import Expr, Sort
-from attn_compiler.algebra.variant import DerivedTable, Variant
+from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.variant import DerivedTable, Variant, reads
 from attn_compiler.errors import ShapeError, TableError, did_you_mean
 from attn_compiler.targets.operands import Operands
 
@@ -31,8 +31,7 @@ def operands_of(
     """The operands of one call, whose shapes have been checked; tables and positions are checked here."""
     batch, heads, q_len, _ = q.shape
     read = {**tables, **derived_tables(variant, k.shape[-2], q.device)}
-    for expression in variant.expressions():
-        _check_tables(expression, read, q.device)
+    _check_tables(variant, read, q.device)
     return Operands(
         q=q,
         k=k,
@@ -87,10 +86,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v (axis 1)")
 
 
-def _check_tables(expression: Expr, tables: Mapping[str, Tensor], device: torch.device) -> None:
-    for node in expression.walk():
-        if node.op != "table":
-            continue
+def _check_tables(variant: Variant, tables: Mapping[str, Tensor], device: torch.device) -> None:
+    for node in reads(variant):
         name, given = str(node.value), sorted(tables)
         if name not in tables:
             known = did_you_mean(name, given) if given else "; none were given"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.choice import form_of
 from attn_compiler.targets.cpp import gradient
+from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -26,7 +27,9 @@ from attn_compiler.targets.torch_target import Result
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 _DENSE: Mapping[Form, bool] = {"scaled_dot_product_attention": False, "scaled_dot_product_attention(is_causal)": True}
-FEW = 32  # queries below which calling a kernel costs more than it saves
+FEW = 32  # queries up to which a call is so short that its cost counts
+LEAST_TRAINED = 32  # queries from which gradients pay
+LIKELY = 1024  # keys that a cache will hold which grows from few
 
 
 class CppTarget:
@@ -48,12 +51,40 @@ class CppTarget:
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         training = site.phase is Phase.TRAIN
         reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
-        if site.q_hint < FEW:
-            reason = f"{site.q_hint} queries are too few for its kernels to pay"
+        if training and site.q_hint < LEAST_TRAINED:
+            reason = f"{site.q_hint} queries are too few for its gradients to pay"
+        elif not reason and site.q_hint < FEW and _few_gain(site.dtype, *_short(site)) < WORTH:
+            reason = f"for {site.q_hint} queries and {_keys(site)} keys scaled_dot_product_attention is as fast on this machine"
         form = form_of(site, variant)
-        if not reason and form in _DENSE and _dense_gain(site.dtype, form, training) < WORTH:
+        if not reason and site.q_hint >= FEW and form in _DENSE and _dense_gain(site.dtype, form, training) < WORTH:
             reason = f"{form} is as fast on this machine"
         return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
+
+
+def _keys(site: Site) -> int:
+    """How many keys there will be: while decoding, a cache grows."""
+    return max(site.k_hint, LIKELY) if isinstance(site.k_len, str) and site.phase is Phase.DECODE else site.k_hint
+
+
+def _short(site: Site) -> tuple[int, int]:
+    """The queries and keys of a call that was measured, with heads like `_few_gain`'s and not more to do."""
+    queries = 1 if site.q_hint <= MOST_QUERIES else MOST_QUERIES + 1
+    keys = _keys(site) * site.heads * site.head_dim // (8 * 64)
+    return queries, 4 ** max(2, min(6, (keys.bit_length() - 1) // 2))
+
+
+@cache
+def _few_gain(dtype: str, queries: int, keys: int) -> float:
+    """How many times faster a kernel is than PyTorch's own operator for few queries, what calling it costs included."""
+    drawn = torch.randn(3, 1, 8, keys, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    q, (k, v) = drawn[0, :, :, :queries], drawn[1:]
+    operands = Operands(q, k, v, {}, 0, 0, tuple(range(8)), 8, 8, 0, 1)
+    with torch.no_grad():
+        return faster(
+            f"{dtype}, {queries} queries and {keys} keys of torch {torch.__version__}",
+            lambda: F.scaled_dot_product_attention(q, k, v),
+            lambda: attend_generated(operands, Variant(), "cpp"),
+        )
 
 
 @cache
@@ -83,10 +114,17 @@ def _machine(device: str, dtype: str) -> str | None:
 
 
 def objection(
-    variant: Variant, counted: tuple[bool, bool], stored: dict[str, Stored], differentiated: bool = False
+    variant: Variant, counted: tuple[bool, bool], stored: Mapping[str, Stored], differentiated: bool = False
 ) -> str | None:
     """What the kernels have against a variant, whatever the machine; `counted` are the positions of queries and keys."""
+    return _objection(variant, counted, tuple(stored.items()), differentiated)
+
+
+@lru_cache(maxsize=1024)
+def _objection(
+    variant: Variant, counted: tuple[bool, bool], stored: tuple[tuple[str, Stored], ...], differentiated: bool
+) -> str | None:
     q_counted, k_counted = counted
     placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
-    reasons = (refuse(part, stored) or (gradient.refuse(part) if differentiated else None) for part in placed)
+    reasons = (refuse(part, dict(stored)) or (gradient.refuse(part) if differentiated else None) for part in placed)
     return next(filter(None, reasons), None)

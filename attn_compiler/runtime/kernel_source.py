@@ -10,7 +10,8 @@ from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.cpp import DTYPES, objection
-from attn_compiler.runtime.kernels import Shape, sources
+from attn_compiler.runtime.decode import sources
+from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.triton_kernels import programs

@@ -14,7 +14,8 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
-from attn_compiler.runtime import gradients, kernels, triton_kernels
+from attn_compiler.runtime import decode, gradients, kernels, triton_kernels
+from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -52,7 +53,7 @@ def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: 
     if any(part.dropout for part in variant.parts()):  # drawn by a step of the graph, repeated where that is recomputed
         names.append(SEED)
         tables.append(torch.randint(1 << 62, (), dtype=torch.int64, device=operands.q.device))
-    what = json.dumps([wire.write(variant), names, operands.layer, operands.layers, target])
+    what = _written(variant, tuple(names), operands.layer, operands.layers, target)
     kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
     out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
     return out, totals if lse else None
@@ -64,6 +65,11 @@ def _without_dropout(variant: Variant) -> Variant:
 
 
 @lru_cache(maxsize=1024)
+def _written(variant: Variant, names: tuple[str, ...], layer: int, layers: int, target: str) -> str:
+    return json.dumps([wire.write(variant), names, layer, layers, target])
+
+
+@lru_cache(maxsize=1024)
 def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int, str]:
     variant, names, layer, layers, target = json.loads(what)
     return wire.read(variant), tuple(names), layer, layers, target
@@ -72,13 +78,22 @@ def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int, str]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str, kept: str
 ) -> tuple[Tensor, Tensor]:
+    q_len, k_len = q.shape[2], k.shape[2]
+    if max(q_len, k_len, *map(abs, first)) >= LONGEST:
+        raise ShapeError(f"kernels count up to {LONGEST} tokens; found {q_len} queries and {k_len} keys from {list(first)}")
     out, sums = _empty(q, v, kept)
     if not out.numel() and not sums.numel():
         return out, sums
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
-    shape, run = _shape(q, k, v, tables, first, what), _RUN[_read(what)[-1]]
-    run(shape, q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
+    _, names, _, _, target = _read(what)
+    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and target == "cpp" and SEED not in names:
+        sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+        launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
+        decode.run(launched, q, k, v, out, totals, tables, layer, first)
+        return out, sums
+    shape = _shape(q, k, v, tables, first, what)
+    _RUN[target](shape, q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
     return out, sums
 
 
@@ -105,12 +120,25 @@ def _attend_backward(
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 
+@lru_cache(maxsize=1024)
+def _decoding(
+    what: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], stored: tuple[tuple[torch.dtype, int], ...]
+) -> tuple[tuple[decode.Launch, ...], tuple[int, int]]:
+    """The kernels for few queries, whatever their number and that of the keys; and the layer, of how many."""
+    variant, names, layer, layers, _ = _read(what)
+    heads, kv_heads, dim, value_dim = sizes
+    counted = Q_POSITIONS not in names, K_POSITIONS not in names
+    shape = kernels.Shape(
+        variant, names, tuple(Stored(dtype_name(of), axes) for of, axes in stored), *counted, 0, heads, kv_heads, 0, 0, dim,
+        value_dim, dtype_name(dtype), layer, layers, 0, 0, (),
+    )  # fmt: skip
+    return decode.launches(shape), (layer, layers)
+
+
 def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str) -> kernels.Shape:
     variant, names, layer, layers, _ = _read(what)
     batch, heads, q_len, dim = q.shape
     _, kv_heads, k_len, value_dim = v.shape
-    if max(q_len, k_len, *map(abs, first)) >= LONGEST:
-        raise ShapeError(f"kernels count up to {LONGEST} tokens; found {q_len} queries and {k_len} keys from {list(first)}")
     stored = tuple(Stored(dtype_name(t.dtype), t.ndim) for t in tables)
     counted = Q_POSITIONS not in names, K_POSITIONS not in names
     contents = kernels.contents_of(variant, names, tables)

@@ -90,15 +90,6 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   keys.count = 0;
 }
 
-INLINE void mean_of_values(const Call& call, const Task& task, float* mean) {
-  const Stored* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
-  const int64_t k_len = call.context.k_len;
-  double sum[VALUE_DIM] = {};
-  for (int64_t j = 0; j < k_len; j++)
-    for (int d = 0; d < VALUE_DIM; d++) sum[d] += (float)v[j * call.v_stride[2] + d];
-  for (int d = 0; d < VALUE_DIM; d++) mean[d] = k_len ? (float)(sum[d] / k_len) : 0.0f;
-}
-
 // Where the queries of a tile stand: those that are `wanted` are still to be written.
 struct Places {
   int count;
@@ -134,9 +125,8 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
 
 // What a query gets that sees no key.
 INLINE void fill(const Call& call, const Task& task, const Places& places) {
-  float filling[VALUE_DIM] = {};
-  if (EMPTY_ROWS == MEAN) mean_of_values(call, task, filling);
-  if (EMPTY_ROWS == NOT_A_NUMBER || (EMPTY_ROWS == UNMASKED && call.context.k_len)) std::fill(filling, filling + VALUE_DIM, NAN);
+  float filling[VALUE_DIM];
+  fill(call, task, filling);
   for (int m = 0; m < places.count; m++) {
     if (!places.wanted[m]) continue;
     Stored* row = call.out_row(task, places.of[m]);

@@ -102,6 +102,22 @@ def test_a_table_may_have_any_strides() -> None:
     assert_within_budget(found, exact, plain)
 
 
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_scores_may_be_as_large_as_numbers_get(q_len: int) -> None:
+    q, k, v = randn(1, 2, q_len, 8), randn(1, 2, 40, 8), randn(1, 2, 40, 8)
+    bias = torch.zeros(1, 1, q_len, 40)
+    bias[:, :, 0] = torch.finfo(torch.float32).min
+    with torch.no_grad():
+        exact, found, plain = (
+            attn.attend(*(x.to(dtype) for x in (q, k, v)), "all", bias=bias, target=target)  # type: ignore[arg-type]
+            for dtype, target in ((torch.float32, "reference"), (torch.float32, "cpp"), (torch.float32, "torch"))
+        )
+    assert isinstance(exact, Tensor)
+    assert isinstance(found, Tensor)
+    assert isinstance(plain, Tensor)
+    assert_within_budget(found, exact, plain)
+
+
 def test_the_state_of_floating_point_is_left_as_it_was() -> None:
     state = ctypes.CDLL(None)
     before = state.fegetround()

@@ -12,7 +12,7 @@ from attn_compiler.algebra.expr import Expr, Sort, const
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AlgebraError
 from attn_compiler.targets.cpp import dropout
-from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level, Printer
+from attn_compiler.targets.cpp.printer import KEYS_IN_LANES, LEAVES, Leaves, Level, Printer
 from attn_compiler.targets.cpp.source import assembled, printer_of
 from attn_compiler.targets.cpp.spec import FIRST_KEY, Spec
 from attn_compiler.targets.operands import PLACE
@@ -22,19 +22,13 @@ _ZERO = const(0.0)
 
 # Of a pair: the gradients of its weight and of its score. Of a query: its output times the gradient of that.
 _OF_WEIGHT, _OF_SCORE, _ALONG = (e.symbol(name, Sort.REAL) for name in ("of_weight", "of_score", "along"))
-_BY_QUERY: Leaves = {
-    **LEAVES,
+_NUMBERS: Leaves = {
     _OF_WEIGHT: ("of_weight", Level.PAIR),
     _OF_SCORE: ("of_score", Level.PAIR),
     _ALONG: ("along", Level.LANE),
 }
-_BY_KEY: Leaves = {
-    **_BY_QUERY,
-    e.i: ("rows.row[j]", Level.ROW),
-    PLACE: ("lanes.lane[n]", Level.LANE),
-    e.q_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
-    e.k_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
-}
+_BY_QUERY: Leaves = {**LEAVES, **_NUMBERS}
+_BY_KEY: Leaves = {**KEYS_IN_LANES, **_NUMBERS}
 
 
 @dataclass(frozen=True)

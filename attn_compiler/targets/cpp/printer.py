@@ -46,6 +46,13 @@ LEAVES: Leaves = {
     e.score: ("score", Level.PAIR),
     e.dot: ("dot", Level.PAIR),
 }
+KEYS_IN_LANES: Leaves = {
+    **LEAVES,
+    e.i: ("rows.row[j]", Level.ROW),
+    PLACE: ("lanes.lane[n]", Level.LANE),
+    e.q_norm: ("norm_of(rows.data[j], DIM)", Level.ROW),
+    e.k_norm: ("norms_of(lanes.data + n * LANES, DIM)", Level.LANE),
+}
 _NAMES: Mapping[Expr, str] = {
     e.i + FIRST_QUERY: "position",
     PLACE + FIRST_KEY: "position",

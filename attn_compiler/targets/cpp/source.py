@@ -32,7 +32,7 @@ def source(spec: Spec) -> str:
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
         "drop": dropout.in_forward() if spec.variant.dropout else (),
     }
-    return assembled(spec, printer, holes, ("tiles.h", "view.h", "forward.cpp"), CHUNK)
+    return assembled(spec, printer, holes, ("tiles.h", "view.h", "empty.h", "forward.cpp"), CHUNK)
 
 
 def printer_of(spec: Spec, leaves: Leaves = LEAVES) -> Printer:
