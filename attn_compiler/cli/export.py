@@ -23,7 +23,7 @@ def export(
     length: Annotated[int, typer.Option(help="Tokens of the input that is traced.", min=1)] = 1024,
     batch: Annotated[int, typer.Option(help="Rows of that input; a single one stays a single one.", min=1)] = 2,
     static: Annotated[bool, typer.Option("--static", help="Keep the sizes of that input for good.")] = False,
-    strategy: Annotated[str, typer.Option(help="The form of the functions: auto, dense or scan.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="The form of the functions: auto, dense, scan, either or listed.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report for programs.")] = False,
 ) -> None:
     """Write a model and what a policy makes of its attentions as ONNX, checked in onnxruntime."""

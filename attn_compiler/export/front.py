@@ -39,7 +39,8 @@ def export_onnx(
 
     Each attention that is rewritten is one local function `attn::<its name>`. The file is compared in onnxruntime with the
     rewritten model on random inputs before it gets its name: where they differ, there is no file. `dynamic_shapes` is that
-    of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `listed`).
+    of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `either`,
+    `listed`). Lengths like those the file is meant for let the comparison see what will run.
     """
     if decode or flavor != "plain":
         raise ExportError("decoding with caches is not exported yet: leave out `decode` and `flavor`")

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from attn_compiler import torch_private as private
 
 _FILL = -1e4  # a number as low as this is no random one: it hides something
-LONG = 300  # tokens that are enough to see that blocks fit together
+LONG, MOST = 300, 2048  # tokens that are enough to see that blocks fit together; that a comparison takes at most
 
 
 def trials(program: ExportedProgram, leaves: Sequence[Any]) -> list[list[Any]]:
@@ -38,7 +38,7 @@ def _sizes(node: fx.Node) -> Sequence[int | SymInt]:
 
 
 def _changes(program: ExportedProgram, nodes: Sequence[fx.Node], leaves: Sequence[Any]) -> list[dict[str, int]]:
-    """What the sizes that may change are in each trial: not longer than they need be, then others."""
+    """What the sizes that may change are in each trial: not longer than they need be, then others, then as they were given."""
     found: dict[str, int] = {}
     tied: set[str] = set()
     for node, x in zip(nodes, leaves, strict=True):
@@ -49,10 +49,12 @@ def _changes(program: ExportedProgram, nodes: Sequence[fx.Node], leaves: Sequenc
                 tied |= set() if formula.is_symbol else {str(symbol) for symbol in formula.free_symbols}
     free = {name: size for name, size in found.items() if name not in tied and name.isidentifier()}
     ranges = {str(symbol): (int(limits.lower), limits.upper) for symbol, limits in program.range_constraints.items()}
-    first = {name: max(min(size, LONG), ranges.get(name, (0, 0))[0]) for name, size in free.items()}
-    other = {name: size - 1 if size > max(2, ranges.get(name, (0, 0))[0]) else size + 1 for name, size in first.items()}
+    least = {name: ranges[name][0] if name in ranges else 0 for name in free}
+    first = {name: max(min(size, LONG), least[name]) for name, size in free.items()}
+    long = {name: max(min(size, MOST), least[name]) for name, size in free.items()}
+    other = {name: size - 1 if size > max(2, least[name]) else size + 1 for name, size in long.items()}
     fits = all(other[name] <= ranges[name][1] for name in other if name in ranges)
-    return [first, other] if other and fits else [first]
+    return [first, *([other] if other and fits else []), *([{}] if first != free else [])]
 
 
 def _random(node: fx.Node, x: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ def assert_right(case: Case, strategy: str, *, dynamic: bool, known: bool = Fals
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("strategy", ["dense", "scan"])
+@pytest.mark.parametrize("strategy", ["dense", "scan", "either"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_mask_means_the_same_in_onnxruntime(mask: str, strategy: str, dynamic: bool) -> None:
     assert_right(case_of(mask, 300), strategy, dynamic=dynamic)
@@ -56,6 +56,7 @@ def test_a_mask_means_the_same_in_onnxruntime(mask: str, strategy: str, dynamic:
 @pytest.mark.parametrize("mask", ["causal & (window(20) | sinks(3))", "causal & window(30) & dilated(3)"])
 def test_blocks_are_right_for_every_length(mask: str, length: int) -> None:
     assert_right(case_of(mask, length), "scan", dynamic=True)
+    assert_right(case_of(mask, length), "either", dynamic=True)
 
 
 def assert_random_case(seed: int) -> None:

@@ -17,6 +17,7 @@ from attn_compiler.targets.reach import sides
 STRATEGIES: Mapping[str, str] = {
     "dense": "standard operators over all keys",
     "scan": "a loop over blocks of queries, each with the keys in reach",
+    "either": "the keys in reach, or all of them where queries are few",
     "listed": "a loop over blocks of queries, each with the tiles of keys that a list names",
 }
 ROWS = 128  # queries of a block: fewer cost calls, more cost keys that only some of them see
@@ -41,14 +42,15 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     """The name of a body; one that is wanted and does not suit gives way to `dense`."""
     costs = {"dense": float(likely.queries * likely.keys)}
     groups = head_groups(spec.call.variant, spec.heads)
-    if all(_bounded(spec, variant) for _, variant in groups):
-        costs["scan"] = max(_scan_cost(spec, variant, likely) for _, variant in groups)
     static = isinstance(spec.q_len, int) and isinstance(spec.k_len, int)
+    if any(_bounded(spec, variant) for _, variant in groups):
+        cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
+        costs |= {"scan": cost} if static or wanted != "auto" else {"either": 0.0}
     if static and wanted in ("auto", "listed"):
-        found = [walk.cost for heads, variant in groups for _, walk in walks(spec, heads, variant, contents)]
-        costs["listed"] = LISTING * max(found)
+        found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
+        costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
     if wanted != "auto":
-        return wanted if wanted in costs else "dense"
+        return wanted if wanted in (*costs, "either") else "dense"
     return min(costs, key=costs.__getitem__)
 
 
@@ -57,8 +59,16 @@ def _bounded(spec: Spec, variant: Variant) -> bool:
     return spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
 
 
+def shortest(spec: Spec, variant: Variant) -> int:
+    """The number of queries from which on a scan costs less than all keys."""
+    lengths = (2**exponent for exponent in range(6, 24))
+    return next((n for n in lengths if _scan_cost(spec, variant, Likely(n, n)) < n * n), 2**24)
+
+
 def _scan_cost(spec: Spec, variant: Variant, likely: Likely) -> float:
     """Pairs of query and key that the blocks of a scan compute."""
+    if not _bounded(spec, variant):
+        return float(likely.queries * likely.keys)
     mask = spec.in_positions(variant.mask)
     reach, step = sides(mask), dilation(mask)
     rows = min(ROWS, likely.queries)

@@ -11,7 +11,9 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.onnx.choice import shortest
 from attn_compiler.targets.onnx.dense import dense
+from attn_compiler.targets.onnx.either import either
 from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
 from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
@@ -51,6 +53,8 @@ def _parts(
     if strategy == "listed":
         for members, walk in walks(spec, heads, variant, contents):
             yield members, variant, partial(listed, walk=walk)
+    elif strategy == "either":
+        yield heads, variant, partial(either, below=shortest(spec, variant))
     else:
         yield heads, variant, {"dense": dense, "scan": scan}[strategy]
 
@@ -80,7 +84,9 @@ def _group(
 def _suits(group: Group, run: Strategy) -> bool:
     """Whether a block of queries can do with some of the keys; a row that is empty may be of all of them."""
     whole = group.variant.empty_rows is EmptyRows.UNMASKED and group.empty is not None
-    return not whole and (run is not scan or (group.first is not None and (group.sides.bounded or group.step > 1)))
+    if isinstance(run, partial) and run.func is listed:
+        return not whole
+    return not whole and group.first is not None and (group.sides.bounded or group.step > 1)
 
 
 def _cast(nodes: Nodes, x: ir.Value, held: str, wanted: str) -> ir.Value:
