@@ -11,6 +11,8 @@ TORCH ?= $(PINNED_TORCH)
 VENV := $(if $(filter $(TORCH),$(PINNED_TORCH)),.venv,.venv-torch$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Another release of torch brings the Triton that it was built with.
+FOR_TORCH := $(if $(filter $(TORCH),$(PINNED_TORCH)),'',-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d')
 BENCH_RESULTS ?= bench-output
 
 # Tests run side by side and each compiles kernels of its own: more threads per process only get in each other's way.
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	sed $(FOR_TORCH) constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[test,lint]'
 	touch $@
 
