@@ -26,7 +26,7 @@ from attn_compiler.planning.uses import Uses
 from attn_compiler.runtime.targets import TARGETS
 
 log = logging.getLogger("attn_compiler")
-OURS = ("policy", "tables", "values")
+OURS = ("policy", "tables", "values", "target")
 ENVIRONMENT = "ATTN_POLICY"
 _FOR_THE_USER = (PolicyError, LanguageError, TableError, RefusedError)  # what only the user can mend
 _RECENT: deque[Report] = deque(maxlen=64)
@@ -55,9 +55,16 @@ class Settings:
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, int] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.target not in ("auto", *TARGETS):
+            raise PolicyError(f'options: there is no target "{self.target}"{did_you_mean(self.target, ("auto", *TARGETS))}')
 
     def planner(self, sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan(sites, self.policy.with_values(self.values), tuple(TARGETS.values()), near_misses)
+        """Decide sites; all targets are asked in their order, unless one was named."""
+        targets = tuple(TARGETS.values()) if self.target == "auto" else (TARGETS[self.target],)
+        return plan(sites, self.policy.with_values(self.values), targets, near_misses)
 
 
 def attn(
@@ -82,7 +89,13 @@ def read_settings(options: Mapping[str, Any], mode: str | None) -> Settings:
     if isinstance(inductor, str):
         raise PolicyError(f'options: unknown key "{inductor}"{_nearest(inductor)}')
     source = options.get("policy") or os.environ.get(ENVIRONMENT) or "exact"
-    return Settings(library.load_policy(source), Tables(options.get("tables")), dict(options.get("values") or {}), inductor)
+    return Settings(
+        library.load_policy(source),
+        Tables(options.get("tables")),
+        dict(options.get("values") or {}),
+        inductor,
+        options.get("target") or "auto",
+    )
 
 
 def _nearest(key: str) -> str:

@@ -217,3 +217,30 @@ def test_a_policy_object_and_a_mapping_say_the_same() -> None:
     with torch.no_grad():
         out = torch.compile(model, backend="attn", options={"policy": policy})(ids).last_hidden_state
         assert_within_budget(out, like_llama(ids, 8)(double(model)), like_llama(ids, 8)(model))
+
+
+@pytest.mark.parametrize(("target", "first"), [("auto", "cpp"), ("cpp", "cpp"), ("torch", "torch")])
+@quick
+def test_one_target_may_be_named(target: str, first: str) -> None:
+    model, ids = llama("eager").eval(), tokens(length=40)
+    with torch.no_grad():
+        out = like_llama(ids)(torch.compile(model, backend="attn", options={"policy": WINDOW, "target": target}))
+        by_hand = like_llama(ids, 8)
+        assert_within_budget(out, by_hand(double(model)), by_hand(model))
+    assert [decision.target for decision in attn.reports()[-1].decisions] == [first, first]
+
+
+@quick
+def test_a_target_that_does_not_exist_is_an_error() -> None:
+    compiled = torch.compile(Block(), backend="attn", options={"target": "tritn"})
+    with pytest.raises(BackendCompilerFailed, match='there is no target "tritn"'):
+        compiled(torch.randn(2, 20, 16))
+
+
+@quick
+def test_with_torch_operators_a_causal_model_is_the_same_bit_for_bit() -> None:
+    model, ids = llama("sdpa").eval(), tokens(length=100)
+    with torch.no_grad():
+        out = torch.compile(model, backend="attn", options={"target": "torch"})(ids).last_hidden_state
+        assert torch.equal(out, model(ids).last_hidden_state)
+    assert all(decision.form.endswith("(is_causal)") for decision in attn.reports()[-1].decisions)
