@@ -22,6 +22,19 @@ def test_a_model_is_written_with_lengths_that_may_change(tmp_path: Path) -> None
     assert len(json.loads(result.stdout[result.stdout.index("{") :])["checks"]) == 2
     (tokens,) = onnxruntime.InferenceSession(out).get_inputs()
     assert all(isinstance(size, str) for size in tokens.shape)
+    said = CliRunner().invoke(app, ["explain", str(out)])
+    assert "1 exported attention\n\nmodel.layers.0.self_attn: approximate, by rule" in said.stdout
+    assert "sinks(4)" in said.stdout
+    (record,) = json.loads(CliRunner().invoke(app, ["explain", str(out), "--json"]).stdout)["attentions"]
+    assert record["sizes"]["heads"] == 4
+
+
+def test_a_file_that_is_no_model_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "none.onnx"
+    path.write_text("nothing of the kind")
+    result = CliRunner().invoke(app, ["explain", str(path)])
+    assert result.exit_code == 2
+    assert "is no ONNX model" in result.output
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler.errors import ExportError, RefusedError
 from attn_compiler.export import files
 from attn_compiler.testing import assert_all_within_budget
+from end_to_end.by_hand import with_weights
 from end_to_end.models import double, like_llama, llama, tokens
 
 WINDOW = {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": {"mask": "causal & window(8)"}}]}
@@ -37,23 +39,27 @@ def write(path: Path, policy: object = WINDOW, **more: object) -> attn.ExportRep
     return attn.export_onnx(Attention().eval(), (torch.randn(1, 2, 40, 8),), path, policy, **more)  # type: ignore[arg-type]
 
 
-def test_an_exported_llama_computes_what_its_policy_says_at_any_length(tmp_path: Path) -> None:
-    model, path = llama().eval(), tmp_path / "llama.onnx"
-    attn.export_onnx(model, (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC, strategy="scan")
-    for batch, length in ((2, 32), (1, 1), (3, 150)):
-        by_hand = like_llama(tokens(batch, length), window=8)
-        with torch.no_grad():
-            exact = by_hand(double(model))
-            found = run(path, input_ids=tokens(batch, length))
-            assert_all_within_budget(found, [exact], lambda by_hand=by_hand: [by_hand(model)])
+@pytest.fixture(scope="module")
+def windowed() -> nn.Module:
+    """A llama whose attention can be seen in its results."""
+    return with_weights(llama())
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama with a window, written once."""
+def exported(windowed: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, with a window, written once."""
     path: Path = tmp_path_factory.mktemp("exported") / "llama.onnx"
-    attn.export_onnx(llama().eval(), (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC)
+    attn.export_onnx(windowed, (), path, WINDOW, kwargs={"input_ids": tokens()}, dynamic_shapes=DYNAMIC)
     return path
+
+
+def test_an_exported_llama_computes_what_its_policy_says_at_any_length(exported: Path, windowed: nn.Module) -> None:
+    for batch, length in ((1, 1), (2, 300)):
+        by_hand = like_llama(tokens(batch, length), window=8)
+        with torch.no_grad():
+            exact = by_hand(double(windowed))
+            found = run(exported, input_ids=tokens(batch, length))
+            assert_all_within_budget(found, [exact], lambda by_hand=by_hand: [by_hand(windowed)])
 
 
 def test_each_attention_is_one_labelled_function(exported: Path) -> None:
@@ -130,3 +136,22 @@ def test_a_precision_that_onnxruntime_does_not_compute_in_is_refused(tmp_path: P
     fatal = {"version": 1, "rules": [{"match": {}, "attn": {"mask": "window(8)"}, "fallback": "error"}]}
     with pytest.raises(RefusedError, match="bfloat16"):
         attn.export_onnx(Attention().eval(), (x,), tmp_path / "one.onnx", fatal)
+
+
+def test_large_weights_stand_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGEST", 0)
+    model, path = nn.Sequential(nn.Linear(8, 64), Attention(), nn.Linear(64, 8)).eval(), tmp_path / "one.onnx"
+    x = torch.randn(1, 2, 40, 8)
+    attn.export_onnx(model, (x,), path, WINDOW)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["one.onnx", "one.onnx.data"]
+    assert run(path, input=x)[0].shape == x.shape
+
+
+def test_weights_that_are_quantized_later_leave_attention_alone(exported: Path, windowed: nn.Module, tmp_path: Path) -> None:
+    quantize_dynamic(exported, tmp_path / "int8.onnx")
+    names = [[one.name for one in onnx.load(path).functions] for path in (exported, tmp_path / "int8.onnx")]
+    assert names[0] == names[1]
+    whole, quantized = (run(path, input_ids=tokens(2, 150))[0] for path in (exported, tmp_path / "int8.onnx"))
+    with torch.no_grad():
+        unseen = like_llama(tokens(2, 150))(windowed)
+    assert 0 < (whole - quantized).norm() < (whole - unseen).norm()
