@@ -75,22 +75,28 @@ def _compiled(order: Order) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    forward = load(order.text).forward
-    types, aligned = _signature(order), [["tt.divisibility", 16]]
-    names = list(forward.arg_names)
-    attributes = {(names.index(name), n): aligned for name in ("q", "k", "v", "out") for n in range(4)}
+    module, aligned = load(order.text), [["tt.divisibility", 16]]
+    kernel = module.forward if hasattr(module, "forward") else module.backward
+    names = list(kernel.arg_names)
+    types = _signature(order, by_key="of_k" in names)
+    attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(4)}
     constants = {"BLOCK_Q": order.blocks.queries, "BLOCK_K": order.blocks.keys}
-    source = ASTSource(fn=forward, signature={name: types[name] for name in names}, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=kernel, signature={name: types[name] for name in names}, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
     return _read(compile_(source, target=GPUTarget(*MACHINES[order.machine]), options=options))
 
 
-def _signature(order: Order) -> dict[str, Any]:
-    """The types of a kernel's arguments."""
+_OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v")
+
+
+def _signature(order: Order, *, by_key: bool) -> dict[str, Any]:
+    """The types of all arguments that kernels have."""
     operand = (_POINTERS[order.dtype], "i32", "i32", "i32")
     tables = tuple((_POINTERS.get(dtype, f"*i{dtype[3:]}"), ("i32",) * axes, ("i32",) * axes) for dtype, axes in order.tables)
-    kinds = {"totals": "*fp32", "visits": ("*i32",) * 6, "tables": tables, "sizes": ("i32",) * 8}
-    return {**dict.fromkeys(("q", "k", "v", "out"), operand), **kinds, "BLOCK_Q": "constexpr", "BLOCK_K": "constexpr"}
+    visits = (*("*i32",) * 8, "*fp32") if by_key else ("*i32",) * 6
+    kinds = {**dict.fromkeys(("totals", "kept", "numbers"), "*fp32"), "visits": visits, "tables": tables, "sums": ()}
+    blocks = {"BLOCK_Q": "constexpr", "BLOCK_K": "constexpr"}
+    return {**dict.fromkeys(_OPERANDS, operand), **kinds, "sizes": ("i32",) * 8, **blocks}
 
 
 def _read(kernel: Any) -> Compiled:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
-from attn_compiler.runtime import decode, gradients, kernels, triton_kernels
+from attn_compiler.runtime import decode, gradients, kernels, triton_gradients, triton_kernels
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
@@ -98,6 +98,7 @@ def _attend(
 
 
 _RUN = {"cpp": kernels.run, "triton": triton_kernels.run}
+_DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
 
 
 def _attend_backward(
@@ -116,7 +117,8 @@ def _attend_backward(
         return [x.zero_() for x in _empty_gradients(q, k, v, tables, wanted)]
     q, k, v, out, above = _side_by_side(q, k, v, out, above)
     given = gradients.Given(q, k, v, tables, out, kept, above)
-    of_q, of_k, of_v, of_tables = gradients.gradients(_shape(q, k, v, tables, first, what), given, wanted)
+    differentiate = _DIFFERENTIATE[_read(what)[-1]]
+    of_q, of_k, of_v, of_tables = differentiate(_shape(q, k, v, tables, first, what), given, wanted)
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 
@@ -197,7 +199,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 for _device in ("CPU", "CUDA"):
     _library.impl("attend", _attend, _device)  # type: ignore[no-untyped-call]
-_library.impl("attend_backward", _attend_backward, "CPU")  # type: ignore[no-untyped-call]
+    _library.impl("attend_backward", _attend_backward, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::attend", lambda q, k, v, tables, first, what, kept: _empty(q, v, kept), lib=_library)
 torch.library.register_fake(
     "attn_compiler::attend_backward",

@@ -27,24 +27,22 @@ class TritonTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q, v = operands.q, operands.v
-        if operands.differentiated:
-            return "its kernels compute no gradients yet"
         if operands.training and any(part.dropout for part in variant.parts()):
             return "its kernels have no dropout yet"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        return where or objection(variant, counted, stored)
+        return where or objection(variant, counted, stored, operands.differentiated)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        reason = _machine(site.device, site.dtype, max(site.head_dim, site.value_dim)) or objection(
-            variant, (True, True), {}, differentiated=False
-        )
-        if site.phase is Phase.TRAIN:
-            reason = "its kernels compute no gradients yet"
+        training = site.phase is Phase.TRAIN
+        dim = max(site.head_dim, site.value_dim)
+        reason = _machine(site.device, site.dtype, dim) or objection(variant, (True, True), {}, training)
+        if training and any(part.dropout for part in variant.parts()):
+            reason = "its kernels have no dropout yet"
         if site.device != "cuda":
             reason = f"its kernels are for GPUs; found {site.device}"
         return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)

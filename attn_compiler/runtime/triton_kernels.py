@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,13 +64,25 @@ def kernels(shape: Shape, blocks: Blocks) -> tuple[Kernel, ...]:
 
 def _kernel(shape: Shape, members: tuple[int, ...], variant: Variant, blocks: Blocks) -> Kernel:
     spec = spec_at(shape, variant)
-    found = met(shape, members, variant.mask, spec.variant.mask, (blocks.queries, blocks.keys))
+    iteration, visits = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
+    return Kernel(members, spec, source(spec, iteration), visits)
+
+
+def visited(
+    shape: Shape, members: Sequence[int], variant: Variant, spec: Spec, tile: tuple[int, int], *, by_key: bool = False
+) -> tuple[Iteration, Mapping[str, Integers]]:
+    """How a kernel goes over what its tiles of queries meet, or its tiles of keys, and the arrays that say so."""
+    found = met(shape, members, variant.mask, spec.variant.mask, tile, by_key=by_key)
     steps = walk(found)
-    orders = [np.zeros(1, np.int64) if x is None else x for x in (found.q_order, found.k_order)]
+    orders = [np.zeros(1, np.int64) if x is None else x for x in (found.row_order, found.column_order)]
     arrays = (np.array(members), found.schedule_of, steps.numbers, steps.listed, *orders)
-    names = ("members", "schedule_of", "met", "listed", "q_order", "k_order")
-    text = source(spec, Iteration(steps.stretches, found.q_order is not None))
-    return Kernel(members, spec, text, dict(zip(names, arrays, strict=True)))
+    names = ("members", "schedule_of", "met", "listed", *(("k_order", "q_order") if by_key else ("q_order", "k_order")))
+    return Iteration(steps.stretches, found.row_order is not None), dict(zip(names, arrays, strict=True))
+
+
+def on_device(arrays: Iterable[Integers], device: torch.device) -> tuple[Tensor, ...]:
+    """Arrays as kernels read them."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device) for x in arrays)
 
 
 def programs(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -79,7 +91,7 @@ def programs(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
     constants = {
         "BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN": f"{shape.batch}, {shape.heads}, {shape.kv_heads}, {shape.q_len}, {shape.k_len}",
         "BLOCK_Q, BLOCK_K, WARPS, STAGES": f"{blocks.queries}, {blocks.keys}, {blocks.warps}, {blocks.stages}",
-        "SIZES": f"{_sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
+        "SIZES": f"{sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
         "DTYPE": f"torch.{shape.dtype}",
     }
     found = kernels(shape, blocks)
@@ -102,9 +114,8 @@ def launches(shape: Shape, blocks: Blocks, device: torch.device) -> tuple[Launch
     """The launches of a call."""
     found = []
     for one in kernels(shape, blocks):
-        visits = (torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device) for x in one.visits.values())
         numbers = tuple(shape.names.index(name) for name, _ in one.spec.tables)
-        found.append(Launch(load(one.text).forward, tuple(visits), numbers))
+        found.append(Launch(load(one.text).forward, on_device(one.visits.values(), device), numbers))
     return tuple(found)
 
 
@@ -119,30 +130,37 @@ def run(
     *,
     for_gradients: bool,
 ) -> None:
-    """Fill `out` and `totals`: the log-sum-exp of each query."""
-    assert not for_gradients
+    """Fill `out` and `totals`: the log-sum-exp of each query, or its peak and its mass."""
+    totals, kept = (None, totals) if for_gradients else (totals, None)
     blocks = Blocks()
     for one in launches(shape, blocks, q.device):
         grid = -(-shape.q_len // blocks.queries), len(one.visits[0]), shape.batch
-        read = tuple(_table(tables[n]) for n in one.numbers)
-        with interpreter.quiet():
-            one.kernel[grid](
-                _operand(q), _operand(k), _operand(v), _operand(out), totals, one.visits, read, _sizes(shape),
-                BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
-            )  # fmt: skip
+        read = tuple(table(tables[n]) for n in one.numbers)
+        operands = (operand(x) for x in (q, k, v, out))
+        call(one.kernel, grid, (*operands, totals, kept, one.visits, read, sizes(shape)), blocks)
 
 
-def _sizes(shape: Shape) -> tuple[int, ...]:
+def call(kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], blocks: Blocks) -> None:
+    """Launch a kernel on the device of its operands."""
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    with interpreter.quiet():
+        kernel[grid](*arguments, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, **options)
+
+
+def sizes(shape: Shape) -> tuple[int, ...]:
+    """What kernels know of the size of a call."""
     counts = (shape.heads, shape.kv_heads, shape.q_len, shape.k_len, shape.layer, shape.layers)
     return (*counts, shape.first_query, shape.first_key)
 
 
-def _operand(x: Tensor) -> tuple[object, ...]:
+def operand(x: Tensor) -> tuple[object, ...]:
+    """A pointer and the strides of batch, heads and tokens."""
     return (x, *x.stride()[:3])
 
 
-def _table(table: Tensor) -> tuple[object, ...]:
-    return table, tuple(table.shape), tuple(table.stride())
+def table(x: Tensor) -> tuple[object, ...]:
+    """A pointer, sizes and strides."""
+    return x, tuple(x.shape), tuple(x.stride())
 
 
 @lru_cache(maxsize=256)

@@ -22,8 +22,8 @@ MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more s
 class Met:
     """The runs of every schedule, and which schedule each head follows, row by row of the batch."""
 
-    q_order: Integers | None
-    k_order: Integers | None
+    row_order: Integers | None
+    column_order: Integers | None
     schedule_of: NDArray[np.int32]
     runs: tuple[Runs, ...]
 
@@ -32,17 +32,27 @@ class Met:
         return sum(one.count() for one in self.runs)
 
 
-def met(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr, tile: tuple[int, int]) -> Met:
-    """What tiles of `tile` queries and keys meet. `in_positions` is the mask before places were spelled out."""
+def met(
+    shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr, tile: tuple[int, int], *, by_key: bool = False
+) -> Met:
+    """What tiles of queries meet, or with `by_key` tiles of keys: the same mask with the roles exchanged.
+
+    `in_positions` is the mask before places were spelled out; `tile` is how many tokens stand in rows and in columns.
+    """
     tables = {name: x.values() for name, x in zip(shape.names, shape.contents, strict=True) if x and name in mask.tables()}
     masks = list(masks_of(shape, members, mask, per_row=bool(tables)))
+    down, along = shape.q_len, shape.k_len
+    if by_key:
+        down, along = along, down
+        masks = [one.substitute({e.i: e.k, e.k: e.i}) for one in masks]
+        in_positions = in_positions.substitute({e.q: e.k, e.k: e.q})
     order = list(dict.fromkeys(masks))
     schedule_of = np.array([order.index(one) for one in masks], np.int32)
     best = None
-    for q_order, k_order in arrangements(in_positions, shape.q_len, shape.k_len, tile[0]):
-        runs = (visits(one, shape.q_len, shape.k_len, tile, e.i, q_order, k_order, tables) for one in order)
-        whole = tuple(_whole(one, shape.k_len // tile[1]) for one in runs)
-        found = Met(q_order, k_order, schedule_of, whole)
+    for row_order, column_order in arrangements(in_positions, down, along, tile[0]):
+        runs = (visits(one, down, along, tile, e.i, row_order, column_order, tables) for one in order)
+        whole = tuple(_whole(one, along // tile[1]) for one in runs)
+        found = Met(row_order, column_order, schedule_of, whole)
         best = found if best is None or found.tiles < best.tiles else best
     assert best is not None
     return best

@@ -33,9 +33,10 @@ def collect(score, weight, values, peak, mass, acc):
 
 
 @triton.jit
-def forward(q, k, v, out, totals, visits, tables, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Operands are a pointer and the strides of batch, heads and tokens; `totals` takes the log-sum-exp, or is None.
+def forward(q, k, v, out, totals, kept, visits, tables, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Operands are a pointer and the strides of batch, heads and tokens.
 
+    `totals` takes the log-sum-exp of each query, `kept` its peak and its mass, which gradients need; either may be None.
     After each tile `peak` is the largest score so far as a power of two, `mass` the sum of weights 2 ** (score - peak),
     `acc` that of weight * v.
     """
@@ -58,8 +59,8 @@ def forward(q, k, v, out, totals, visits, tables, sizes, BLOCK_Q: tl.constexpr, 
     for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
         steps, seen = tl.cdiv(k_len, BLOCK_K), False  # <steps>
         for step in tl.range(0, steps):
-            key_tile = step  # <key tile>
-            column = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            other = step  # <other tile>
+            column = other * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             j = column if phase == 1 else tl.minimum(column, k_len - 1)
             if ORDERED:
                 j = tl.load(k_order + j)
@@ -83,5 +84,9 @@ def forward(q, k, v, out, totals, visits, tables, sizes, BLOCK_Q: tl.constexpr, 
                 peak, mass, acc = collect(score, weight, values, peak, mass, acc)
     seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
+    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
     if totals is not None:
-        tl.store(totals + (tl.cast(b, tl.int64) * heads + h) * q_len + i, tl.where(seen, total, -INFINITY), mask=row < q_len)
+        tl.store(totals + query, tl.where(seen, total, -INFINITY), mask=row < q_len)
+    if kept is not None:
+        tl.store(kept + query, tl.where(seen, peak, -INFINITY), mask=row < q_len)
+        tl.store(kept + tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len + query, mass, mask=row < q_len)

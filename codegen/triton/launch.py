@@ -34,7 +34,7 @@ def attend(q, k, v, *tables):
     operands = ((x, *x.stride()[:3]) for x in (q, k, v, out))
     read = tuple((table, tuple(table.shape), tuple(table.stride())) for table in tables)
     forward[triton.cdiv(Q_LEN, BLOCK_Q), MEMBERS, len(q)](
-        *operands, totals, visits(q.device), read, SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES
+        *operands, totals, None, visits(q.device), read, SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES
     )
     return out, totals
 

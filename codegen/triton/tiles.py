@@ -25,6 +25,15 @@ def read(table, at):
 
 
 @triton.jit
+def add(table, at, x):
+    """Add to what stands in a table, where programs share it."""
+    pointer, sizes, strides = table
+    for axis in tl.static_range(len(sizes)):
+        pointer += tl.cast(tl.minimum(tl.maximum(at[axis], 0), sizes[axis] - 1), tl.int64) * strides[axis]
+    tl.atomic_add(pointer + tl.zeros(x.shape, tl.int32), x.to(pointer.dtype.element_ty), sem="relaxed")
+
+
+@triton.jit
 def rows(operand, b, h, tokens):
     """Where the rows of some tokens start."""
     pointer, of_batch, of_head, of_token = operand

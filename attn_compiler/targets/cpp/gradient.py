@@ -21,11 +21,11 @@ CHUNK = 64  # rows that meet a tile of lanes together: scores and the gradients 
 _ZERO = const(0.0)
 
 # Of a pair: the gradients of its weight and of its score. Of a query: its output times the gradient of that.
-_OF_WEIGHT, _OF_SCORE, _ALONG = (e.symbol(name, Sort.REAL) for name in ("of_weight", "of_score", "along"))
+OF_WEIGHT, OF_SCORE, ALONG = (e.symbol(name, Sort.REAL) for name in ("of_weight", "of_score", "along"))
 _NUMBERS: Leaves = {
-    _OF_WEIGHT: ("of_weight", Level.PAIR),
-    _OF_SCORE: ("of_score", Level.PAIR),
-    _ALONG: ("along", Level.LANE),
+    OF_WEIGHT: ("of_weight", Level.PAIR),
+    OF_SCORE: ("of_score", Level.PAIR),
+    ALONG: ("along", Level.LANE),
 }
 _BY_QUERY: Leaves = {**LEAVES, **_NUMBERS}
 _BY_KEY: Leaves = {**KEYS_IN_LANES, **_NUMBERS}
@@ -54,7 +54,7 @@ class Slopes:
     def of_pair(self, read: Expr) -> Expr:
         """What a pair adds to the gradient of a table where it is read."""
         by_score, by_weight = (derivative(x, read) for x in (self.spec.score, self._weight))
-        added = [s * x for s, x in ((_OF_SCORE, by_score), (_OF_WEIGHT, by_weight)) if x != _ZERO]
+        added = [s * x for s, x in ((OF_SCORE, by_score), (OF_WEIGHT, by_weight)) if x != _ZERO]
         return added[0] + added[1] if len(added) == 2 else added[0] if added else _ZERO
 
     def of_query(self, read: Expr) -> Expr:
@@ -78,7 +78,7 @@ class Slopes:
         if changed == _ZERO:
             return _ZERO
         slope = changed / output.args[1]
-        return e.where(e.same(_ALONG, 0.0), 0.0, _ALONG * (-slope if output.op == "div" else slope))
+        return e.where(e.same(ALONG, 0.0), 0.0, ALONG * (-slope if output.op == "div" else slope))
 
 
 def refuse(variant: Variant) -> str | None:

@@ -194,7 +194,7 @@ class _Body:
         level = self.printer.level(node)
         if node.op == "symbol" and (level == self.level or node not in (*_COUNTED, *_NORMS)):
             return self.printer.leaves[node][0]
-        if level is not Level.PAIR and level != self.level and not _is_given(node):
+        if level is not Level.PAIR and level != self.level and not is_given(node):
             return self.printer.held(node, self.real, level)
         if node.op == "table":
             return self._read(node, level)
@@ -265,7 +265,7 @@ _ON_REALS = ("div", "pow", "exp", "log", "sqrt", "tanh", "sigmoid", "ceil", "flo
 _LONG = 80  # characters of a line
 
 
-def _is_given(node: Expr) -> bool:
+def is_given(node: Expr) -> bool:
     """Whether a part needs arguments of the function that is printed, so that it is never computed ahead."""
     return any(leaf.sort is Sort.REAL and leaf not in _NORMS for leaf in node.symbols())
 

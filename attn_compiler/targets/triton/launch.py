@@ -11,7 +11,7 @@ from attn_compiler.algebra.expr import Expr
 from attn_compiler.planning.runs import Integers
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import PLACE
-from attn_compiler.targets.triton.source import filled, skeleton
+from attn_compiler.targets.triton.skeleton import filled, skeleton
 
 
 def program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:

@@ -12,7 +12,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.bounds import ANY, Interval
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.notation import notation
-from attn_compiler.targets.cpp.printer import Dialect, Leaves, Level, by_level, common, used
+from attn_compiler.targets.cpp.printer import Dialect, Leaves, Level, by_level, common, is_given, used
 from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, SIZES, Stored, is_narrow
 from attn_compiler.targets.operands import PLACE
 
@@ -38,7 +38,6 @@ _NAMES: Mapping[Expr, str] = {
     e.k_norm: "k_norm",
 }
 _NORMS = (e.q_norm, e.k_norm)
-_ON_THE_WAY = (e.peak, e.mass, e.score, e.dot)  # known only while tiles are met
 _COMPARISONS = ("lt", "le", "eq")
 LEVELS = (Level.TASK, Level.LANE, Level.ROW, Level.PAIR)  # a flag iterates over its bits only
 LOG2E = math.log2(math.e)
@@ -54,6 +53,7 @@ class Printer:
     names: Mapping[Expr, str]  # what people call some parts of the variant
     taken: set[str]  # names that mean something in the skeleton
     leaves: Leaves = field(default_factory=lambda: LEAVES)
+    axes: tuple[Level, Level] = (Level.LANE, Level.ROW)  # what the rows of a tile are, and the columns
     _wide: dict[Expr, bool] = field(default_factory=dict)
     _held: dict[tuple[Expr, str], str] = field(default_factory=dict)
     _statements: dict[Level, list[str]] = field(default_factory=lambda: {level: [] for level in LEVELS})
@@ -64,6 +64,21 @@ class Printer:
         body = _Body(self, real, Counter(used([root])))
         written = body.written(root, Level.PAIR)
         return [*body.statements, *_broken(f"{name} = {written}")]
+
+    def addition(self, read: Expr, value: Expr) -> list[str]:
+        """The statements that add `value` to the gradient of a table, where it was read: first along what shares a number."""
+        value = by_level(value, self.level)
+        body = _Body(self, "real", Counter(used([read, value])))
+        places = [body.text(x, Level.PAIR) for x in read.args]
+        level = Level.TASK
+        for x in read.args:
+            level |= self.level(x)
+        name, written = self.tables[str(read.value)][0], body.text(value, Level.PAIR)
+        written = f"tl.where(inside, {written}, 0.0)"
+        for axis in [axis for axis, part in enumerate(self.axes) if part in self.level(value) and part not in level]:
+            written = f"tl.sum({written}, {axis}, keep_dims=True)"
+        at = "".join(f"{place}, " for place in places).strip()
+        return [*body.statements, f"add(of_{name}, ({at}), {written})"]
 
     def scope(self, level: Level) -> list[str]:
         """The statements that compute what depends on `level` alone."""
@@ -141,7 +156,7 @@ class _Body:
     def _belongs(self, node: Expr, here: Level) -> bool:
         if node in _NORMS:
             return False
-        computed_here = self.printer.level(node) == here or bool(node.symbols() & set(_ON_THE_WAY))
+        computed_here = self.printer.level(node) == here or is_given(node)
         return computed_here and not self.printer.is_held(node, self.real)
 
     def _reached(self, node: Expr) -> str:

@@ -1,0 +1,80 @@
+"""The gradient of q, and those of tables in what is divided by: one program owns a tile of queries of one head.
+
+With out = factor * sum of weight * v, above = the gradient of out and pull = (above · out) * d log factor / d mass, every
+pair that sees each other has gradient of the weight = factor * (above · v) + pull, of the score = that * d weight / d score.
+"""
+
+import triton
+import triton.language as tl
+from tiles import add, give, norm, read, rows, take, task
+
+# <constants>
+DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
+WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a power of two
+PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
+INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
+BY_PEAK = FILLS = ORDERED = NORMED = False
+# </constants>
+
+
+@triton.jit
+def backward(q, k, v, out, above, of_q, kept, numbers, visits, tables, sums, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`kept` are the peak and the mass of each query; `numbers` take its peak, factor, pull and whether it saw no key."""
+    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key = sizes
+    tile, b, h, kv, met = task(visits, heads // kv_heads, 4 * STRETCHES)
+    listed, q_order, k_order = visits[3:]
+    # <tables>
+    # <per head>
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
+    i = tl.minimum(row, q_len - 1)
+    if ORDERED:
+        i = tl.load(q_order + i)
+    queries, of_out = take(rows(q, b, h, i), DIM, WIDTH), take(rows(above, b, h, i), VALUE_DIM, VALUE_WIDTH)
+    # <per query>
+    count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
+    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+    peak, mass = tl.load(kept + query), tl.load(kept + count + query)
+    saw, inside = peak != -INFINITY, row < q_len
+    along = tl.sum(take(rows(out, b, h, i), VALUE_DIM, VALUE_WIDTH).to(tl.float32) * of_out.to(tl.float32), 1, keep_dims=True)
+    along = tl.where(saw, along, 0.0)
+    factor, pull = 1.0 / mass, -along / mass  # <numbers>
+    factor, base = tl.where(saw, factor, 0.0), tl.where(saw, peak, 0.0)
+    tl.store(numbers + query, base, mask=inside)
+    tl.store(numbers + count + query, factor, mask=inside)
+    tl.store(numbers + 2 * count + query, pull + tl.zeros_like(along), mask=inside)
+    # <query sums>
+
+    acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+    of_norm = tl.zeros([BLOCK_Q, 1], tl.float32)
+    highest = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
+    for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
+        steps, seen = tl.cdiv(k_len, BLOCK_K), False  # <steps>
+        for step in tl.range(0, steps):
+            other = step  # <other tile>
+            column = other * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            j = column if phase == 1 else tl.minimum(column, k_len - 1)
+            if ORDERED:
+                j = tl.load(k_order + j)
+            keys, values = take(rows(k, b, kv, j.T), DIM, WIDTH), take(rows(v, b, kv, j.T), VALUE_DIM, VALUE_WIDTH)
+            # <per key>
+            dot = tl.dot(queries, keys.T, input_precision="ieee")
+            score = dot * 0.125  # <score>
+            if phase == 0:
+                visible = column < k_len  # <visible>
+                score = tl.where(visible, score, -INFINITY)
+            if FILLS:
+                score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
+                highest = tl.maximum(highest, tl.max(score, 1, keep_dims=True))
+            of_weight = tl.dot(of_out, values.T, input_precision="ieee") * factor + pull
+            of_score = of_weight * tl.exp2(score - base)  # <score gradient>
+            of_dot = of_score * 0.125  # <dot gradient>
+            acc = tl.dot(of_dot.to(keys.dtype), keys, acc, input_precision="ieee")
+            if NORMED:
+                of_norm += of_score  # <norm gradient>
+        if FILLS:
+            if phase == 1:
+                tl.store(numbers + 3 * count + query, tl.cast(highest == -INFINITY, tl.float32), mask=inside)
+    if NORMED:
+        length = norm(queries)
+        acc += tl.where(length == 0.0, 0.0, of_norm / length) * queries.to(tl.float32)
+    give(rows(of_q, b, h, i), acc, inside, DIM, WIDTH)
