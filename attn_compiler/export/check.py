@@ -10,11 +10,11 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
+from attn_compiler.export.program import Rewritten
 from attn_compiler.export.report import Checked
 from attn_compiler.export.trials import trials
 from attn_compiler.runtime.exported import attend_eagerly
@@ -23,15 +23,14 @@ from attn_compiler.testing.budget import error_of, largest, over_budget
 TRIALS = 2
 
 
-def check(path: Path, program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Checked, ...]:
-    """Check the file with onnx's own checker, and compare what it computes with the program."""
+def check(path: Path, rewritten: Rewritten, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Checked, ...]:
+    """Check the file with onnx's own checker, and compare what it computes with the rewritten program."""
     onnx.checker.check_model(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     leaves, structure = private.tree_flatten((tuple(args), dict(kwargs)))
-    model = program.module()
-    assert isinstance(model, fx.GraphModule)
+    program, model = rewritten.program, rewritten.module
     names = [str(name) for name in program.graph_signature.user_inputs]
     accepted = [inputs for inputs in trials(program, leaves) if _takes(model, inputs)]
     return tuple(

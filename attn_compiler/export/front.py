@@ -61,7 +61,7 @@ def _written(
     from attn_compiler.export.translation import translated
 
     made = translated(result, strategy)
-    checks, size = write(made.model, path, lambda at: check(at, result.program, args, kwargs))
+    checks, size = write(made.model, path, lambda at: check(at, result, args, kwargs))
     return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
@@ -25,9 +25,10 @@ from attn_compiler.runtime.targets import Target
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A program whose attentions are single operators, and what was decided for each."""
+    """A program whose attentions are single operators, how PyTorch runs it, and what was decided for each."""
 
     program: ExportedProgram
+    module: fx.GraphModule
     plan: Plan
     names: tuple[str, ...]  # of the functions, one for each decision
 
@@ -45,7 +46,9 @@ def rewritten(program: ExportedProgram, policy: Policy, given: Mapping[str, Tens
     for old, new in zip(before, _results(program), strict=True):
         program.graph_signature.replace_all_uses(old, new.name)
     _hold(program, extra or ())
-    return Rewritten(program, analysis.plan, names)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    return Rewritten(program, module, analysis.plan, names)
 
 
 def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> ExportedProgram:
@@ -59,9 +62,9 @@ def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dyn
         raise ExportError(f"torch.export cannot trace the model: {type(failure).__name__}: {failure}") from failure
 
 
-def _results(program: ExportedProgram) -> list[torch.fx.Node]:
+def _results(program: ExportedProgram) -> list[fx.Node]:
     (output,) = program.graph.find_nodes(op="output")
-    return [node for node in output.args[0] if isinstance(node, torch.fx.Node)]
+    return [node for node in output.args[0] if isinstance(node, fx.Node)]
 
 
 def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:

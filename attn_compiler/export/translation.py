@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra import wire
 from attn_compiler.export.constants import known_value
 from attn_compiler.export.program import Rewritten
+from attn_compiler.graph.rewrite import splice
 from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.plan import Decision
 from attn_compiler.planning.table_values import TableValues
@@ -21,6 +24,8 @@ from attn_compiler.targets.onnx.choice import Likely, choose
 from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
 from attn_compiler.targets.onnx.spec import Call, Spec, Stored, length, shape_of
 from attn_compiler.targets.onnx.walk import Contents
+
+EXPORTED = torch.ops.attn_compiler.exported.default
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,8 @@ class Translated:
 def translated(rewritten: Rewritten, wanted: str) -> Translated:
     """The model, with a labelled local function for each attention that was rewritten."""
     contents = dict(_contents(rewritten.program))
-    specs: dict[str, Spec] = {}
-
-    def symbolic(operands: Sequence[Tensor], what: str) -> Tensor:
-        call = Call.read(what)
-        specs[call.name] = _spec(call, operands)
-        q, _, v, *_ = operands
-        name, shape = f"{DOMAIN}::{call.name}", (*q.shape[:3], v.shape[3])
-        return torch.onnx.ops.symbolic(name, operands, dtype=q.dtype, shape=shape, version=1)
-
-    lowered = rewritten.program.run_decompositions({torch.ops.attn_compiler.exported.default: symbolic})
-    exported = torch.onnx.export(lowered, (), dynamo=True, opset_version=OPSET, verbose=False)
+    specs = dict(_called(rewritten.program))
+    exported = torch.onnx.export(rewritten.program, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
     model: ir.Model = exported.model
     strategies = {}
@@ -60,9 +56,27 @@ def translated(rewritten: Rewritten, wanted: str) -> Translated:
     return Translated(model, strategies)
 
 
+def _called(program: ExportedProgram) -> Iterator[tuple[str, Spec]]:
+    """Let each attention be a call of its function, as PyTorch's exporter writes one."""
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=EXPORTED):
+        operands, what = node.args
+        call = Call.read(what)
+        values = [x.meta["val"] for x in operands]
+        splice(graph, node, private.retrace(partial(_symbolic, call.name), values), operands)
+        yield call.name, _spec(call, values)
+    program.graph_module.recompile()
+
+
+def _symbolic(name: str, *operands: Tensor) -> Tensor:
+    q, _, v, *_ = operands
+    shape = (*q.shape[:3], v.shape[3])
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", operands, dtype=q.dtype, shape=shape, version=1)
+
+
 def _contents(program: ExportedProgram) -> Iterator[tuple[str, Contents]]:
     """What is known of the tables of each attention."""
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.attn_compiler.exported.default):
+    for node in program.graph.find_nodes(op="call_function", target=EXPORTED):
         call = Call.read(node.args[1])
         found = {name: known_value(program, at) for name, at in zip(call.tables, node.args[0][3:], strict=True)}
         masks = frozenset().union(*(part.mask.tables() for part in call.variant.parts()))

@@ -44,15 +44,14 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         found = replacement.described.found
         inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
         inputs += _sizes(gm.graph, found, inputs)
-        _splice(gm.graph, replacement, _record(replacement, list(tables), inputs), inputs)
+        splice(gm.graph, found.out.node, _record(replacement, list(tables), inputs), inputs)
     drop_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
 
 
-def _splice(graph: fx.Graph, replacement: Replacement, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
-    """Copy `fragment` into `graph` in front of the site's output, and let its result stand for that output."""
-    out = replacement.described.found.out.node
+def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
+    """Copy `fragment` into `graph` in front of `out`, and let its result stand for that node."""
     given = iter(inputs)
     copies: dict[fx.Node, Argument] = {}
     with graph.inserting_before(out):
