@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.compiler import load
-from attn_compiler.runtime.kernels import Launch, Shape, call, launch, spec_at, table_words
+from attn_compiler.runtime.kernels import Launch, Shape, by_pairs, call, launch, spec_at, table_words
 from attn_compiler.targets.cpp.gradient import by_key, by_query, is_owned
 from attn_compiler.targets.operands import head_groups
 
@@ -34,7 +34,7 @@ class Given:
 def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """The gradients of q, k, v and of the tables that are `wanted`."""
     sizes = tuple(tuple(table.shape) if yes else None for table, yes in zip(given.tables, wanted, strict=True))
-    pairs = _launches(shape, sizes)
+    pairs = launches(shape, sizes)
     of_q, of_k, of_v = (empty_like_tokens(x) for x in (given.q, given.k, given.v))
     adds = len(pairs) > 1
     sum_k, sum_v = (torch.zeros_like(x, dtype=torch.float32) for x in (of_k, of_v)) if adds else (of_k, of_v)
@@ -77,12 +77,13 @@ Sizes = tuple[tuple[int, ...] | None, ...]  # of the tables that want gradients
 
 
 @lru_cache(maxsize=256)
-def _launches(shape: Shape, sizes: Sizes) -> tuple[Pair, ...]:
+def launches(shape: Shape, sizes: Sizes) -> tuple[Pair, ...]:
+    """The launches of a backward pass, its groups of heads one after the other."""
     return tuple(_pair(shape, members, variant, sizes) for members, variant in head_groups(shape.variant, shape.heads))
 
 
 def _pair(shape: Shape, members: Sequence[int], variant: Variant, sizes: Sizes) -> Pair:
-    spec = spec_at(shape, variant)
+    spec = spec_at(shape, variant, pairs=by_pairs(shape.dtype) and shape.value_dim % 2 == 0)
     read = [name for name, _ in spec.tables]
     numbers = [n for n, (name, size) in enumerate(zip(shape.names, sizes, strict=True)) if size is not None and name in read]
     wanted = tuple(shape.names[n] for n in numbers)

@@ -81,6 +81,8 @@ def shape_of(
     )  # fmt: skip
     stored = _stored(read, dtype, tables or {})
     reason = objection(read, (True, True), stored)
+    if target == "triton" and any(part.dropout for part in read.parts()):
+        reason = "its kernels have no dropout yet"
     if reason:
         raise ShapeError(f"the target {target}: {reason}")
     return Shape(

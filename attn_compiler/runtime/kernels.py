@@ -136,7 +136,7 @@ def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 
 def _forward(shape: Shape, variant: Variant) -> Spec:
-    return spec_at(shape, variant, pairs=_pairs(shape.dtype))
+    return spec_at(shape, variant, pairs=by_pairs(shape.dtype))
 
 
 def spec_at(shape: Shape, variant: Variant, *, pairs: bool = False) -> Spec:
@@ -161,7 +161,8 @@ def launch(
     return Launch(run, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
 
 
-def _pairs(dtype: str) -> bool:
+def by_pairs(dtype: str) -> bool:
+    """Whether numbers are multiplied two at a time."""
     return dtype == "bfloat16" and why_not() is None and pairs_are_faster()
 
 

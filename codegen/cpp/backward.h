@@ -113,8 +113,8 @@ struct alignas(64) Work {
   bool everything;    // queries that see no key meet all of them
   Lanes lanes;
   Queue queues[VECTORS][VECTORS + 1];
-  Data<DIM> row_x;
-  Data<VALUE_DIM> row_y;
+  std::conditional_t<PAIRED, PairedBoth<DIM>, Data<DIM>> row_x;
+  std::conditional_t<PAIRED, PairedBoth<VALUE_DIM>, Data<VALUE_DIM>> row_y;
 };
 
 template <int FROM, int TO> static void meet(const Call& call, const Task& task, Work& work) {
@@ -124,8 +124,8 @@ template <int FROM, int TO> static void meet(const Call& call, const Task& task,
   prepare(task, rows);
   work.row_x.take(rows.data, count);
   work.row_y.take(queue.other, count);
-  products<FROM, TO>(work.row_x.row, count, DIM, work.x, work.scores);
-  products<FROM, TO>(work.row_y.row, count, VALUE_DIM, work.y, work.along);
+  products<FROM, TO>(work.row_x.along(), count, DIM / STEP, work.x, work.scores);
+  products<FROM, TO>(work.row_y.along(), count, VALUE_DIM / STEP, work.y, work.along);
   if constexpr (!BY_QUERY)
     for (int j = 0; j < count; j++) {
       work.base[j] = call.number(BASE, task, rows.row[j]);
@@ -162,8 +162,12 @@ template <int FROM, int TO> static void meet(const Call& call, const Task& task,
   }
   vf keep[VECTORS];
   UNROLLED for (int n = FROM; n < TO; n++) keep[n] = splat<vf>(1.0f), work.of_norm[n] += of_norm[n];
-  accumulate<DIM, FROM, TO>(work.row_x.row, count, work.scores, work.of_x, keep);
-  if (!BY_QUERY) accumulate<VALUE_DIM, FROM, TO>(work.row_y.row, count, work.along, work.of_y, keep);
+  const int steps = pair_up<FROM, TO>(work.scores, count);
+  accumulate<DIM, FROM, TO>(work.row_x.across(), steps, work.scores, work.of_x, keep);
+  if (!BY_QUERY) {
+    pair_up<FROM, TO>(work.along, count);
+    accumulate<VALUE_DIM, FROM, TO>(work.row_y.across(), steps, work.along, work.of_y, keep);
+  }
   rows.count = 0;
 }
 
@@ -226,7 +230,7 @@ INLINE void write_x(const Call& call, const Work& work, const Places& places, in
       along = norm == 0.0f ? 0.0f : work.of_norm[m / LANES][m % LANES] / norm;
     }
     result.write(b, head, places.of[m], DIM, !BY_QUERY && call.adds,
-                 [&](int d) { return work.of_x[d * TILE + m] + (NORMED ? along * work.x[d * TILE + m] : 0.0f); });
+                 [&](int d) { return work.of_x[d * TILE + m] + (NORMED ? along * (float)work.lanes.data[m][d] : 0.0f); });
   }
 }
 

@@ -24,8 +24,7 @@ INLINE void number(const Call& call, const Task& task, Work& work, const Places&
   }
   pack<VALUE_DIM>(rows, work.of_y);
   UNROLLED for (int n = 0; n < VECTORS; n++) {
-    vf along = {};
-    for (int d = 0; d < VALUE_DIM; d++) along += *at(work.of_y, d, n) * *at(work.y, d, n);
+    vf along = product<VALUE_DIM>(work.of_y, work.y, n);
     const vi sees = peak[n] != -INFINITY;
     along = sees ? along : vf{};
     work.base[n] = sees ? peak[n] : vf{};

@@ -51,7 +51,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   prepare(task, keys);
   work.k.take(keys.data, count);
   work.v.take(work.values[FROM][TO], count);
-  products<FROM, TO>(work.k.row, count, PAIRED ? DIM / 2 : DIM, work.q, work.scores);
+  products<FROM, TO>(work.k.row, count, DIM / STEP, work.q, work.scores);
 
   vf peak[VECTORS], keep[VECTORS], mass[VECTORS] = {};
   UNROLLED for (int n = FROM; n < TO; n++) peak[n] = work.peak[n], keep[n] = splat<vf>(1.0f);
@@ -85,8 +85,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
     }
   }
   UNROLLED for (int n = FROM; n < TO; n++) work.mass[n] = work.mass[n] * keep[n] + mass[n];
-  const int steps = PAIRED ? pair_up<FROM, TO>(work.scores, count) : count;
-  accumulate<VALUE_DIM, FROM, TO>(work.v.row, steps, work.scores, work.out, keep);
+  accumulate<VALUE_DIM, FROM, TO>(work.v.row, pair_up<FROM, TO>(work.scores, count), work.scores, work.out, keep);
   keys.count = 0;
 }
 
@@ -170,8 +169,7 @@ INLINE void attend(const Call& call, const Task& task, Work& work, int64_t membe
     work.queries.lane[m / LANES][m % LANES] = places.of[m];
     work.queries.data[m] = q + places.of[m] * call.q_stride[2];
   }
-  if constexpr (PAIRED) pack_pairs<DIM>(work.queries.data, work.q);
-  else pack<DIM>(work.queries.data, work.q);
+  pack<DIM>(work.queries.data, work.q);
   prepare(task, work.queries);
   gather(call, task, work, [&](auto meet) { call.visits.each(task.b, member, tile, meet); });
   bool left = finish(call, task, work, places);

@@ -10,9 +10,10 @@ struct __attribute__((packed, aligned(2), may_alias)) Pair {
 
 INLINE vf fused(vf sum, float y, vf x) { return sum + y * x; }
 #if defined(__AVX512BF16__)
-INLINE vf fused(vf sum, Pair y, vf x) {
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(splat<vi>(y.both)), (__m512bh)x);
-}
+INLINE vf fused_pairs(vf sum, vf y, vf x) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)y, (__m512bh)x); }
+INLINE vf fused(vf sum, Pair y, vf x) { return fused_pairs(sum, (vf)splat<vi>(y.both), x); }
+#else
+INLINE vf fused_pairs(vf sum, vf, vf) { return sum; }  // has to be there, and is never called
 #endif
 
 INLINE vf* at(float* rows, int row, int n) { return (vf*)(rows + row * TILE + n * LANES); }
@@ -77,12 +78,9 @@ template <int WIDTH> struct Data {
     for (int j = 0; j < count; j++) row[j] = floats(stored[j], room + j * WIDTH, WIDTH);
     for (int j = count; j < count + ROWS; j++) row[j] = row[count - 1];
   }
+  INLINE_METHOD const float* const* along() const { return row; }
+  INLINE_METHOD const float* const* across() const { return row; }
 };
-
-template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
-  for (int m = 0; m < TILE; m++)
-    for (int d = 0; d < WIDTH; d++) packed[d * TILE + m] = (float)stored[m][d];
-}
 
 // The same three in pairs. Rows of K hold their pairs already; V's are put together from two rows, a last one with zeros.
 template <int WIDTH> struct PairedAlong {
@@ -106,13 +104,36 @@ template <int WIDTH> struct PairedAcross {
   }
 };
 
-template <int WIDTH> INLINE void pack_pairs(const Stored* const* stored, float* packed) {
+template <int WIDTH> struct PairedBoth {
+  PairedAlong<WIDTH> in_place;
+  PairedAcross<WIDTH> copied;
+  INLINE_METHOD void take(const Stored* const* stored, int count) { in_place.take(stored, count), copied.take(stored, count); }
+  INLINE_METHOD const Pair* const* along() const { return in_place.row; }
+  INLINE_METHOD const Pair* const* across() const { return copied.row; }
+};
+
+// The tokens in the lanes, transposed: numbers or pairs of them.
+template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
   for (int m = 0; m < TILE; m++)
-    for (int d = 0; d < WIDTH / 2; d++) memcpy(packed + d * TILE + m, stored[m] + 2 * d, 4);
+    for (int d = 0; d < WIDTH; d += STEP) {
+      if constexpr (PAIRED) memcpy(packed + d / STEP * TILE + m, stored[m] + d, 4);
+      else packed[d * TILE + m] = (float)stored[m][d];
+    }
+}
+
+// Of each lane: the product of two packed tokens.
+template <int WIDTH> INLINE vf product(const float* a, const float* b, int n) {
+  vf sum = {};
+  for (int d = 0; d < WIDTH / STEP; d++) {
+    if constexpr (PAIRED) sum = fused_pairs(sum, *at(a, d, n), *at(b, d, n));
+    else sum += *at(a, d, n) * *at(b, d, n);
+  }
+  return sum;
 }
 
 // Two rows of weights become one of pairs; returns how many there are.
 template <int FROM, int TO> INLINE int pair_up(float* weights, int count) {
+  if constexpr (!PAIRED) return count;
   for (int j = 0; j < count; j += 2) UNROLLED for (int n = FROM; n < TO; n++) {
     const vi low = (vi)*at(weights, j, n) + 0x8000, high = j + 1 < count ? (vi)*at(weights, j + 1, n) + 0x8000 : vi{};
     *at(weights, j / 2, n) = (vf)(((low >> 16) & 0xffff) | (high & (int)0xffff0000));

@@ -11,6 +11,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import SOFTMAX, Normalizer, Variant
+from attn_compiler.errors import ShapeError
 from attn_compiler.testing import assert_all_within_budget
 
 RATE, BATCH, HEADS, LENGTH = 0.3, 2, 4, 61
@@ -108,6 +109,8 @@ def test_a_kernel_with_dropout_can_be_read() -> None:
     source = attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8)
     assert "constexpr uint32_t DROPPED = 1288490189u;  // 0.3 of 2^32" in source
     assert source.count("dropped(work.queries.first[n], work.queries.second[n], keys.word[j])") == 2
+    with pytest.raises(ShapeError, match="the target triton: its kernels have no dropout yet"):
+        attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8, target="triton")
 
 
 def test_all_may_be_dropped() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
 from attn_compiler.errors import DerivativeError, ShapeError
+from attn_compiler.runtime import gradients, kernels
 from attn_compiler.testing import Case, assert_all_within_budget, assert_case, check_variant, random_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +80,18 @@ def operands(q_len: int, k_len: int, dim: int, heads: int = 4, kv_heads: int = 2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_over_many_tiles_are_within_budget(dim: int, dtype: torch.dtype) -> None:
     assert_case(Case(VARIANTS["window"], *operands(300, 300, dim), {}), dtype, "cpp")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_both_ways_of_multiplying_bfloat16_give_gradients_within_budget(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pairs and "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("this machine does not multiply pairs")
+    monkeypatch.setattr(kernels, "pairs_are_faster", lambda: pairs)
+    monkeypatch.setattr(kernels, "launches", kernels.launches.__wrapped__)  # which knows no choice made before
+    monkeypatch.setattr(gradients, "launches", gradients.launches.__wrapped__)
+    for name in ("window", "sinks", "cosine"):
+        q, k, v = operands(67, 67, 24)
+        assert_case(Case(VARIANTS[name], q, k, v[..., :22], tables_of(VARIANTS[name])), torch.bfloat16, "cpp")
 
 
 @pytest.mark.parametrize("rule", [EmptyRows.ZERO, EmptyRows.MEAN, EmptyRows.UNMASKED])

@@ -78,6 +78,7 @@ def _constants(spec: Spec, chunk: int) -> tuple[str, ...]:
         f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {chunk};",
         f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else chunk};",
         f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
+        "constexpr int STEP = PAIRED ? 2 : 1;",
         f"constexpr int TABLES = {max(1, len(spec.tables))};{_remark(spec)}",
         "typedef ContextOf<TABLES> Context;",
         f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
