@@ -6,6 +6,7 @@ from attn_compiler.backend import reports
 from attn_compiler.explain import explain
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.report import ExportReport
+from attn_compiler.generation.front import cache
 from attn_compiler.graph.tables import Tables
 from attn_compiler.library import load_policy
 from attn_compiler.planning.policy import Policy
@@ -21,6 +22,7 @@ __all__ = [
     "Tables",
     "Variant",
     "attend",
+    "cache",
     "errors",
     "explain",
     "export_onnx",

@@ -28,7 +28,7 @@ def reach(mask: Expr) -> Reach | None:
     """The reach of a mask, with the shortest prefix that bounds it; None where no prefix does."""
     firsts = {bound for node in mask.walk() if (bound := _first_keys(node)) is not None}
     for prefix in sorted({0} | firsts):
-        nearest, farthest = distance(_beyond(mask, prefix))
+        nearest, farthest = distance(beyond(mask, prefix))
         if math.isfinite(farthest - nearest):
             return Reach(math.ceil(nearest), math.floor(farthest), prefix)
     return None
@@ -78,7 +78,7 @@ def _first_keys(node: Expr) -> int | None:
     return max(0, -factor * difference.constant + (node.op != "lt"))
 
 
-def _beyond(mask: Expr, prefix: int) -> Expr:
+def beyond(mask: Expr, prefix: int) -> Expr:
     """What is left of `mask` for keys from `prefix` on."""
 
     def change(node: Expr) -> Expr:

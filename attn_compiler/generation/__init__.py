@@ -1,0 +1,1 @@
+"""Generating text: caches that hold what a policy needs."""

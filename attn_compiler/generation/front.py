@@ -1,0 +1,118 @@
+"""`attn.cache`: what a model has to remember while it generates under a policy, and no more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, fx, nn
+
+from attn_compiler import library
+from attn_compiler.errors import ShapeError
+from attn_compiler.generation.kept import Kept, kept_at, together
+from attn_compiler.graph.analysis import analyze
+from attn_compiler.planning.plan import Plan
+from attn_compiler.planning.planner import plan
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.site import Kind, Site
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+MOST_TOKENS = 1 << 15  # of the prompt that a model is looked at with: longer than windows are
+KINDS = ("full_attention", "sliding_attention")  # as transformers calls them
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, list[tuple[Kept | None, bool]]]] = WeakKeyDictionary()
+_TELLING: WeakSet[nn.Module] = WeakSet()
+
+
+def cache(
+    model: nn.Module,
+    policy: str | Path | Mapping[str, object] | Policy | None = None,
+    *,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int] | None = None,
+) -> Cache:
+    """A cache for `model.generate(past_key_values=…)` that holds the keys which the policy lets later tokens see.
+
+    A layer holds everything, or the latest tokens and the first ones of each row. Layers that share a mask of the model hold
+    what the one needs that needs most. Compile the model with the same policy: a cache hides nothing from a prompt. A model is
+    looked at once for each policy; then, as by `attn.explain`, what torch.compile compiled before is forgotten.
+    """
+    read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
+    inner = getattr(model, "_orig_mod", model)
+    if getattr(inner, "config", None) is None or not hasattr(inner, "generate"):
+        raise ShapeError(f"a cache is for models of transformers that generate; found {type(inner).__name__}")
+    known = _KNOWN.setdefault(inner, {})
+    key = f"{read.digest} {sorted((values or {}).items())} {sorted(tables or {})}"
+    if key not in known:
+        known[key] = _needs(inner, read)
+    _tell_padding(inner)
+    from attn_compiler.generation.layers import cache_of
+
+    return cache_of(known[key])
+
+
+def _needs(model: Any, policy: Policy) -> list[tuple[Kept | None, bool]]:
+    """What each layer needs, and whether it follows the model's mask for windows."""
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [_only_kind(config)] * count
+    unknown = sorted({*kinds} - {*KINDS}) or (["an encoder"] if model.config.is_encoder_decoder else [])
+    if unknown:
+        raise ShapeError(f"a cache is for layers of {' and '.join(KINDS)}; {type(model).__name__} has {unknown[0]}: use its own")
+    own: list[list[Kept | None]] = [[] for _ in range(count)]
+    for site in _sites(model, config):
+        if site.kind is Kind.SELF and site.layer is not None and site.layer < count:
+            own[site.layer].append(kept_at(policy, site))
+    of_kind: dict[str, list[Kept | None]] = {kind: [] for kind in kinds}
+    for kind, found in zip(kinds, own, strict=True):
+        of_kind[kind] += found or [None]  # what was not found is not known to need less
+    shared = {kind: together(needs) for kind, needs in of_kind.items()}
+    return [(shared[kind], kind == "sliding_attention") for kind in kinds]
+
+
+def _only_kind(config: Any) -> str:
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def _sites(model: Any, config: Any) -> list[Site]:
+    """The attentions of a model that reads a prompt; a twin on the meta device is looked at, which computes nothing."""
+    with torch.device("meta"):
+        twin: nn.Module = type(model)(copy.deepcopy(model.config)).to(model.dtype).eval()
+        tokens = torch.zeros(1, min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS)), dtype=torch.int64)
+    found: list[Site] = []
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def remember(sites: Sequence[Site], near_misses: Sequence[Any]) -> Plan:
+            found.extend(sites)
+            return plan(sites, library.load_policy("exact"), (), near_misses)
+
+        analyze(gm, example_inputs, remember)
+        return gm.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(twin, backend=look, dynamic=False)(input_ids=tokens, use_cache=False)
+    torch.compiler.reset()
+    return found
+
+
+def _tell_padding(model: nn.Module) -> None:
+    """Let the layers of our caches know where rows begin: only the model is told by a mask."""
+    if model not in _TELLING:
+        _TELLING.add(model)
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    held, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if held is None or not isinstance(mask, Tensor) or mask.ndim != 2 or held.get_seq_length():
+        return
+    for layer in held.layers:
+        if hasattr(layer, "padding"):
+            layer.padding = mask.to(torch.int64).argmax(-1)

@@ -1,0 +1,98 @@
+"""Layers of a transformers cache that let go of what no later query sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from attn_compiler.errors import ShapeError
+from attn_compiler.generation.kept import Kept
+
+
+class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """The latest keys, and the first ones of each row in front of them.
+
+    The model is told that its keys are the latest tokens. The first ones then stand in the places of others that were let go,
+    which are no padding, and so each place of the model's mask fits the key in it.
+    """
+
+    def __init__(self, kept: Kept, *, slides: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept, self.is_sliding = kept, slides
+        self.cumulative_length = 0
+        self.padding: Tensor | None = None  # tokens before each row's first
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        gone = self.cumulative_length - self.held
+        keys, values = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += key_states.shape[-2]
+        self.keys, self.values = keys, values
+        if keys.shape[-2] > self.kept.first + self.kept.latest:
+            self._let_go(keys, values, gone)
+        return keys, values
+
+    def _let_go(self, keys: Tensor, values: Tensor, gone: int) -> None:
+        first, latest, length = self.kept.first, self.kept.latest, keys.shape[-2]
+        if not first:
+            # Copied: a view would keep the whole prompt alive, and its strides would be compiled anew.
+            self.keys, self.values = (x[:, :, length - latest :].contiguous() for x in (keys, values))
+            return
+        pinned, near = torch.arange(first, device=keys.device), torch.arange(length - latest, length, device=keys.device)
+        start = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        if self.padding is not None:  # rows begin one after the other: until its first token is here, a row keeps the latest
+            start = (self.padding.to(keys.device) - gone).clamp(0, length - first - latest)
+        places = torch.cat([start[:, None] + pinned, near.expand(keys.shape[0], -1)], dim=1)[:, None, :, None]
+        self.keys, self.values = (x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
+
+    @property
+    def held(self) -> int:
+        """How many keys are here."""
+        return self.keys.shape[-2] if self.keys is not None and self.keys.numel() else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.cumulative_length - self.held
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.padding = None if self.padding is None else self.padding.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.padding = None if self.padding is None else self.padding[indices]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.padding = None if self.padding is None else self.padding[beam_idx.to(self.padding.device)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cumulative_length > self.held and tokens_to_remove:
+            raise ShapeError(
+                f"this cache has let go of {self.cumulative_length - self.held} tokens, so it cannot be taken back by "
+                f"{abs(tokens_to_remove)}: use one that holds everything, such as transformers' DynamicCache"
+            )
+        before = self.held
+        super().crop(tokens_to_remove)
+        self.cumulative_length -= before - self.held
+
+
+def cache_of(kept: list[tuple[Kept | None, bool]]) -> Cache:
+    """A cache with one layer for each of these; the second says whether the layer follows the model's mask for windows."""
+    return Cache([_layer(held, slides) for held, slides in kept])
+
+
+def _layer(held: Kept | None, slides: bool) -> DynamicLayer:
+    if held is not None:
+        return KeptLayer(held, slides=slides)
+    layer = DynamicLayer()  # type: ignore[no-untyped-call]
+    layer.is_sliding = slides
+    return layer
