@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py $(BENCH_RESULTS)
 	$(BIN)/python benchmarks/whole_models.py $(BENCH_RESULTS)
 	$(BIN)/python benchmarks/cpu.py $(BENCH_RESULTS)
+	$(BIN)/python benchmarks/exported.py $(BENCH_RESULTS)
 
 clean:
 	rm -rf .venv .venv-torch* build dist *.egg-info bench-output demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -45,6 +45,8 @@ def export_onnx(
     if decode or flavor != "plain":
         raise ExportError("decoding with caches is not exported yet: leave out `decode` and `flavor`")
     check_strategy(strategy)
+    if not Path(path).parent.is_dir():
+        raise ExportError(f"there is no folder {Path(path).parent}, where {Path(path).name} should be written")
     _need_packages()
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     with torch.no_grad():

@@ -126,6 +126,16 @@ def test_a_model_in_training_mode_is_refused(tmp_path: Path) -> None:
         attn.export_onnx(Attention(), (torch.randn(1, 2, 40, 8),), tmp_path / "one.onnx")
 
 
+def test_a_folder_that_is_not_there_is_said_before_anything_is_traced(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no folder .*missing"):
+        attn.export_onnx(nn.Identity().eval(), (), tmp_path / "missing" / "one.onnx")
+
+
+def test_decoding_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="not exported yet"):
+        write(tmp_path / "one.onnx", decode=True)
+
+
 def test_an_unknown_strategy_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match='did you mean "scan"'):
         write(tmp_path / "one.onnx", strategy="scann")

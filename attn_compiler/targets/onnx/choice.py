@@ -72,7 +72,11 @@ def _scan_cost(spec: Spec, variant: Variant, likely: Likely) -> float:
     mask = spec.in_positions(variant.mask)
     reach, step = sides(mask), dilation(mask)
     rows = min(ROWS, likely.queries)
-    closed = [side for side in (reach.farthest, -reach.nearest) if math.isfinite(side)]
-    width = max(0.0, sum(closed)) + (2 - len(closed)) * likely.keys / 2
+    width = sum(_seen(min(side, likely.keys), likely.keys) for side in (reach.farthest, -reach.nearest))
     keys = min(likely.keys, reach.prefix + width + rows * step) / step
     return math.ceil(likely.queries / rows) * (STEP + rows * keys)
+
+
+def _seen(side: float, keys: int) -> float:
+    """How many keys there are on average within that distance to one side: queries near the end have fewer."""
+    return side - side * side / (2 * keys)

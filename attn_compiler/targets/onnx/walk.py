@@ -19,7 +19,7 @@ from attn_compiler.targets.operands import PLACE
 
 Contents = Mapping[str, TableValues]  # of the tables that are known when exporting
 TILES = ((64, 64), (64, 8), (128, 64), (128, 8))  # queries of a block, and keys that are visited together
-STEP = 16 * 1024  # what starting a block costs, in pairs of query and key
+STEP = 2048  # what starting a block costs, in pairs of query and key
 MOST = 4  # patterns that heads may have of their own
 
 
