@@ -2,6 +2,7 @@
 
     python benchmarks/whole_models.py FOLDER [--threads 2] [--rounds 5] [--only llama,gpt2]
 
+Cases that train are a step: forward, loss, and the gradients of all parameters; their error is that of these gradients.
 Writes `whole_models.json` and `whole_models.md` to FOLDER. The shapes below were fixed before anything was measured.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from _tables import markdown, processor, write_json
 
 LENGTH = 4096
+Run = Callable[[dict[str, Tensor]], Tensor]
 DECODER = {
     "vocab_size": 256,
     "hidden_size": 512,
@@ -52,6 +54,7 @@ class Case:
     length: int = LENGTH
     implementation: str = "sdpa"
     padded: bool = False
+    trains: bool = False
 
 
 CASES = (
@@ -73,6 +76,9 @@ CASES = (
          {**ENCODER, "local_attention": 128, "global_attn_every_n_layers": 3, "pad_token_id": 0, "cls_token_id": 1,
           "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}),
     Case("llama, 256 tokens", "LlamaConfig", "LlamaForCausalLM", DECODER, 256),
+    Case("mistral, window 256, a training step", "MistralConfig", "MistralForCausalLM", {**DECODER, "sliding_window": 256},
+         trains=True),
+    Case("llama, a training step", "LlamaConfig", "LlamaForCausalLM", DECODER, trains=True),
 )  # fmt: skip
 
 
@@ -100,14 +106,25 @@ def build(case: Case) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model.eval()
+    return model.train(case.trains)
 
 
-def compiled(model: nn.Module, backend: str) -> Callable[[dict[str, Tensor]], Tensor]:
+def compiled(model: nn.Module, backend: str) -> Run:
     """A fresh function for each backend, so that their compilations stay apart."""
     scope: dict[str, object] = {"model": model}
     exec(compile("def run(inputs):\n    return model(**inputs)[0]\n", f"<{backend}>", "exec"), scope)
     return torch.compile(scope["run"], backend=backend, dynamic=False)  # type: ignore[call-overload, no-any-return]
+
+
+def stepping(model: nn.Module, run: Run) -> Run:
+    """A training step, which answers with the gradients of all parameters."""
+
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        scores, tokens = run(inputs), inputs["input_ids"]
+        loss = nn.functional.cross_entropy(scores[0, :-1].to(torch.float64), tokens[0, 1:])
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))])
+
+    return step
 
 
 def measure(case: Case, rounds: int) -> Result:
@@ -117,7 +134,11 @@ def measure(case: Case, rounds: int) -> Result:
     if case.padded:
         inputs["attention_mask"] = (torch.arange(case.length) < case.length * 3 // 4).long()[None]
     runs = {backend: compiled(model, backend) for backend in ("inductor", "attn")}
-    with torch.no_grad():
+    runs["eager"] = lambda inputs: model(**inputs)[0]
+    if case.trains:
+        runs = {name: stepping(model, run) for name, run in runs.items()}
+    eager = runs.pop("eager")
+    with torch.set_grad_enabled(case.trains):
         outputs = {backend: run(inputs) for backend, run in runs.items()}
         times: dict[str, list[float]] = {backend: [] for backend in runs}
         for _ in range(rounds):
@@ -125,8 +146,9 @@ def measure(case: Case, rounds: int) -> Result:
                 start = time.perf_counter()
                 run(inputs)
                 times[backend].append(time.perf_counter() - start)
-        exact = model.double()(**inputs)[0]
-    shown = torch.ones(1, case.length, dtype=torch.bool) if not case.padded else inputs["attention_mask"].bool()
+        model.double()
+        exact = eager(inputs)
+    shown = inputs["attention_mask"].bool() if case.padded else ...
     errors = {
         backend: ((out.double() - exact)[shown].abs().max() / exact[shown].abs().max()).item() for backend, out in outputs.items()
     }
