@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from attn_compiler import library
 from attn_compiler.algebra.expr import Expr, const
@@ -13,9 +15,21 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.resolve import resolve
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.planning.slots import Naming, read_slots
+from attn_compiler.planning.words import Words
 from attn_compiler.planning.yaml_text import entry_of
 
 VariantLike = Variant | str | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a caller wrote, under words that it was read with: equal where all of it looks the same."""
+
+    text: str
+    slots: Mapping[str, object] = field(compare=False)
+    values: Mapping[str, int | float] = field(compare=False)
+    words: Words = field(compare=False)
+    number_of_words: int  # that of the object, which is kept here, so that no other one gets it
 
 
 def read_variant(
@@ -34,13 +48,22 @@ def read_variant(
     """What `variant` makes of an attention that computes `base` by itself. A plain text is a mask."""
     if isinstance(variant, Variant):
         return variant
-    slots_text = {"mask": variant} if isinstance(variant, str) else variant
-    naming = Naming(library.words(), values=dict(values or {}), layer=layer, strict=False)
-    slots = read_slots(entry_of(slots_text, "variant"), naming)
+    slots, words = {"mask": variant} if isinstance(variant, str) else variant, library.words()
+    given = _Given(repr((slots, values)), slots, dict(values or {}), words, id(words))
+    sizes = (layer, layers, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim)
+    read = _read if all(type(size) is int for size in sizes) else _read.__wrapped__  # symbols cannot be looked up
+    return read(given, base, sizes)
+
+
+@lru_cache(maxsize=512)
+def _read(given: _Given, base: Variant, sizes: tuple[int, ...]) -> Variant:
+    layer, layers, batch, heads, kv_heads, q_len, k_len, dim, value_dim = sizes
+    naming = Naming(given.words, values=given.values, layer=layer, strict=False)
+    slots = read_slots(entry_of(given.slots, "variant"), naming)
     if slots is None:
         return base
     site = Site(
-        "attend", Kind.SELF, Phase.PREFILL, layer, layers, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, "", base,
+        "attend", Kind.SELF, Phase.PREFILL, layer, layers, batch, heads, kv_heads, q_len, k_len, dim, value_dim, "", base,
         Frame(), q_len, k_len,
     )  # fmt: skip
     resolved = resolve(slots, site)

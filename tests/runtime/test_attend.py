@@ -149,3 +149,14 @@ def test_a_causal_geometry_may_be_filled_in_part() -> None:
     q, k, v = qkv()
     grid = {"geometry": [3, 3], "mask": "causal & neighborhood(kernel=3, causal=True, edge='clip')"}
     torch.testing.assert_close(attend(q[:, :, :7], k[:, :, :7], v[:, :, :7], grid), attend(q, k, v, grid)[:, :, :7])
+
+
+def test_a_mapping_that_has_changed_is_read_again() -> None:
+    q, k, v = qkv()
+    slots: dict[str, object] = {"mask": "causal & window(w)"}
+    narrow = attend(q, k, v, slots, values={"w": 1})
+    assert torch.equal(narrow, attend(q, k, v, slots, values={"w": 1}))  # type: ignore[arg-type]
+    torch.testing.assert_close(narrow, v.repeat_interleave(2, dim=1))
+    assert not torch.equal(narrow, attend(q, k, v, slots, values={"w": 2}))  # type: ignore[arg-type]
+    slots["mask"] = "causal"
+    assert torch.equal(attend(q, k, v, slots), attend(q, k, v, "causal"))  # type: ignore[arg-type]
