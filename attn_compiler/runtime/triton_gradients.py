@@ -91,10 +91,10 @@ def _run(
     rest = (read, added, sizes(shape))
     tiles = -(-shape.q_len // blocks.queries), -(-shape.k_len // blocks.keys)
     grid = tiles[0], len(pair.members), shape.batch
-    call(pair.by_query, grid, (q, k, v, out, above, of_q, given.kept, numbers, pair.of_queries, *rest), blocks)
+    call(given.q, pair.by_query, grid, (q, k, v, out, above, of_q, given.kept, numbers, pair.of_queries, *rest), blocks)
     unseeing = numbers[3].amax(-1)  # of each head, where that matters
     visits = (*pair.of_keys, unseeing)
-    call(pair.by_key, (tiles[1], pair.owners, shape.batch), (q, k, v, above, of_k, of_v, numbers, visits, *rest), blocks)
+    call(given.q, pair.by_key, (tiles[1], pair.owners, shape.batch), (q, k, v, above, of_k, of_v, numbers, visits, *rest), blocks)
 
 
 def _means(pair: Pair, shape: Shape, given: Given) -> Tensor:

@@ -137,13 +137,13 @@ def run(
         grid = -(-shape.q_len // blocks.queries), len(one.visits[0]), shape.batch
         read = tuple(table(tables[n]) for n in one.numbers)
         operands = (operand(x) for x in (q, k, v, out))
-        call(one.kernel, grid, (*operands, totals, kept, one.visits, read, sizes(shape)), blocks)
+        call(q, one.kernel, grid, (*operands, totals, kept, one.visits, read, sizes(shape)), blocks)
 
 
-def call(kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], blocks: Blocks) -> None:
-    """Launch a kernel on the device of its operands."""
+def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], blocks: Blocks) -> None:
+    """Launch a kernel on the device of a tensor: Triton itself would take the current one."""
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    with interpreter.quiet():
+    with torch.cuda.device_of(of), interpreter.quiet():  # type: ignore[no-untyped-call]
         kernel[grid](*arguments, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, **options)
 
 

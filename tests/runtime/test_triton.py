@@ -78,7 +78,9 @@ def test_a_log_sum_exp_is_that_of_the_reference() -> None:
 def test_gradients_come_from_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     call = triton_gradients.call
-    monkeypatch.setattr(triton_gradients, "call", lambda kernel, *rest: (launched.append(kernel.__name__), call(kernel, *rest)))
+    monkeypatch.setattr(
+        triton_gradients, "call", lambda of, kernel, *rest: (launched.append(kernel.__name__), call(of, kernel, *rest))
+    )
     q, k, v = (randn(1, 1, 20, 16).float().requires_grad_() for _ in "qkv")
     out = attend(q, k, v, "causal", target="triton")
     assert isinstance(out, Tensor)
