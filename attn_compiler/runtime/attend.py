@@ -15,12 +15,12 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.call import Positions, check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
-from attn_compiler.runtime.targets import TARGETS
+from attn_compiler.runtime.targets import OPT_IN, TARGETS, Attends
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
 from attn_compiler.targets.torch_target import Result
 
-Target = Literal["auto", "cpp", "triton", "torch", "reference"]
+Target = Literal["auto", "cpp", "triton", "torch", "flex", "reference"]
 Attended = Tensor | tuple[Tensor, Tensor]
 SITE_BIAS = "site.bias"  # the name under which `bias=` is read
 
@@ -87,9 +87,10 @@ def reference(
 def _carried(operands: Operands, variant: Variant, lse: bool, target: str) -> Result:
     if target == "reference":
         return attend_reference(operands, variant, lse=lse)
-    if target != "auto" and target not in TARGETS:
-        raise ShapeError(f'no target "{target}" here{did_you_mean(target, ("auto", "reference", *TARGETS))}')
-    chosen = TARGETS["torch" if target == "auto" else target]
+    known: Mapping[str, Attends] = {**TARGETS, **OPT_IN}
+    if target != "auto" and target not in known:
+        raise ShapeError(f'no target "{target}" here{did_you_mean(target, ("auto", "reference", *known))}')
+    chosen = known["torch" if target == "auto" else target]
     reason = chosen.refuse(operands, variant, lse=lse)
     if reason:
         raise ShapeError(f"the target {chosen.name}: {reason}")

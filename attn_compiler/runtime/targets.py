@@ -12,18 +12,16 @@ from attn_compiler.planning.site import Site
 from attn_compiler.runtime.cpp import CppTarget
 from attn_compiler.runtime.triton import TritonTarget
 from attn_compiler.targets.choice import TorchTarget
+from attn_compiler.targets.flex import FlexTarget
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
 
 
-class Target(Protocol):
-    """One way to run attention."""
+class Attends(Protocol):
+    """One way to run a call of attention."""
 
     @property
     def name(self) -> str: ...
-
-    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        """How a site would run, or why it should not."""
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         """Why a call cannot run; None if it can."""
@@ -32,4 +30,12 @@ class Target(Protocol):
         """Run a call that is not refused."""
 
 
+class Target(Attends, Protocol):
+    """One way to run the attentions of a model."""
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        """How a site would run, or why it should not."""
+
+
 TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TritonTarget(), TorchTarget())}
+OPT_IN: Mapping[str, Attends] = {target.name: target for target in (FlexTarget(),)}  # for calls that name them
