@@ -25,6 +25,11 @@ class Replay(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         return dense(self._sites[n], self.env) if n in self._sites else super().run_node(n)
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # A view takes for granted how its tensor lies in memory, and a site's output may lie in another way.
+        target = torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
+        return super().call_function(target, args, kwargs)
+
 
 def dense(site: GraphSite, values: dict[fx.Node, Any]) -> Tensor:
     """The output of `site`, given the values of the nodes before it."""

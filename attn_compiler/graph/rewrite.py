@@ -12,6 +12,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, Variant
+from attn_compiler.graph.axes import rearranges
 from attn_compiler.graph.calls import Argument, is_tensor, shape
 from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
@@ -64,8 +65,19 @@ def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequ
                 copy = graph.node_copy(node, copies.__getitem__)
                 copy.meta.update({key: out.meta[key] for key in _PROVENANCE if key in out.meta})
                 copies[node] = copy
+    _let_views_copy(out)
     out.replace_all_uses_with(result)
     graph.erase_node(out)
+
+
+def _let_views_copy(out: fx.Node) -> None:
+    """A view takes for granted how its tensor lies in memory, which need not hold of what takes the tensor's place."""
+    views = [out]
+    for node in views:
+        views += [user for user in node.users if rearranges(user)]
+    for node in views:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _record(replacement: Replacement, names: Sequence[str], inputs: Sequence[Argument]) -> fx.GraphModule:

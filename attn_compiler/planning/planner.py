@@ -66,8 +66,6 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
             refusals.append(carried)
         elif carried.gains or not exact:
             return Decision(site, asked.rule, variant, exact, target.name, carried.form, tuple(refusals))
-        else:
-            return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))
     if exact:
         return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))
     return _left(site, asked, tuple(refusals))

@@ -30,6 +30,8 @@ def operands_of(
 ) -> Operands:
     """The operands of one call, whose shapes have been checked; tables and positions are checked here."""
     batch, heads, q_len, _ = q.shape
+    if q_positions is None and isinstance(k_positions, Tensor) and q_len > k.shape[-2]:
+        raise ShapeError(f"{q_len} queries cannot stand at the last of {k.shape[-2]} keys' positions: give `q_positions`, too")
     read = {**tables, **derived_tables(variant, k.shape[-2], q.device)}
     _check_tables(variant, read, q.device)
     return Operands(

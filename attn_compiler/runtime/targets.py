@@ -37,5 +37,6 @@ class Target(Attends, Protocol):
         """How a site would run, or why it should not."""
 
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TritonTarget(), TorchTarget())}
+# Triton comes last, to be named: its kernels have run in its interpreter, and on no GPU yet.
+TARGETS: Mapping[str, Target] = {target.name: target for target in (CppTarget(), TorchTarget(), TritonTarget())}
 OPT_IN: Mapping[str, Attends] = {target.name: target for target in (FlexTarget(),)}  # for calls that name them

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as attn
-from attn_compiler.runtime import cpp, gradients, kernels
+from attn_compiler.runtime import cpp, operator
 from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 from end_to_end.models import WINDOW, assert_outcome, double, like_llama, llama, outcome, tokens
 
@@ -127,8 +127,8 @@ def test_one_graph_trains_and_infers() -> None:
 @quick
 def test_a_training_step_attends_once_forward_and_once_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    forward, backward = kernels.run, gradients.gradients
-    monkeypatch.setattr(kernels, "run", lambda *given, **named: calls.append("forward") or forward(*given, **named))
-    monkeypatch.setattr(gradients, "gradients", lambda *given: calls.append("backward") or backward(*given))
+    forward, backward = operator._RUN["cpp"], operator._DIFFERENTIATE["cpp"]
+    monkeypatch.setitem(operator._RUN, "cpp", lambda *given, **named: calls.append("forward") or forward(*given, **named))
+    monkeypatch.setitem(operator._DIFFERENTIATE, "cpp", lambda *given: calls.append("backward") or backward(*given))
     trained(llama(), like_llama(tokens(length=LENGTH)))
     assert calls == ["forward"] * 2 + ["backward"] * 2

@@ -12,7 +12,7 @@ from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import DerivedTable, Normalizer, Variant
 from attn_compiler.errors import LanguageError, ShapeError, TableError
-from attn_compiler.runtime.attend import attend
+from attn_compiler.runtime.attend import Target, attend
 
 CAUSAL = Variant(mask=e.k <= e.q)
 
@@ -160,3 +160,9 @@ def test_a_mapping_that_has_changed_is_read_again() -> None:
     assert not torch.equal(narrow, attend(q, k, v, slots, values={"w": 2}))  # type: ignore[arg-type]
     slots["mask"] = "causal"
     assert torch.equal(attend(q, k, v, slots), attend(q, k, v, "causal"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["auto", "cpp", "torch", "reference"])
+def test_more_queries_than_positions_are_refused(target: Target) -> None:
+    with pytest.raises(ShapeError, match="9 queries cannot stand at the last of 5 keys"):
+        attend(*qkv(9, 5), CAUSAL, k_positions=torch.arange(5), target=target)

@@ -76,3 +76,9 @@ def test_rounding_otherwise_reaches_gradients() -> None:
         (other,) = torch.autograd.grad(x.exp().sum(), x)
     assert not torch.equal(usual, other)
     torch.testing.assert_close(usual, other)
+
+
+def test_a_fill_absorbs_what_is_added_to_it_in_whatever_order() -> None:
+    hidden = torch.full((4,), torch.finfo(torch.float32).min)
+    with rounding_otherwise(0):
+        torch.testing.assert_close(torch.softmax(A[:4].float() + hidden, -1), torch.full((4,), 0.25), rtol=4 * EPS, atol=0)
