@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -69,12 +69,11 @@ def _results(program: ExportedProgram) -> list[fx.Node]:
 
 def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
     """A name of its own for each attention."""
-    seen: Counter[str] = Counter()
-    names = []
-    for decision in decisions:
-        name = decision.site.name or "attention"
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}.call{seen[name]}")
+    own = [decision.site.name or "attention" for decision in decisions]
+    names: dict[str, None] = {}
+    for name in own:
+        calls = (f"{name}.call{number}" for number in count(2))
+        names[next(one for one in chain([name], calls) if one not in names and (one == name or one not in own))] = None
     return tuple(names)
 
 

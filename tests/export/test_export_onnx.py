@@ -165,3 +165,56 @@ def test_weights_that_are_quantized_later_leave_attention_alone(exported: Path, 
     with torch.no_grad():
         unseen = like_llama(tokens(2, 150))(windowed)
     assert 0 < (whole - quantized).norm() < (whole - unseen).norm()
+
+
+class Masked(nn.Module):
+    """An attention whose mask is called as its keys are elsewhere."""
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=k)
+
+
+def test_a_mask_may_be_called_as_an_operand_is(tmp_path: Path) -> None:
+    x, k = torch.randn(1, 2, 40, 8), torch.rand(40, 40) > 0.5
+    attn.export_onnx(Masked().eval(), (x, k), tmp_path / "masked.onnx", "exact")
+    [out] = run(tmp_path / "masked.onnx", x=x, k=k)
+    assert_all_within_budget([out], [Masked()(x.double(), k)], lambda: [Masked()(x, k)])
+
+
+def test_a_mask_that_shows_nothing_leaves_every_row_empty(tmp_path: Path) -> None:
+    nothing = {"version": 1, "rules": [{"match": {}, "attn": {"mask": "none"}}]}
+    write(tmp_path / "empty.onnx", nothing)
+    [out] = run(tmp_path / "empty.onnx", x=torch.randn(1, 2, 40, 8))
+    assert not out.any()
+
+
+class Twice(nn.Module):
+    """One attention called twice, and another that is called as the second call would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Attention()
+        self.a.call2 = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.a(2 * x) + self.a.call2(3 * x)
+
+
+def test_every_function_has_a_name_of_its_own(tmp_path: Path) -> None:
+    policy = {"version": 1, "rules": [{"match": {"module": "a.call2"}, "attn": {"mask": "window(4)"}}]}
+    report = attn.export_onnx(Twice().eval(), (torch.randn(1, 2, 40, 8),), tmp_path / "twice.onnx", policy)
+    assert len(report.strategies) == 3
+
+
+def test_rows_that_become_whole_where_they_are_empty_are_computed_densely_and_said_to_be(tmp_path: Path) -> None:
+    policy = {"version": 1, "rules": [{"match": {}, "attn": {"mask": "offsets('3:9')", "empty_rows": "unmasked"}}]}
+    for strategy in ("auto", "scan"):
+        report = attn.export_onnx(Open().eval(), (torch.randn(1, 2, 900, 8),), tmp_path / "open.onnx", policy, strategy=strategy)
+        assert set(report.strategies.values()) == {"dense"}
+
+
+class Open(nn.Module):
+    """An attention that hides nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)

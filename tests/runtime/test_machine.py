@@ -24,6 +24,22 @@ def test_a_measurement_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_question_within_a_question_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    assert machine.known("outer", lambda: machine.known("inner", lambda: 1.0) + 1) == 2.0
+    assert machine.known("inner", lambda: 1 / 0) == 1.0
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "\\x00"])
+def test_a_damaged_file_of_answers_is_written_anew(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
+    machine.known("how far", lambda: 7.0)
+    [place] = tmp_path.iterdir()
+    place.write_text(damage, encoding="utf-8")
+    assert machine.known("how far", lambda: 8.0) == 8.0
+    assert machine.known("how far", lambda: 1 / 0) == 8.0
+
+
 def test_what_takes_longer_is_not_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
     gain = machine.faster("sums", lambda: sum(range(20000)), lambda: sum(range(10)))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ExportError, did_you_mean
 from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.onnx.spec import Spec
@@ -46,7 +46,7 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     if any(_bounded(spec, variant) for _, variant in groups):
         cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
         costs |= {"scan": cost} if static or wanted != "auto" else {"either": 0.0}
-    if static and wanted in ("auto", "listed"):
+    if static and wanted in ("auto", "listed") and not all(_needs_all(spec, variant) for _, variant in groups):
         found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
         costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
     if wanted != "auto":
@@ -54,9 +54,14 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     return min(costs, key=costs.__getitem__)
 
 
+def _needs_all(spec: Spec, variant: Variant) -> bool:
+    """Whether a row may be empty, and is of all keys then."""
+    return variant.empty_rows is EmptyRows.UNMASKED and not spec.always_sees(variant)
+
+
 def _bounded(spec: Spec, variant: Variant) -> bool:
     mask = spec.in_positions(variant.mask)
-    return spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
+    return not _needs_all(spec, variant) and spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
 
 
 def shortest(spec: Spec, variant: Variant) -> int:

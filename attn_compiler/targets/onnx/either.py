@@ -21,7 +21,7 @@ def either(group: Group, below: int) -> ir.Value:
 
     def branch(run: Callable[[Group], ir.Value]) -> Callable[[Nodes], tuple[Sequence[ir.Value], Sequence[ir.Value]]]:
         def write(inner: Nodes) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
-            here = Scope(scope.spec, inner, scope.operands, scope.heads, scope.queries, scope.keys, scope)
+            here = Scope(scope.spec, inner, scope.inputs, scope.heads, scope.queries, scope.keys, scope)
             return [], [run(replace(group, scope=here))]
 
         return write

@@ -56,6 +56,8 @@ def attend(group: Group) -> ir.Value:
     scope, block, variant, empty = group.scope, group.block, group.variant, group.empty
     scores = _scores(scope, block, variant)
     visible = scope.masks.read(variant.mask)
+    if visible is False:  # everywhere, which is no reason to take it for a mask that hides nothing
+        visible = scope.nodes.constant([[[[False]]]], "bool")
     holes = _may_be_infinite(variant.score)
     if variant.empty_rows is EmptyRows.UNMASKED and isinstance(visible, ir.Value) and empty is not None:
         visible, empty = _unmasked(scope.nodes, visible), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,11 +18,11 @@ from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
 from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.scan import scan
-from attn_compiler.targets.onnx.scope import All, Scope, picked
+from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
 from attn_compiler.targets.onnx.spec import Spec
 from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
-from attn_compiler.targets.reach import shows_itself, sides
+from attn_compiler.targets.reach import sides
 
 DOMAIN = "attn"
 OPSET = 24
@@ -32,7 +32,8 @@ Strategy = Callable[[Group], ir.Value]
 def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
     """The function of one attention; its inputs are q, k, v and the tables, some of which are known already."""
     nodes = Nodes()
-    inputs = {name: ir.Value(name=name.replace(".", "_")) for name in ("q", "k", "v", *spec.call.tables)}
+    tables = {name: ir.Value(name=f"table{place}_{name.replace('.', '_')}") for place, name in enumerate(spec.call.tables)}
+    inputs = Inputs(ir.Value(name="q"), ir.Value(name="k"), ir.Value(name="v"), tables)
     groups = [
         part for heads, own in head_groups(spec.call.variant, spec.heads) for part in _parts(spec, heads, own, strategy, contents)
     ]
@@ -41,7 +42,11 @@ def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
     order = [head for heads, _, _ in groups for head in heads]
     out = picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
     graph = ir.Graph(
-        list(inputs.values()), [out], nodes=[*nodes.shared.front, *nodes.written], opset_imports={"": OPSET}, name=spec.call.name
+        list(inputs),
+        [out],
+        nodes=[*nodes.shared.front, *nodes.written],
+        opset_imports={"": OPSET},
+        name=spec.call.name,
     )
     return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
 
@@ -60,20 +65,25 @@ def _parts(
 
 
 def _group(
-    spec: Spec, nodes: Nodes, inputs: Mapping[str, ir.Value], heads: Sequence[int], variant: Variant, strategy: Strategy
+    spec: Spec,
+    nodes: Nodes,
+    inputs: Inputs,
+    heads: Sequence[int],
+    variant: Variant,
+    strategy: Strategy,
 ) -> ir.Value:
     """What some of the heads compute."""
     kv = kv_owners(heads, spec.heads // spec.kv_heads)
-    q = picked(nodes, inputs["q"], heads, spec.heads, 1)
-    k, v = (picked(nodes, inputs[name], kv, spec.kv_heads, 1) for name in ("k", "v"))
-    q_len = spec.q_len if isinstance(spec.q_len, int) else nodes.size(inputs["q"], 2)
-    k_len = spec.k_len if isinstance(spec.k_len, int) else nodes.size(inputs["k"], 2)
+    q = picked(nodes, inputs.q, heads, spec.heads, 1)
+    k, v = (picked(nodes, x, kv, spec.kv_heads, 1) for x in (inputs.k, inputs.v))
+    q_len = spec.q_len if isinstance(spec.q_len, int) else nodes.size(inputs.q, 2)
+    k_len = spec.k_len if isinstance(spec.k_len, int) else nodes.size(inputs.k, 2)
     scope = Scope(spec, nodes, inputs, tuple(heads), All(q_len), All(k_len))
     q, k, v = (_cast(nodes, x, spec.dtype, scope.real) for x in (q, k, v))
     placed = spec.in_places(variant)
     if scaled_ahead(placed):
         q = nodes.op("Mul", q, scope.scores.real_tensor(placed.scale))
-    empty = None if _always_sees(spec, variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
+    empty = None if spec.always_sees(variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
     mask = spec.in_positions(variant.mask)
     step = dilation(mask) if spec.position == e.i and spec.q_len == spec.k_len else 1
     group = Group(scope, Block(q, k, v, len(kv)), placed, empty, sides(mask), spec.first, step)
@@ -91,13 +101,6 @@ def _suits(group: Group, run: Strategy) -> bool:
 
 def _cast(nodes: Nodes, x: ir.Value, held: str, wanted: str) -> ir.Value:
     return x if held == wanted else nodes.op("Cast", x, to=int(DTYPES[wanted]))
-
-
-def _always_sees(spec: Spec, variant: Variant) -> bool:
-    """Whether no row can be empty."""
-    if variant.mask.value is True:
-        return True
-    return spec.position == e.i and spec.q_len == spec.k_len and shows_itself(variant.mask)
 
 
 def _empty(scope: Scope, v: ir.Value, ratio: int, rule: EmptyRows) -> ir.Value:

@@ -57,7 +57,7 @@ def listed(group: Group, walk: Walk) -> ir.Value:
         queries = _Places(rows, rows, walk.rows)
         tiles = inner.slice(nodes.constant(walk.tiles, "int64"), 0, begin, end)
         keys = _keys(inner, tiles, walk, k_len)
-        here = Scope(spec, inner, scope.operands, scope.heads, queries, keys, scope)
+        here = Scope(spec, inner, scope.inputs, scope.heads, queries, keys, scope)
         kv_heads = group.block.kv_heads
         met = [
             inner.reshape(inner.op("Gather", x, tiles, axis=2), 0, kv_heads, -1, dim)

@@ -41,7 +41,7 @@ def scan(group: Group) -> ir.Value:
         queries = Neighbors(local.read(START), stop, sizes[SIZE], sizes[STEP])
         keys = _in_reach(group, local, sizes[STEP])
         q, k, v = queries.pick(inner, group.block.q, 2), keys.pick(inner, group.block.k, 2), keys.pick(inner, group.block.v, 2)
-        here = Scope(scope.spec, inner, scope.operands, scope.heads, queries, keys, scope)
+        here = Scope(scope.spec, inner, scope.inputs, scope.heads, queries, keys, scope)
         return [number], [attend(replace(group, scope=here, block=replace(group.block, q=q, k=k, v=v)))]
 
     blocks = nodes.range(0, counter.read(EACH * STEP))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -91,13 +91,26 @@ class Joined:
         return nodes.op("Concat", *(part.places(nodes) for part in self.parts), axis=0)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a function takes. Tables have names of the model's choice, which may be those of operands."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    tables: Mapping[str, ir.Value]
+
+    def __iter__(self) -> Iterator[ir.Value]:
+        return iter((self.q, self.k, self.v, *self.tables.values()))
+
+
 @dataclass
 class Scope:
     """Where expressions are printed: some query heads, queries and keys of a call. `outer` is the scope around a loop."""
 
     spec: Spec
     nodes: Nodes
-    operands: Mapping[str, ir.Value]  # q, k, v and the tables, by name
+    inputs: Inputs
     heads: tuple[int, ...]
     queries: Tokens
     keys: Tokens
@@ -138,14 +151,14 @@ class Scope:
         return places if node == PLACE else self.nodes.reshape(places, -1, *[1] * (_AXES[node] - 1))
 
     def _batch(self, nodes: Nodes) -> ir.Value:
-        return nodes.range(0, nodes.size(self.operands["q"], 0))
+        return nodes.range(0, nodes.size(self.inputs.q, 0))
 
     @cached_property
     def _lengths(self) -> Mapping[Expr, Value]:
-        return {e.q_len: self.nodes.size(self.operands["q"], 2), e.k_len: self.nodes.size(self.operands["k"], 2)}
+        return {e.q_len: self.nodes.size(self.inputs.q, 2), e.k_len: self.nodes.size(self.inputs.k, 2)}
 
     def _table(self, node: Expr, at: Sequence[Value], real: str) -> ir.Value:
-        stored, table = self.spec.table(str(node.value)), self.operands[str(node.value)]
+        stored, table = self.spec.table(str(node.value)), self.inputs.tables[str(node.value)]
         axes = len(stored.shape)
         coordinates = node.args[len(node.args) - axes :]
         if self._counts(coordinates, stored):

@@ -13,6 +13,7 @@ from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.site import Length
 from attn_compiler.targets.operands import PLACE
+from attn_compiler.targets.reach import shows_itself
 
 FIRST_QUERY, Q_POSITIONS = "attn.first_query", "attn.q_positions"
 
@@ -97,6 +98,12 @@ class Spec:
         spelled = {e.q: self.position, e.k: PLACE, **self.sizes}
         own = replace(variant, groups=(), derived=(), dropout=0.0)
         return own.map(lambda expression: expression.substitute(spelled))
+
+    def always_sees(self, variant: Variant) -> bool:
+        """Whether no row can be empty."""
+        if variant.mask.value is True:
+            return True
+        return self.position == e.i and self.q_len == self.k_len and shows_itself(variant.mask)
 
     def in_positions(self, mask: Expr) -> Expr:
         """A mask over positions alone, where these are what counts queries."""
