@@ -1,4 +1,4 @@
-"""Builds C++ sources: one shared object per source, compiler and machine, kept on disk for all processes."""
+"""Builds C++ sources, and keeps on disk what was generated: for all processes, one object per source, compiler and machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -67,12 +68,46 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join((*texts, _identity(), *flags())).encode()).hexdigest()[:32]
 
 
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    Path(file.name).replace(path)
+
+
+def module(text: str) -> Path:
+    """The file of a Python source, which is its own kernel."""
+    return _anywhere(lambda place: _kept_text(text, place))
+
+
 def _built(source: str) -> Path:
-    """The shared object of a source: kept for all processes, or, where nothing can be kept, for this one."""
+    """The shared object of a source."""
+    return _anywhere(lambda place: _kept(source, place))
+
+
+def _anywhere(keep: Callable[[Path], Path]) -> Path:
+    """What is kept for all processes, or, where nothing can be kept, for this one."""
     try:
-        return _kept(source, folder())
+        return keep(folder())
     except OSError as error:
-        return _kept(source, _own_folder(folder(), str(error.strerror)))
+        return keep(_own_folder(folder(), str(error.strerror)))
+
+
+def _kept_text(text: str, place: Path) -> Path:
+    path = place / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    if not _is_kept(path):
+        write(path, text)
+        _forget_old(place)
+    return path
+
+
+def _is_kept(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with suppress(OSError):  # it may belong to somebody else
+        os.utime(path)  # it was used
+    return True
 
 
 @cache
@@ -91,9 +126,7 @@ def _own_folder(wanted: Path, reason: str) -> Path:
 def _kept(source: str, place: Path) -> Path:
     key = digest(source)
     path = place / f"{key}.so"
-    if path.exists():
-        with suppress(OSError):  # it may belong to somebody else
-            os.utime(path)  # it was used
+    if _is_kept(path):
         return path
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix="building-") as room:
@@ -129,7 +162,7 @@ def _identity() -> str:
 
 def _forget_old(place: Path) -> None:
     """Keep the cache bounded; another process may be doing the same."""
-    kernels = sorted(place.glob("*.so"), key=_last_used, reverse=True)
+    kernels = sorted((*place.glob("*.so"), *place.glob("*.py")), key=_last_used, reverse=True)
     for path in kernels[MOST_KERNELS:]:
         path.unlink(missing_ok=True)
         path.with_suffix(".cpp").unlink(missing_ok=True)

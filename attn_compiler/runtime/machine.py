@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from attn_compiler.runtime.compiler import digest, folder, load
+from attn_compiler.runtime.compiler import digest, folder, load, write
 from attn_compiler.targets.cpp.source import probe
 
 _ROUNDS = 7
@@ -43,7 +42,7 @@ def known(question: str, measure: Callable[[], float]) -> float:
     if answer is None:
         answer = measure()
         with suppress(OSError):  # where nothing can be kept, every process measures for itself
-            _write(place, json.dumps(_answers(place) | {question: answer}))  # others may have answered other questions meanwhile
+            write(place, json.dumps(_answers(place) | {question: answer}))  # others may have answered other questions meanwhile
     return answer
 
 
@@ -60,10 +59,3 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _write(place: Path, text: str) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(place)  # whole or not at all

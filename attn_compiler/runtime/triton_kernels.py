@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +14,7 @@ from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.runs import Integers
-from attn_compiler.runtime import interpreter
-from attn_compiler.runtime.compiler import folder
+from attn_compiler.runtime import compiler, interpreter
 from attn_compiler.runtime.kernels import Shape, spec_at
 from attn_compiler.runtime.visits import met, walk
 from attn_compiler.targets.cpp.spec import Spec
@@ -168,12 +164,7 @@ def load(text: str) -> Any:
     """The module that a text is: Triton compiles functions of files."""
     if interpreter.is_interpreting():
         interpreter.mend()
-    path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        Path(file.name).replace(path)  # whole or not at all, whoever else does the same
+    path = compiler.module(text)
     spec = importlib.util.spec_from_file_location(f"attn_kernel_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -80,6 +80,19 @@ def test_where_nothing_can_be_kept_a_process_builds_its_own(tmp_path: Path, monk
     assert compiler.load(SOURCE).answer() == 42
 
 
+def test_kernels_that_are_modules_are_kept_and_bounded_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "MOST_KERNELS", 2)
+    first = compiler.module("ANSWER = 42\n")
+    assert compiler.module("ANSWER = 42\n") == first
+    os.utime(first, (0, 0))
+    others = {compiler.module(f"ANSWER = {n}\n") for n in range(2)}
+    assert set(tmp_path.glob("*.py")) == others
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path / "file" / "modules"))
+    with pytest.warns(UserWarning, match=r"kernels cannot be kept in .*modules"):
+        assert compiler.module("ANSWER = 42\n").read_text() == "ANSWER = 42\n"
+
+
 def test_a_kernel_of_somebody_else_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_yours(*_: object) -> None:
         raise PermissionError
