@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -50,12 +50,19 @@ def _pair(
     chosen = tuple(n for n in numbers if wanted[n])
     names = tuple(shape.names[n] for n in chosen)
     first, of_queries = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
-    second, of_keys = visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True)
+    tile = blocks.keys, by_key_blocks(shape, blocks).queries
+    second, of_keys = visited(shape, members, variant, spec, tile, by_key=True)
     owners, starts = np.unique(np.array(members) // (shape.heads // shape.kv_heads), return_index=True)
     shared = (*of_keys.values(), owners, np.append(starts, len(members)))
     kernels = load(by_query(spec, first, names)).backward, load(by_key(spec, second, names)).backward
     arrays = on_device(of_queries.values(), device), on_device(shared, device)
     return Pair(members, variant.empty_rows, *kernels, *arrays, len(owners), numbers, chosen)
+
+
+def by_key_blocks(shape: Shape, blocks: Blocks) -> Blocks:
+    """Sums of two kinds stay in registers: more warps share them, and wide heads meet fewer queries at once."""
+    most = 64 if max(shape.dim, shape.value_dim) <= 64 else 32
+    return replace(blocks, queries=min(blocks.queries, most), warps=8)
 
 
 def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
@@ -94,7 +101,8 @@ def _run(
     call(given.q, pair.by_query, grid, (q, k, v, out, above, of_q, given.kept, numbers, pair.of_queries, *rest), blocks)
     unseeing = numbers[3].amax(-1)  # of each head, where that matters
     visits = (*pair.of_keys, unseeing)
-    call(given.q, pair.by_key, (tiles[1], pair.owners, shape.batch), (q, k, v, above, of_k, of_v, numbers, visits, *rest), blocks)
+    arguments = (q, k, v, above, of_k, of_v, numbers, visits, *rest)
+    call(given.q, pair.by_key, (tiles[1], pair.owners, shape.batch), arguments, by_key_blocks(shape, blocks))
 
 
 def _means(pair: Pair, shape: Shape, given: Given) -> Tensor:

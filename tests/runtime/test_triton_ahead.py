@@ -9,9 +9,13 @@ from itertools import product
 import pytest
 
 from attn_compiler.errors import CompilerError
+from attn_compiler.runtime import triton_gradients
 from attn_compiler.runtime.ahead import Compiled, Order, compile_ahead
 from attn_compiler.runtime.kernel_source import shape_of
-from attn_compiler.runtime.triton_kernels import Blocks, candidates, kernels
+from attn_compiler.runtime.kernels import spec_at
+from attn_compiler.runtime.triton_kernels import Blocks, candidates, kernels, visited
+from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.triton import gradient
 
 pytest.importorskip("triton")
 
@@ -30,6 +34,19 @@ def order(variant: str, dim: int, dtype: str, machine: str, blocks: Blocks) -> O
     [kernel] = kernels(shape, blocks)
     tables = tuple((stored.dtype, stored.axes) for _, stored in kernel.spec.tables)
     return Order(kernel.text, dtype, tables, machine, blocks)
+
+
+def backward(dim: int, *, by_key: bool) -> Order:
+    """A backward kernel of a window, as it would be launched."""
+    shape = shape_of(VARIANTS["window"], q_len=4096, k_len=4096, heads=8, head_dim=dim, dtype="bfloat16")
+    [(members, variant)] = head_groups(shape.variant, shape.heads)
+    spec, blocks = spec_at(shape, variant), Blocks()
+    if by_key:
+        blocks = triton_gradients.by_key_blocks(shape, blocks)
+    tile = (blocks.keys, blocks.queries) if by_key else (blocks.queries, blocks.keys)
+    iteration, _ = visited(shape, members, variant, spec, tile, by_key=by_key)
+    text = (gradient.by_key if by_key else gradient.by_query)(spec, iteration, ())
+    return Order(text, "bfloat16", (), "sm_90", blocks)
 
 
 def is_clean(found: Compiled) -> bool:
@@ -55,6 +72,8 @@ def quick() -> Sequence[Compiled]:
             order("window", 128, "float16", "gfx942", candidates("float16", 128, amd=True)[0]),
             order("window", 128, "bfloat16", "sm_90", SPILLING),
             order("window", 64, "float32", "sm_90", Blocks(64, 32, 4, 2)),
+            backward(64, by_key=False),
+            backward(128, by_key=True),
         ]
     )
 
@@ -67,6 +86,12 @@ def test_a_kernel_for_hopper_spills_nothing_and_multiplies_in_warp_groups(which:
     assert not found.count("HMMA")
     assert loads_in_whole(found)
     assert found.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("which", [5, 6], ids=["of q, 64", "of k and v, 128"])
+def test_backward_kernels_for_hopper_spill_nothing(which: int) -> None:
+    assert is_clean(quick()[which])
+    assert on_tensor_cores(quick()[which], "sm_90")
 
 
 def test_a_kernel_for_amd_spills_nothing_and_multiplies_matrices() -> None:
