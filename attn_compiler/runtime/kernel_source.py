@@ -14,7 +14,6 @@ from attn_compiler.runtime.decode import sources
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
-from attn_compiler.runtime.triton import against
 from attn_compiler.runtime.triton_kernels import programs
 from attn_compiler.targets.cpp.spec import Stored
 
@@ -82,7 +81,7 @@ def shape_of(
     )  # fmt: skip
     stored = _stored(read, dtype, tables or {})
     counted = True, True
-    reason = against(read, counted, stored, training=True) if target == "triton" else objection(read, counted, stored)
+    reason = objection(read, counted, stored)
     if reason:
         raise ShapeError(f"the target {target}: {reason}")
     return Shape(

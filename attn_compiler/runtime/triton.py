@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -31,7 +30,7 @@ class TritonTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        return where or against(variant, counted, stored, training=operands.training, differentiated=operands.differentiated)
+        return where or objection(variant, counted, stored, operands.differentiated)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_generated(operands, variant, self.name, lse=lse)
@@ -40,19 +39,10 @@ class TritonTarget:
         training = site.phase is Phase.TRAIN
         dim = max(site.head_dim, site.value_dim)
         reason = _machine(site.device, site.dtype, dim)
-        reason = reason or against(variant, (True, True), {}, training=training, differentiated=training)
+        reason = reason or objection(variant, (True, True), {}, training)
         if site.device != "cuda":
             reason = f"its kernels are for GPUs; found {site.device}"
         return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)
-
-
-def against(
-    variant: Variant, counted: tuple[bool, bool], stored: Mapping[str, Stored], *, training: bool, differentiated: bool = False
-) -> str | None:
-    """What the kernels have against a variant, whatever the machine; `counted` are the positions of queries and keys."""
-    if training and any(part.dropout for part in variant.parts()):
-        return "its kernels have no dropout yet"
-    return objection(variant, counted, stored, differentiated)
 
 
 def _machine(device: str, dtype: str, dim: int) -> str | None:

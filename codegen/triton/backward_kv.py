@@ -2,14 +2,15 @@
 
 import triton
 import triton.language as tl
-from tiles import add, give, norm, read, rows, take
+from tiles import add, draw, dropped, give, key_word, norm, query_words, read, rows, take
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
 WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a power of two
 PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
 INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
-BY_PEAK = ORDERED = NORMED = False
+DROPPED = tl.constexpr(429496730)
+BY_PEAK = DROPS = ORDERED = NORMED = False
 # </constants>
 
 
@@ -35,6 +36,9 @@ def backward(q, k, v, above, of_k, of_v, numbers, visits, tables, sums, sizes, B
         met = every_met + (schedule * tl.num_programs(0) + tile) * (4 * STRETCHES)
         # <per head>
         # <per key>
+        if DROPS:
+            drawn = draw(tables[0], b * heads + h)  # <drawn>
+            word = key_word(drawn, j)
         for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
             steps = tl.cdiv(q_len, BLOCK_Q)  # <steps>
             for step in tl.range(0, steps):
@@ -56,8 +60,15 @@ def backward(q, k, v, above, of_k, of_v, numbers, visits, tables, sums, sizes, B
                 if phase == 2:
                     left = (tl.load(numbers + 3 * count + query) != 0.0) & (column < q_len)
                     score = tl.where(left, score, -INFINITY)
-                of_weight = tl.dot(values, of_out.T, input_precision="ieee") * factor + pull
+                along_value = tl.dot(values, of_out.T, input_precision="ieee")
+                if DROPS:
+                    first, second = query_words(drawn, i)
+                    gone = dropped(first, second, word, DROPPED)
+                    along_value = tl.where(gone, 0.0, along_value)
+                of_weight = along_value * factor + pull
                 weight, of_score = tl.exp2(score - base), of_weight * tl.exp2(score - base)  # <score gradient>
+                if DROPS:
+                    weight = tl.where(gone, 0.0, weight)
                 acc_v = tl.dot((weight * factor).to(of_out.dtype), of_out, acc_v, input_precision="ieee")
                 of_dot = of_score * 0.125  # <dot gradient>
                 acc_k = tl.dot(of_dot.to(queries.dtype), queries, acc_k, input_precision="ieee")

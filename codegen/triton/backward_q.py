@@ -6,14 +6,15 @@ pair that sees each other has gradient of the weight = factor * (above · v) + p
 
 import triton
 import triton.language as tl
-from tiles import add, give, norm, read, rows, take, task
+from tiles import add, draw, dropped, give, key_word, norm, query_words, read, rows, take, task
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
 WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a power of two
 PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
 INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
-BY_PEAK = FILLS = ORDERED = NORMED = False
+DROPPED = tl.constexpr(429496730)
+BY_PEAK = DROPS = FILLS = ORDERED = NORMED = False
 # </constants>
 
 
@@ -25,12 +26,16 @@ def backward(q, k, v, out, above, of_q, kept, numbers, visits, tables, sums, siz
     listed, q_order, k_order = visits[3:]
     # <tables>
     # <per head>
+    if DROPS:
+        drawn = draw(tables[0], b * heads + h)  # <drawn>
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
     i = tl.minimum(row, q_len - 1)
     if ORDERED:
         i = tl.load(q_order + i)
     queries, of_out = take(rows(q, b, h, i), DIM, WIDTH), take(rows(above, b, h, i), VALUE_DIM, VALUE_WIDTH)
     # <per query>
+    if DROPS:
+        first, second = query_words(drawn, i)
     count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
     query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
     peak, mass = tl.load(kept + query), tl.load(kept + count + query)
@@ -65,7 +70,10 @@ def backward(q, k, v, out, above, of_q, kept, numbers, visits, tables, sums, siz
             if FILLS:
                 score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
                 highest = tl.maximum(highest, tl.max(score, 1, keep_dims=True))
-            of_weight = tl.dot(of_out, values.T, input_precision="ieee") * factor + pull
+            along_value = tl.dot(of_out, values.T, input_precision="ieee")
+            if DROPS:
+                along_value = tl.where(dropped(first, second, key_word(drawn, j), DROPPED), 0.0, along_value)
+            of_weight = along_value * factor + pull
             of_score = of_weight * tl.exp2(score - base)  # <score gradient>
             of_dot = of_score * 0.125  # <dot gradient>
             acc = tl.dot(of_dot.to(keys.dtype), keys, acc, input_precision="ieee")

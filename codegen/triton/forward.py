@@ -2,34 +2,33 @@
 
 import triton
 import triton.language as tl
-from tiles import give, norm, read, rows, take, task
+from tiles import draw, dropped, give, key_word, norm, query_words, read, rows, take, task
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
 WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a power of two
 PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
 INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
-BY_PEAK = FILLS = MEAN = ORDERED = False
+DROPPED = tl.constexpr(429496730)
+BY_PEAK = DROPS = FILLS = MEAN = ORDERED = False
 # </constants>
 
 
 @triton.jit
-def absorb(score, values, peak, mass, acc):
-    """The sums with one more tile: weights are relative to the peak, so those before are brought to the new one."""
+def absorb(score, peak, mass, acc):
+    """The weights of a tile, relative to the peak, and the sums brought to that of all tiles so far."""
     highest = tl.maximum(peak, tl.max(score, 1, keep_dims=True))
     origin = tl.where(highest == -INFINITY, 0.0, highest)
     weight, keep = tl.exp2(score - origin), tl.exp2(peak - origin)
     mass = mass * keep + tl.sum(weight, 1, keep_dims=True)
-    return highest, mass, tl.dot(weight.to(values.dtype), values, acc * keep, input_precision="ieee")
+    return weight, highest, mass, acc * keep
 
 
 @triton.jit
-def collect(score, weight, values, peak, mass, acc):
-    """The sums with one more tile, whose weights stand as they are."""
+def collect(score, weight, peak, mass):
+    """The weights of a tile as they stand, but for what is hidden, and the sums with them."""
     weight = tl.where(score == -INFINITY, 0.0, weight)
-    mass += tl.sum(weight, 1, keep_dims=True)
-    acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
-    return tl.maximum(peak, tl.max(score, 1, keep_dims=True)), mass, acc
+    return weight, tl.maximum(peak, tl.max(score, 1, keep_dims=True)), mass + tl.sum(weight, 1, keep_dims=True)
 
 
 @triton.jit
@@ -45,6 +44,8 @@ def forward(q, k, v, out, totals, kept, visits, tables, sizes, BLOCK_Q: tl.const
     listed, q_order, k_order = visits[3:]
     # <tables>
     # <per head>
+    if DROPS:
+        drawn = draw(tables[0], b * heads + h)  # <drawn>
 
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
     i = tl.minimum(row, q_len - 1)
@@ -52,6 +53,8 @@ def forward(q, k, v, out, totals, kept, visits, tables, sizes, BLOCK_Q: tl.const
         i = tl.load(q_order + i)
     queries = take(rows(q, b, h, i), DIM, WIDTH)
     # <per query>
+    if DROPS:
+        first, second = query_words(drawn, i)
 
     peak = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
     mass = tl.zeros([BLOCK_Q, 1], tl.float32)
@@ -76,12 +79,18 @@ def forward(q, k, v, out, totals, kept, visits, tables, sizes, BLOCK_Q: tl.const
             if FILLS:
                 score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
             if BY_PEAK:
-                peak, mass, acc = absorb(score, values, peak, mass, acc)
+                weight, peak, mass, acc = absorb(score, peak, mass, acc)
             else:
                 weight = score  # <weight>
                 if MEAN:
                     weight = weight if phase < 2 else 1.0
-                peak, mass, acc = collect(score, weight, values, peak, mass, acc)
+                weight, peak, mass = collect(score, weight, peak, mass)
+            if DROPS:
+                gone = dropped(first, second, key_word(drawn, j), DROPPED)
+                if MEAN:
+                    gone = gone & (phase < 2)
+                weight = tl.where(gone, 0.0, weight)
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
     seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
     query = (tl.cast(b, tl.int64) * heads + h) * q_len + i

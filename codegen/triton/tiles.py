@@ -57,6 +57,44 @@ def give(row, x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def mixed(x):
+    """A number of which every bit depends on all bits of x (splitmix64)."""
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def draw(seed, task):
+    """The random number of one head, from which follows what is dropped: the same as in C++."""
+    return mixed(tl.load(seed[0]).to(tl.uint64) + mixed(tl.cast(task, tl.uint64)))
+
+
+@triton.jit
+def query_words(drawn, i):
+    """The two random words of queries."""
+    x = mixed(drawn + i.to(tl.uint64))
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
+def key_word(drawn, j):
+    """The random word of keys."""
+    inverted = drawn ^ 0xFFFFFFFFFFFFFFFF  # which Triton's interpreter cannot say as `~drawn`
+    return (mixed(inverted - j.to(tl.uint64)) >> 32).to(tl.uint32)
+
+
+@triton.jit
+def dropped(first, second, word, DROPPED: tl.constexpr):
+    """Whether the weight of a pair is dropped: this follows from its words alone, in whatever order pairs are met."""
+    x = (first ^ word) * 0x7FEB352D
+    x = ((x ^ (x >> 15)) + second) * 0x846CA68B
+    x = (x ^ (x >> 16)) * 0x9E3779B1
+    return x < DROPPED
+
+
+@triton.jit
 def norm(x):
     """The length of each row."""
     x = x.to(tl.float32)

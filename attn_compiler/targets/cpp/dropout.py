@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from attn_compiler.targets.cpp.spec import SEED, Spec
+from attn_compiler.targets.cpp.spec import SEED, Spec, dropped
 
 Lines = Mapping[str, Sequence[str]]
 
@@ -12,7 +12,7 @@ Lines = Mapping[str, Sequence[str]]
 def constants(spec: Spec) -> tuple[str, ...]:
     """The rate: weights are dropped whose random word is smaller."""
     rate = spec.variant.dropout
-    return (f"constexpr uint32_t DROPPED = {min(round(rate * 2**32), 2**32 - 1)}u;  // {rate:g} of 2^32",)
+    return (f"constexpr uint32_t DROPPED = {dropped(rate)}u;  // {rate:g} of 2^32",)
 
 
 def scopes(spec: Spec, *, by_query: bool) -> Lines:

@@ -107,6 +107,11 @@ def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapp
     return Spec(own, dim, value_dim, dtype, tuple((name, read[name]) for name in sorted(read)), paired)
 
 
+def dropped(rate: float) -> int:
+    """How many of 2^32 random words mean that a weight is dropped: those that are smaller."""
+    return min(round(rate * 2**32), 2**32 - 1)
+
+
 def _proportion(output: Expr) -> Expr | None:
     match output.op:
         case _ if output == e.acc:

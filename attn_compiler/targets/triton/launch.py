@@ -60,8 +60,8 @@ def _example(spec: Spec) -> Iterator[str]:
     for name, shape in (("q", "HEADS, Q_LEN, DIM"), ("k", "KV_HEADS, K_LEN, DIM"), ("v", "KV_HEADS, K_LEN, VALUE_DIM")):
         yield f"{name} = torch.randn(BATCH, {shape}.value, dtype=DTYPE, device=device)"
     reads = {str(x.value): x.args for part in spec.parts() for x in part.walk() if x.op == "table"}
-    sizes = {name: ", ".join(map(_size, reads[name])) for name, _ in spec.tables}
-    made = (f"torch.ones(({sizes[name]},), dtype=torch.{stored.dtype}, device=device)" for name, stored in spec.tables)
+    sizes = {name: "".join(f"{_size(at)}, " for at in reads.get(name, ())) for name, _ in spec.tables}  # a seed is one number
+    made = (f"torch.ones(({sizes[name]}), dtype=torch.{stored.dtype}, device=device)" for name, stored in spec.tables)
     yield f"tables = ({''.join(f'{one}, ' for one in made)})".replace(", )", ",)")
 
 

@@ -13,7 +13,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, const
 from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.targets.cpp.printer import Leaves, Level
-from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.cpp.spec import SEED, Spec, dropped
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES, LOG2E, Printer
 from attn_compiler.targets.triton.skeleton import dialect, skeleton, written
 
@@ -96,8 +96,10 @@ def assembled(
         "tables": [*_unpacked(tables, "tables"), *_unpacked([f"of_{called}" for called in sums], "sums")],
         **holes,
         **{hole: printer.scope(level) for hole, level in scopes.items()},
+        "drawn": [f"drawn = draw({printer.tables[SEED][0]}, b * heads + h)"] if SEED in printer.tables else [],
     }
-    return written(name, every, {"BY_PEAK": spec.by_peak, "ORDERED": iteration.ordered, **facts})
+    asked = {"BY_PEAK": spec.by_peak, "DROPS": spec.variant.dropout > 0, "ORDERED": iteration.ordered, **facts}
+    return written(name, every, asked)
 
 
 def _unpacked(names: Sequence[str], values: str) -> list[str]:
@@ -131,6 +133,8 @@ def _constants(spec: Spec, iteration: Iteration, phases: int) -> Iterator[str]:
     yield f"WIDTH, VALUE_WIDTH = {_constant(*widths)}  # the same, up to a power of two"
     yield f"PHASES, STRETCHES = {_constant(phases, max(1, iteration.stretches))}"
     yield f"INFINITY, LN2, LOG2E = {_constant(infinity, math.log(2), LOG2E)}"
+    if spec.variant.dropout:
+        yield f"DROPPED = {_constant(dropped(spec.variant.dropout))}  # {spec.variant.dropout:g} of 2^32"
 
 
 def _constant(*values: object) -> str:

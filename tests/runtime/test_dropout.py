@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +13,7 @@ import attn_compiler as attn
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.integers import IntegerSet
-from attn_compiler.algebra.variant import SOFTMAX, Normalizer, Variant
-from attn_compiler.errors import ShapeError
+from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
 from attn_compiler.testing import assert_all_within_budget
 
 RATE, BATCH, HEADS, LENGTH = 0.3, 2, 4, 61
@@ -26,6 +28,7 @@ VARIANTS = {
     "bias": Variant(score=e.score + e.table("bias", e.h, e.i, e.k, sort=Sort.REAL), dropout=RATE),
     "per head": Variant(dropout=RATE, groups=((IntegerSet.parse("0::2"), Variant(mask=CAUSAL, dropout=0.6)),)),
 }
+TARGETS = ("cpp", pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="Triton is missing")))
 TABLES = {"sinks": (HEADS,), "bias": (HEADS, LENGTH, LENGTH)}
 
 
@@ -44,7 +47,7 @@ def attend(
     target: str = "cpp",
 ) -> Tensor:
     torch.manual_seed(seed)
-    out = attn.attend(q, k, v, variant, tables=tables, target=target, training=target == "cpp")  # type: ignore[arg-type]
+    out = attn.attend(q, k, v, variant, tables=tables, target=target, training=target != "torch")  # type: ignore[arg-type]
     assert isinstance(out, Tensor)
     return out
 
@@ -54,10 +57,10 @@ def identity(k_len: int, kv_heads: int = 2) -> Tensor:
     return torch.eye(k_len, dtype=torch.float64).expand(BATCH, kv_heads, -1, -1)
 
 
-def kept(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float32, dim: int = 8) -> Tensor:
+def kept(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float32, dim: int = 8, target: str = "cpp") -> Tensor:
     """Which weights are kept where all are equal."""
     q, k = torch.zeros(BATCH, HEADS, LENGTH, dim), torch.zeros(BATCH, 2, LENGTH, dim)
-    return attend(q.to(dtype), k.to(dtype), identity(LENGTH).to(dtype), variant, seed=seed) != 0
+    return attend(q.to(dtype), k.to(dtype), identity(LENGTH).to(dtype), variant, seed=seed, target=target) != 0
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -109,42 +112,60 @@ def test_a_kernel_with_dropout_can_be_read() -> None:
     source = attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8)
     assert "constexpr uint32_t DROPPED = 1288490189u;  // 0.3 of 2^32" in source
     assert source.count("dropped(work.queries.first[n], work.queries.second[n], keys.word[j])") == 2
-    with pytest.raises(ShapeError, match="the target triton: its kernels have no dropout yet"):
-        attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8, target="triton")
+    source = attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8, target="triton")
+    assert "DROPPED = tl.constexpr(1288490189)  # 0.3 of 2^32" in source
+    assert "gone = dropped(first, second, key_word(drawn, j), DROPPED)" in source
 
 
-def test_all_may_be_dropped() -> None:
-    assert not kept(Variant(dropout=1.0)).any()
+@pytest.mark.parametrize("name", ["causal", "dilated", "per head"])
+def test_every_target_with_kernels_drops_the_same(name: str) -> None:
+    pytest.importorskip("triton")
+    assert torch.equal(kept(VARIANTS[name], target="cpp"), kept(VARIANTS[name], target="triton"))
 
 
-def test_nothing_is_dropped_outside_of_training() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_may_be_dropped(target: str) -> None:
+    assert not kept(Variant(dropout=1.0), target=target).any()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_a_query_gets_that_sees_no_key_is_not_dropped(target: str) -> None:
+    unseeing = Variant(mask=e.false, empty_rows=EmptyRows.MEAN, dropout=RATE)
+    q, k = torch.zeros(BATCH, HEADS, LENGTH, 8), torch.zeros(BATCH, 2, LENGTH, 8)
+    found = attend(q, k, identity(LENGTH).float(), unseeing, target=target)
+    assert torch.allclose(found, torch.full_like(found, 1 / LENGTH))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_dropped_outside_of_training(target: Any) -> None:
     q, k, v = (randn(1, 2, 40, 8).float() for _ in range(3))
-    with_rate, without = (attn.attend(q, k, v, Variant(dropout=rate), target="cpp") for rate in (0.5, 0.0))
+    with_rate, without = (attn.attend(q, k, v, Variant(dropout=rate), target=target) for rate in (0.5, 0.0))
     assert torch.equal(with_rate, without)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float32) for name in sorted(VARIANTS)), ("dense", torch.bfloat16)], ids=str
 )
-def test_the_backward_pass_drops_what_the_forward_pass_dropped(name: str, dtype: torch.dtype) -> None:
+def test_the_backward_pass_drops_what_the_forward_pass_dropped(name: str, dtype: torch.dtype, target: str) -> None:
     variant = VARIANTS[name]
     tables = {table: randn(*TABLES[table]).to(dtype) for table in sorted(variant.tables())}
     given = [randn(BATCH, heads, LENGTH, dim).to(dtype) for heads, dim in ((HEADS, 24), (2, 24), (2, LENGTH))]
     q, k, _ = given
-    chosen = attend(q, k, identity(LENGTH).to(dtype), variant, tables) != 0
+    chosen = attend(q, k, identity(LENGTH).to(dtype), variant, tables, target=target) != 0
     rates = torch.full((HEADS, 1, 1), RATE)
     if variant.groups:
         rates[::2] = 0.6
 
-    def run(target: str, real: torch.dtype) -> list[Tensor]:
+    def run(by: str, real: torch.dtype) -> list[Tensor]:
         leaves = [x.to(real).requires_grad_() for x in (*given, *tables.values())]
         own, read = leaves[:3], dict(zip(tables, leaves[3:], strict=True))
-        if target == "cpp":
-            out = attend(*own, variant, read)
+        if by == target:
+            out = attend(*own, variant, read, target=target)
         else:
             weights = attend(*own[:2], identity(LENGTH).to(real), variant, read, target="torch")
             out = (weights * chosen / (1 - rates.to(real))) @ own[2].repeat_interleave(2, dim=1)
         above = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(real)
         return [out.detach(), *torch.autograd.grad(out, leaves, above)]
 
-    assert_all_within_budget(run("cpp", dtype), run("torch", torch.float64), lambda: run("torch", dtype))
+    assert_all_within_budget(run(target, dtype), run("torch", torch.float64), lambda: run("torch", dtype))
