@@ -217,37 +217,24 @@ def has_effect(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in _EFFECTS or "out" in node.kwargs or bool(node.is_impure())
 
 
-def records_gradients(node: fx.Node) -> bool:
-    """Whether autograd follows `node`: a retrace detaches what it knows, so that only the graph's inputs can tell."""
-    silent = _without_gradients(node.graph)
-    seen, stack = {node}, [node]
-    while stack:
-        current = stack.pop()
-        if current in silent or getattr(current.target, "__name__", "") in ("detach.default", "detach"):
-            continue
-        if current.op in ("placeholder", "get_attr"):
-            known = (current.meta.get("example_value"), current.meta.get("val"))
-            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in known):
-                return True
-        new = [x for x in current.all_input_nodes if x not in seen]
-        seen.update(new)
-        stack += new
-    return False
-
-
-def _without_gradients(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of the regions in which no gradients are recorded."""
-    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+def recorded(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that autograd follows: a retrace detaches what it knows, so that only the graph's inputs can tell."""
+    found: set[fx.Node] = set()
     enabled = torch.is_grad_enabled()
-    if enabled and not switches:
-        return set()
-    silent = set()
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        elif not enabled and node.op not in ("placeholder", "get_attr"):
-            silent.add(node)
-    return silent
+        elif node.op in ("placeholder", "get_attr"):
+            known = (node.meta.get("example_value"), node.meta.get("val"))
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in known):
+                found.add(node)
+        elif enabled and not _detaches(node) and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _detaches(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") in ("detach.default", "detach")
 
 
 def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,13 +123,19 @@ def call(node: fx.Node) -> Call:
 
 
 def _aten(node: fx.Node, target: private.Operator) -> Call:
-    schema = private.schema(target)
-    arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    arguments.update(zip((a.name for a in schema.arguments), node.args, strict=False))
-    arguments.update(node.kwargs)
-    return Call(canonical(target), arguments, schema.is_mutable)
+    names, defaults = _signature(target)
+    arguments = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return Call(canonical(target), arguments, private.schema(target).is_mutable)
 
 
+@cache
+def _signature(target: private.Operator) -> tuple[tuple[str, ...], Mapping[str, Argument]]:
+    """The names of an operator's arguments, and their defaults."""
+    arguments = private.schema(target).arguments
+    return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+
+@cache
 def canonical(target: private.Operator) -> str:
     """The one name for all spellings of an ATen operation, in place or not."""
     schema = private.schema(target)

@@ -47,11 +47,11 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
     if stands and padding:
         stands = counted_from(stands, padding)
     variant = restated(recovered.variant, stands) if stands else recovered.variant
-    site = _site(found, recovered, stands, variant)
+    site = _site(found, recovered, reader, stands, variant)
     return Described(found, site, reader.tables, padding)
 
 
-def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant: Variant) -> Site:
+def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands: Frame | None, variant: Variant) -> Site:
     heads, kv_heads, head_dim, value_dim = (
         _known(product(axis)) for axis in (found.heads, found.kv_heads, found.depth, found.width)
     )
@@ -61,7 +61,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
     return Site(
         name=found.name,
         kind=known or (Kind.SELF if _hint(q_len) == _hint(k_len) else Kind.CROSS),
-        phase=phase(found),
+        phase=phase(found, reader.recorded),
         layer=None,
         layers=None,
         batch=_length(product(found.batch)),
@@ -81,7 +81,7 @@ def _site(found: GraphSite, recovered: Recovered, stands: Frame | None, variant:
         blocked=_blocked(found),
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
-        risky=risky_tables(found, recovered.tables),
+        risky=risky_tables(found, recovered.tables, reader.recorded),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,
         where=found.where,

@@ -151,9 +151,9 @@ def kind(site: GraphSite) -> Kind | None:
     return Kind.POOL if found.learned else Kind.CROSS
 
 
-def phase(site: GraphSite) -> Phase:
+def phase(site: GraphSite, recorded: frozenset[fx.Node]) -> Phase:
     """Whether gradients are recorded, few queries meet more keys, or neither; dynamic lengths are taken for the likely ones."""
-    if private.records_gradients(site.q.node):
+    if site.q.node in recorded:
         return Phase.TRAIN
     queries, keys = (private.likely(size, 2 * _MOST_DECODED) for size in site.lengths)
     return Phase.DECODE if queries <= _MOST_DECODED and keys > queries else Phase.PREFILL

@@ -110,7 +110,7 @@ def _bound(anchor: Anchor, versions: Versions) -> GraphSite:
 def _escapes(anchor: Anchor, before: Path, behind: Path) -> tuple[fx.Node, ...]:
     """Those who read scores or weights without contributing to the output."""
     passed = (before.product.node, *before.nodes(), anchor.node, anchor.weights, *behind.nodes())
-    contributors = _contributors(behind.product.node)
+    contributors = _contributors(behind.product.node, before.product.node)
     inside = contributors | set(passed) | {anchor.mass}
     readers = (user for node in _between(passed, contributors - {behind.product.node}) for user in node.users)
     return tuple(dict.fromkeys(user for user in readers if user not in inside and (is_tensor(user) or user.op == "output")))
@@ -127,12 +127,13 @@ def _between(passed: Iterable[fx.Node], contributors: set[fx.Node]) -> list[fx.N
     return list(found)
 
 
-def _contributors(node: fx.Node) -> set[fx.Node]:
+def _contributors(node: fx.Node, since: fx.Node) -> set[fx.Node]:
+    """What `node` is made of, as far as it comes after `since` in the graph."""
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if current not in found:
+        if current not in found and not current < since:
             found.add(current)
             waiting.extend(current.all_input_nodes)
     return found

@@ -63,6 +63,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, private.Operator):
         return []
     schema = private.schema(node.target)
+    if not schema.is_mutable:
+        return []
     named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
     written = [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     flat = [x for value in written for x in (value if isinstance(value, list | tuple) else (value,))]

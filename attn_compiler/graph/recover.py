@@ -202,7 +202,7 @@ class _Recovery:
             return EmptyRows.NAN
         if (
             rows is EmptyRows.MEAN
-            and private.records_gradients(self._site.q.node)
+            and self._site.q.node in self.reader.recorded
             and not all(fill.replaces for fill in found.fills)
         ):
             self._notes.append(_GRADIENT)

@@ -24,12 +24,12 @@ _MODERATE = frozenset(
 )
 
 
-def risky_tables(found: GraphSite, tables: Mapping[str, Table]) -> frozenset[str]:
+def risky_tables(found: GraphSite, tables: Mapping[str, Table], recorded: frozenset[fx.Node]) -> frozenset[str]:
     """The names of tables that may hold huge numbers; none where no gradients are recorded."""
-    if not any(private.records_gradients(x.node) for x in (found.q, found.k, found.v)):
+    if recorded.isdisjoint(x.node for x in (found.q, found.k, found.v)):
         return frozenset()
     real = {name: table.node for name, table in tables.items() if table.sort is Sort.REAL and table.dim is None}
-    return frozenset(name for name, node in real.items() if any(map(_is_risky, _origins(node))))
+    return frozenset(name for name, node in real.items() if any(_is_risky(origin, recorded) for origin in _origins(node)))
 
 
 def _origins(node: fx.Node) -> Iterator[fx.Node]:
@@ -44,12 +44,10 @@ def _origins(node: fx.Node) -> Iterator[fx.Node]:
             waiting += new
 
 
-def _is_risky(node: fx.Node) -> bool:
+def _is_risky(node: fx.Node, recorded: frozenset[fx.Node]) -> bool:
     """A huge constant, or an input of real numbers that nobody trains."""
     if node.op == "placeholder":
         real = dtype(node)
-        return (
-            real is not None and real.is_floating_point and not private.is_parameter(node) and not private.records_gradients(node)
-        )
+        return real is not None and real.is_floating_point and not private.is_parameter(node) and node not in recorded
     constants = [x for x in private.tree_leaves((node.args, node.kwargs)) if isinstance(x, float) and math.isfinite(x)]
     return node.op == "call_function" and call(node).op not in _MODERATE and any(abs(x) >= HUGE for x in constants)

@@ -144,7 +144,7 @@ def _is_activation(part: Before) -> bool:
 
 
 def _only_ways(part: Before) -> dict[fx.Node, Dims]:
-    """The nodes that everything in it comes through, up to its projection, and where they hold tokens."""
+    """The nodes that all of an activation comes through, up to its projection, and where they hold tokens."""
     found: dict[fx.Node, Dims] = {}
     waiting = {part.node: part}
     while waiting:
@@ -155,5 +155,5 @@ def _only_ways(part: Before) -> dict[fx.Node, Dims]:
         steps = before(node, at.dims)
         if steps is None or any(step.projected for step in steps):
             break
-        waiting |= {step.node: step for step in steps if _is_activation(step)}
+        waiting |= {step.node: step for step in steps if len(steps) == 1 or _is_activation(step)}
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -54,6 +55,11 @@ class SymbolicReader:
         self._placeholders = placeholders or {}
         self._sizes: dict[str, Table] | None = None
         self._views: dict[frozenset[tuple[Expr, Interval]], _View] = {}
+
+    @cached_property
+    def recorded(self) -> frozenset[fx.Node]:
+        """The nodes of this graph that autograd follows."""
+        return private.recorded(self._gm.graph)
 
     def at(self, node: fx.Node, index: Index, facts: Box = _NO_FACTS) -> Expr:
         """The value of `node` at `index`, where `facts` bound the coordinates."""

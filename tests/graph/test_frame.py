@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Expr, i, k, k_len, q, q_len, score
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import EmptyRows
@@ -93,9 +94,10 @@ def test_keys_appended_to_a_cache_put_the_last_query_at_the_last_key() -> None:
     site, found, where = recovered(decode, ONE, past, mask)
     assert where is not None
     assert simplify(where.position) == simplify(i + (k_len - q_len))
-    assert phase(site) is Phase.TRAIN
+    graph = site.q.node.graph
+    assert phase(site, private.recorded(graph)) is Phase.TRAIN
     with torch.no_grad():
-        assert phase(site) is Phase.DECODE
+        assert phase(site, private.recorded(graph)) is Phase.DECODE
     assert [part.name for part in classify(found.variant.mask, found.variant.score, found.facts)] == ["padding"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +22,12 @@ def visit_graphs(
     grad: bool = False,
     dynamic: bool | None = False,
     train: bool | None = None,
-    again: Inputs | None = None,
+    again: Iterable[Inputs] = (),
 ) -> object:
     """Run `model` compiled, handing every graph to `visit` while Dynamo's tracing context is alive; return the output.
 
-    What `visit` returns, if anything, runs in the graph's place; `again` are inputs for a second run of the same.
+    What `visit` returns, if anything, runs in the graph's place; `again` are inputs for further runs of the same, asked
+    for when the run before is over.
     """
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Example]) -> Callable[..., object]:
@@ -38,7 +39,9 @@ def visit_graphs(
     with torch.set_grad_enabled(grad):
         compiled = torch.compile(model, backend=backend, dynamic=dynamic)
         out = compiled(**inputs)
-        return compiled(**again) if again is not None else out
+        for other in again:
+            out = compiled(**other)
+        return out
 
 
 def capture_dynamo(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Rebuilt:
     near_misses: list[NearMiss] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     compared: int = 0  # how many tensors were compared
+    counted: bool = False  # whether the model ran once
 
     @property
     def exact(self) -> int:
@@ -44,28 +45,36 @@ class Rebuilt:
 
 
 def rebuild(model: nn.Module, inputs: Inputs, *, train: bool = False, dynamic: bool = False) -> Rebuilt:
-    """Run `model` with each of its graphs rewritten beside the original; with a second length, if lengths are dynamic."""
+    """Run `model` with each of its graphs rewritten beside the original; with a second length, if lengths are dynamic.
+
+    Sites are counted when they run: one graph may serve several layers.
+    """
     found = Rebuilt()
 
     def beside(gm: fx.GraphModule, example_inputs: Sequence[Example]) -> Callable[..., Any]:
         analysis = analyze(gm, example_inputs, _as_they_are)
         original = copy.deepcopy(analysis.graph)
-        first = not any(one.site.name in {site.name for site in found.sites} for one in analysis.described)
-        if first:
-            found.sites += [one.site for one in analysis.described]
+        if not found.counted:
             found.near_misses += analysis.plan.near_misses
         carry_out(analysis, {}, {})
 
         def run(*values: Any) -> Any:
+            if not found.counted:
+                found.sites += [one.site for one in analysis.described]
             if analysis.described:
                 _compare(original, analysis.graph, values, found)
             return gm(*values)
 
         return run
 
+    def second() -> Iterator[Inputs]:
+        found.counted = True
+        if dynamic:
+            yield shorter(inputs)
+
     if train:
         _never_drop(model)
-    visit_graphs(model, inputs, beside, grad=train, dynamic=dynamic, train=train, again=shorter(inputs) if dynamic else None)
+    visit_graphs(model, inputs, beside, grad=train, dynamic=dynamic, train=train, again=second())
     return found
 
 
