@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 
 from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, sqrt, true
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.storage import PLAIN, Storage
 
 
 class EmptyRows(Enum):
@@ -59,6 +60,7 @@ class Variant:
 
     `dot`, the product of q and k, times `scale` is what `score` stands for in the slot `score`, which may change it; `mask`
     says who sees whom, `normalizer` makes weights. `groups` gives sets of query heads variants of their own, without groups.
+    `storage` says how operands are held, which rounds them.
     """
 
     mask: Expr = true
@@ -69,6 +71,7 @@ class Variant:
     groups: tuple[tuple[IntegerSet, Variant], ...] = ()
     derived: tuple[DerivedTable, ...] = ()
     dropout: float = 0.0
+    storage: Storage = PLAIN
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, and those of the groups."""
@@ -94,6 +97,17 @@ class Variant:
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
+
+
+# Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
+EXTRAS = {"storage": PLAIN}
+
+
+def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
+    """What someone has against a variant who carries, of all EXTRAS, no others than these; None: nothing."""
+    wanted = (slot for slot, nothing in EXTRAS.items() for part in variant.parts() if getattr(part, slot) != nothing)
+    slot = next((slot for slot in wanted if slot not in carried), None)
+    return None if slot is None else f"it does not carry `{slot}`"
 
 
 @lru_cache(maxsize=1024)

@@ -9,10 +9,11 @@ from functools import lru_cache
 
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 2
+_VERSION = 3
 
 
 @lru_cache(maxsize=1024)
@@ -26,7 +27,10 @@ def write(variant: Variant) -> str:
         return nodes[root]
 
     parts = [("", variant), *((str(heads), group) for heads, group in variant.groups)]
-    written = [[heads, one.empty_rows.value, one.normalizer.name, one.dropout, *map(number, _roots(one))] for heads, one in parts]
+    written = [
+        [heads, one.empty_rows.value, one.normalizer.name, one.dropout, one.storage.words(), *map(number, _roots(one))]
+        for heads, one in parts
+    ]
     listed = [[node.op, [nodes[a] for a in node.args], node.value, node.sort.value] for node in nodes]
     return json.dumps([_VERSION, listed, written], separators=(",", ":"))
 
@@ -50,7 +54,9 @@ def _roots(variant: Variant) -> tuple[Expr, ...]:
 
 
 def _variant(part: Sequence[object], nodes: Sequence[Expr]) -> Variant:
-    _, empty_rows, name, dropout, *roots = part
+    _, empty_rows, name, dropout, storage, *roots = part
     mask, scale, score, weight, output = (nodes[root] for root in roots if isinstance(root, int))
     normalizer = Normalizer(str(name), weight, output)
-    return Variant(mask, EmptyRows(empty_rows), scale, score, normalizer, dropout=float(str(dropout)))
+    assert isinstance(storage, list)
+    rate = float(str(dropout))
+    return Variant(mask, EmptyRows(empty_rows), scale, score, normalizer, dropout=rate, storage=Storage.of(storage))

@@ -23,6 +23,7 @@ _EMPTY_ROWS = {
     EmptyRows.UNMASKED: "attention without the mask",
     EmptyRows.NAN: "NaN",
 }
+_HELD = {"qk": "q and k", "pv": "weights and v", "kv_cache": "the cache"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     parts = list(speaking.parts(named))
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
+    parts += [Part(_HELD[operand], f"held in {how}") for operand, how in variant.storage.held()]
     return Formula(says, tuple(parts), heads)
 
 

@@ -14,8 +14,6 @@ from attn_compiler.planning.yaml_text import Entry
 HOW = ("sum", "gate", "lse", "shared_denominator", "lerp")
 OPERANDS = ("q", "k", "v", "gate")
 RECORDED = ("q", "k", "v", "q_unrotated", "k_unrotated", "x")
-STORED = ("qk", "pv", "kv_cache", "projections")
-TYPES = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "nvfp4", "mxfp4", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -59,34 +57,6 @@ class Later:
             raise PolicyError(f"{entry.place}: `select` needs the `size` of its blocks of keys")
         return {key: read[key](inner) for key, inner in given.items()}
 
-    def storage(self, entry: Entry) -> object:
-        given = mapping(entry, STORED, "operand", "{qk: int8, kv_cache: int8}")
-        return {operand: self._held(held) for operand, held in given.items()}
-
-    def _held(self, entry: Entry) -> object:
-        """How one operand is stored: `int8`, or `{type: int8, per: token, smooth: true}`."""
-        long = entry if isinstance(entry.value, Mapping) else Entry({"type": entry}, entry.place)
-        given = mapping(long, ("type", "per", "smooth", "outliers"), "key of a storage", "{type: int8, per: token}")
-        if "type" not in given:
-            raise PolicyError(f"{entry.place}: a storage needs a `type`, one of {', '.join(TYPES)}")
-        held: dict[str, object] = {"type": self._storage_word(given["type"], types=True)}
-        if "per" in given:
-            held["per"] = self._storage_word(given["per"], types=False)
-        if "smooth" in given and not isinstance(given["smooth"].value, bool):
-            raise PolicyError(f"{given['smooth'].place}: `smooth` is true or false, found {given['smooth'].kind}")
-        if given.get("smooth", entry).value is True:
-            held["smooth"] = True
-        if "outliers" in given:
-            held["outliers"] = _positive(given["outliers"])
-        return held
-
-    def _storage_word(self, entry: Entry, *, types: bool) -> Declared:
-        word = self.call(entry, "storages")
-        if (word.name in TYPES) is not types:
-            expected = f"a type: {', '.join(TYPES)}" if types else "what shares a scale: tensor, head, token, channel, block(64)"
-            raise PolicyError(f"{entry.place}: expected {expected}; found {entry.kind}")
-        return word
-
     def calls(self, entry: Entry, folder: str) -> tuple[Declared, ...]:
         return tuple(self.call(one, folder) for one in each(entry))
 
@@ -100,7 +70,6 @@ SLOTS_LATER: Mapping[str, Callable[[Later, Entry], object]] = {
     "context": lambda later, entry: later.calls(entry, "contexts"),
     "edit": lambda later, entry: later.calls(entry, "edits"),
     "output": lambda later, entry: later.calls(entry, "outputs"),
-    "storage": Later.storage,
     "emit": Later.emit,
 }
 
@@ -139,9 +108,3 @@ def _count(entry: Entry) -> int:
     if isinstance(entry.value, bool) or not isinstance(entry.value, int) or entry.value < 1:
         raise PolicyError(f"{entry.place}: expected a whole number of at least 1, found {entry.kind}")
     return entry.value
-
-
-def _positive(entry: Entry) -> float:
-    if isinstance(entry.value, bool) or not isinstance(entry.value, int | float) or not entry.value > 0:
-        raise PolicyError(f"{entry.place}: expected a number above 0, found {entry.kind}")
-    return float(entry.value)

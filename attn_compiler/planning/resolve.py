@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from attn_compiler.algebra.expr import Expr, Sort, const, every, i, k, q, q_len, rebuild, score
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import LanguageError, UnknownLengthError
 from attn_compiler.planning.plan import Refusal
@@ -102,7 +103,19 @@ def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant 
         if isinstance(variant, Refusal):
             return Refusal(variant.by, f"heads {heads}: {variant.reason}")
         groups.append((heads, variant))
-    return replace(base, groups=tuple(groups))
+    torn = _torn_apart(groups, site)
+    return Refusal("rule", torn) if torn else replace(base, groups=tuple(groups))
+
+
+def _torn_apart(groups: Sequence[tuple[IntegerSet, Variant]], site: Site) -> str:
+    """Why heads that share their keys cannot be in these groups; nothing if they can."""
+    cached: dict[int, Held | None] = {}
+    for heads, variant in groups:
+        for head in heads.members(site.heads):
+            owner = head // (site.heads // site.kv_heads)
+            if cached.setdefault(owner, variant.storage.kv_cache) != variant.storage.kv_cache:
+                return f"heads {heads} share the keys of kv head {owner} with others, whose `kv_cache` is held otherwise"
+    return ""
 
 
 def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
@@ -118,6 +131,8 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
+    if slots.storage is not None:
+        variant = replace(variant, storage=slots.storage)
     if slots.mask is None:
         return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
     masked = _masked(slots.mask, variant, site, replace_mask)
@@ -127,7 +142,9 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 
 
 def _misfit(slots: Slots, site: Site) -> str:
-    """Why the tokens of a site are not those of a rule's geometry; nothing if they are."""
+    """Why a site has not what a rule speaks of; nothing if it has."""
+    if slots.storage and slots.storage.projections:
+        return "the projections, which it wants to hold otherwise, are layers of the model and no part of its attentions"
     if slots.geometry is None:
         return ""
     tokens = slots.geometry.tokens(site.k_hint)

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import DerivedTable, EmptyRows, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
 from attn_compiler.planning.entries import check_keys, located, one_of
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_call, parse_expression, parse_mask
 from attn_compiler.planning.later import SLOTS_LATER, Later, read_mix
+from attn_compiler.planning.storing import read_storage
 from attn_compiler.planning.words import PerToken, Seen, Words
 from attn_compiler.planning.yaml_text import Entry
 
-NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "heads")
+NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "storage", "heads")
 SLOTS = (*NOW, "mix", *SLOTS_LATER)
 
 
@@ -31,6 +33,7 @@ class Slots:
     normalizer: Normalizer | None = None
     geometry: Geometry | None = None
     order: PerToken | None = None
+    storage: Storage | None = None
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
     later: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -107,6 +110,8 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
     order = _order(given["order"], naming, naming.scope(geometry, None)) if "order" in given else None
     scope = naming.scope(geometry, order)
     slots = _read_now(Slots(geometry=geometry, order=order), given, naming.words, scope)
+    if "storage" in given:
+        slots = replace(slots, storage=read_storage(given["storage"], naming.words, scope))
     later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
     if later.get("over") == "tokens":  # what every site does
         del later["over"]

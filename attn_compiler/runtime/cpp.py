@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
@@ -127,4 +127,4 @@ def _objection(
     q_counted, k_counted = counted
     placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
     reasons = (refuse(part, dict(stored)) or (gradient.refuse(part) if differentiated else None) for part in placed)
-    return next(filter(None, reasons), None)
+    return passed_over(variant) or next(filter(None, reasons), None)

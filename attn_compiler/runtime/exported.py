@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.expr import score
-from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.algebra.variant import SOFTMAX, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
@@ -67,7 +67,7 @@ def objection(site: Site, variant: Variant) -> str | None:
     derived = [table.name for part in variant.parts() for table in part.derived]
     if derived and isinstance(site.k_len, str):
         return f'the table "{derived[0]}" follows from the number of keys, which changes from call to call'
-    return None
+    return passed_over(variant)
 
 
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:

@@ -78,6 +78,8 @@ def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None
     """
     if isinstance(operands.k_positions, Tensor) or operands.first_query is None:
         return None
+    if variant.storage.pv and variant.storage.pv.numbers.block:
+        return None  # which weights share a scale depends on where their keys stand
     within = reach(variant.mask)
     if within is None or within.width < 0 or (within.prefix and not operands.counts_from_zero()):
         return None

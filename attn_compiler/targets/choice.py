@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from attn_compiler.algebra.expr import const, i, score
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
@@ -36,7 +37,8 @@ class TorchTarget:
             return Refusal("torch", reason)
         forms = [form_of(site, part) for part in (group for _, group in variant.groups)] or [form_of(site, variant)]
         slowest = min(forms, key=_RANK.__getitem__)
-        return Carried(" and ".join(dict.fromkeys(forms)), gains=_RANK[slowest] > _RANK[site.form])
+        emulated = ", of operands rounded as they would be held" if any(part.storage != PLAIN for part in variant.parts()) else ""
+        return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains=_RANK[slowest] > _RANK[site.form])
 
 
 def form_of(site: Site, variant: Variant) -> Form:
@@ -44,7 +46,7 @@ def form_of(site: Site, variant: Variant) -> Form:
     if _in_blocks(site, variant):
         return "blocks of queries, each with the keys in reach"
     bias = bias_of(variant.score)
-    if variant.normalizer != SOFTMAX or bias is None or swallows(variant.score, site.risky):
+    if variant.normalizer != SOFTMAX or variant.storage.pv or bias is None or swallows(variant.score, site.risky):
         return "written out"
     aligned = site.frame is not None and site.frame.position == i and site.q_len == site.k_len
     if variant.mask.value is True and bias == const(0):

@@ -13,6 +13,7 @@ from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
+from attn_compiler.targets.rounded import held_weights
 
 
 def explicit(
@@ -34,6 +35,8 @@ def explicit(
     weights = arrays.tensor(arrays.read(variant.normalizer.weight, {e.score: scores, e.peak: peak}), Sort.REAL)
     weights = torch.where(visible, weights, 0.0).expand(shape)
     mass = torch.where(sees, weights.sum(dim=-1, keepdim=True), 1.0)
+    if variant.storage.pv:
+        weights = held_weights(weights, variant.storage.pv.numbers)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
     known = {e.acc: per_kv_head(weights, v), e.mass: mass, e.peak: peak}

@@ -56,7 +56,7 @@ def swallows(score: Expr, risky: Collection[str]) -> bool:
 def fits(variant: Variant, arrays: Arrays, dtype: torch.dtype) -> bool:
     """Whether the variant is one for this form, without losing precision: a bias must be of the operands' dtype."""
     bias = bias_of(variant.score)
-    if variant.normalizer != SOFTMAX or bias is None or variant.scale.mentions(e.k, *_PRODUCTS):
+    if variant.normalizer != SOFTMAX or variant.storage.pv or bias is None or variant.scale.mentions(e.k, *_PRODUCTS):
         return False
     stored = bias.op == "table" and str(bias.value) in arrays.tables and arrays.tables[str(bias.value)].dtype == dtype
     return bias == e.const(0) or stored or dtype in (torch.float32, torch.float64)

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.expr import Sort, score
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
 from attn_compiler.targets.explicit import explicit
 from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.reach import is_causal
+from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import statically_known_true
 
+CARRIED = ("storage",)
 Result = tuple[Tensor, Tensor | None]  # the output, and the log-sum-exp where it was asked for
 
 
@@ -26,12 +28,17 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     unnormalized = [part.normalizer.name for part in variant.parts() if part.normalizer.total is None]
     if lse and unnormalized:
         return f"the rows of `{unnormalized[0]}` are not normalized, so they have no log-sum-exp"
-    return None
+    return passed_over(variant, CARRIED)
 
 
 def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
     """Attend, in the form that the variant and what is statically known of the operands allow."""
-    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse))
+
+    def attend(part: Operands, of_group: Variant) -> Result:
+        out, totals = _attend(held(part, of_group.storage), of_group, lse)
+        return out.to(operands.q.dtype), totals
+
+    return by_group(operands, variant, attend)
 
 
 def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, Variant], Result]) -> Result:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Count, Declared
+from attn_compiler.algebra.storage import Shared
+from attn_compiler.planning.words import Count
 
 
-def block(size: Count) -> Declared:
+def block(size: Count) -> Shared:
     """One scale per block of tokens."""
-    return Declared("storages", "block", (("size", size),))
+    return Shared("block", size)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.storage import Shared
 
 
-def channel() -> Declared:
+def channel() -> Shared:
     """One scale per channel."""
-    return Declared("storages", "channel", ())
+    return Shared("channel")

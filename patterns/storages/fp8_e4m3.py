@@ -1,10 +1,10 @@
-"""Operands held as `fp8_e4m3`."""
+"""Floats of eight bits, three of them for the mantissa, up to 448."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.storage import Numbers
 
 
-def fp8_e4m3() -> Declared:
-    """Operands held as `fp8_e4m3`."""
-    return Declared("storages", "fp8_e4m3", ())
+def fp8_e4m3() -> Numbers:
+    """Floats of eight bits, three of them for the mantissa, up to 448."""
+    return Numbers("fp8_e4m3", bits=8, mantissa=3, smallest=-6, largest=448)

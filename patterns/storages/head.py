@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.storage import Shared
 
 
-def head() -> Declared:
+def head() -> Shared:
     """One scale per head."""
-    return Declared("storages", "head", ())
+    return Shared("head")

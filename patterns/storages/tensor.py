@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.storage import Shared
 
 
-def tensor() -> Declared:
+def tensor() -> Shared:
     """One scale per tensor."""
-    return Declared("storages", "tensor", ())
+    return Shared("tensor")

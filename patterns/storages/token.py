@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.storage import Shared
 
 
-def token() -> Declared:
+def token() -> Shared:
     """One scale per token."""
-    return Declared("storages", "token", ())
+    return Shared("token")

@@ -11,6 +11,7 @@ from attn_compiler.algebra.expr import Sort, b, i, k, k_len, q, q_len, score, ta
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import RefusedError
+from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.plan import Decision, Plan, Refusal
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
@@ -173,14 +174,14 @@ def test_heads_out_of_range_are_refused() -> None:
 
 
 def test_slots_that_nothing_carries_are_refused() -> None:
-    decision = decided("  - attn: {mask: causal, storage: {qk: int8}}")
-    assert decision.refusals == (Refusal("rule 1", "no target carries `storage` yet"),)
+    decision = decided("  - attn: {mask: causal, emit: rows}")
+    assert decision.refusals == (Refusal("rule 1", "no target carries `emit` yet"),)
     assert decision.exact
 
 
 def test_a_refusal_can_be_fatal() -> None:
     with pytest.raises(RefusedError, match="fallback: error"):
-        decided("  - {fallback: error, attn: {mask: causal, storage: {qk: int8}}}")
+        decided("  - {fallback: error, attn: {mask: causal, emit: rows}}")
 
 
 def test_score_speaks_of_what_the_site_computes() -> None:
@@ -238,3 +239,22 @@ def test_counting_what_a_rule_matches_makes_no_length_a_condition() -> None:
     dynamic = site(longer=lambda tokens: bool(asked.append(tokens)))
     planned("  - attn: exact\n  - {match: {min_tokens: 7}, attn: exact}", dynamic)
     assert asked == []
+
+
+def test_a_storage_is_part_of_what_is_decided() -> None:
+    decision = decided("  - attn: {storage: {qk: int8}}")
+    assert decision.outcome == "approximate"
+    assert decision.form.endswith("of operands rounded as they would be held")
+    assert "q and k: held in int8, per token" in whole(formulas(decision.variant, decision.site))
+
+
+def test_the_projections_are_no_part_of_an_attention() -> None:
+    assert "no part of its attentions" in decided("  - attn: {storage: {projections: int8}}").refusals[0].reason
+
+
+def test_heads_that_share_their_keys_have_one_cache() -> None:
+    def grouped(heads: str) -> Decision:
+        return decided(f"  - attn: {{heads: {{'{heads}': {{storage: {{kv_cache: int8}}}}}}}}")
+
+    assert grouped("0:2").outcome == "approximate"
+    assert "share the keys of kv head 0 with others" in grouped("0").refusals[0].reason

@@ -1,0 +1,70 @@
+"""Reads the slot `storage`: how q·k, p·v, the cache and the projections are held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+from attn_compiler.algebra.storage import Held, Numbers, Scaling, Shared, Storage
+from attn_compiler.errors import PolicyError
+from attn_compiler.planning.entries import located, mapping
+from attn_compiler.planning.language import Scope, parse_call
+from attn_compiler.planning.words import Words
+from attn_compiler.planning.yaml_text import Entry
+
+Wanted = TypeVar("Wanted", Numbers, Shared)
+
+# Of each operand, what shares a scale unless a policy says it. In p·v a sum runs over tokens: a scale of one is no factor.
+STORED: Mapping[str, Shared] = {
+    "qk": Shared("token"), "pv": Shared("channel"), "kv_cache": Shared("token"), "projections": Shared("channel"),
+}  # fmt: skip
+
+
+def read_storage(entry: Entry, words: Words, scope: Scope) -> Storage:
+    """Read `{qk: int8, kv_cache: {type: int8, per: token}}`."""
+    given = mapping(entry, tuple(STORED), "operand", "{qk: int8, kv_cache: int8}")
+    return Storage(**{operand: _held(inner, STORED[operand], words, scope) for operand, inner in given.items()})
+
+
+def _held(entry: Entry, usual: Shared, words: Words, scope: Scope) -> Held:
+    """How one operand is held: `int8`, or `{type: int8, per: token, smooth: true}`."""
+    long = entry if isinstance(entry.value, Mapping) else Entry({"type": entry}, entry.place)
+    given = mapping(long, ("type", "per", "smooth", "outliers"), "key of a storage", "{type: int8, per: token}")
+    if "type" not in given:
+        raise PolicyError(f"{entry.place}: a storage needs a `type`, one of {', '.join(_names(words, Numbers))}")
+    numbers = _word(given["type"], Numbers, "a type", words, scope)
+    per: Shared | None = usual if numbers.scaling is Scaling.REAL else None
+    if "per" in given:
+        chosen = _word(given["per"], Shared, "what shares a scale", words, scope)
+        if per is None:
+            why = f"shares a scale among {numbers.block} numbers by itself" if numbers.block else "has no scales"
+            raise PolicyError(f"{given['per'].place}: `{numbers.name}` {why}: leave `per` out")
+        per = chosen
+    return Held(numbers, per, _flag(given["smooth"]) if "smooth" in given else False, _outliers(given.get("outliers")))
+
+
+def _word(entry: Entry, wanted: type[Wanted], what: str, words: Words, scope: Scope) -> Wanted:
+    found = located(entry, lambda text: parse_call(text, "storages", words, scope))
+    if not isinstance(found, wanted):
+        raise PolicyError(f"{entry.place}: expected {what}: {', '.join(_names(words, wanted))}; found {entry.kind}")
+    return found
+
+
+def _names(words: Words, wanted: type[object]) -> list[str]:
+    """The words that give such values."""
+    return [name for name, word in words["storages"].items() if word.hints.get("return") is wanted]
+
+
+def _flag(entry: Entry) -> bool:
+    if not isinstance(entry.value, bool):
+        raise PolicyError(f"{entry.place}: `smooth` is true or false, found {entry.kind}")
+    return entry.value
+
+
+def _outliers(entry: Entry | None) -> float:
+    if entry is None:
+        return math.inf
+    if isinstance(entry.value, bool) or not isinstance(entry.value, int | float) or not entry.value > 0:
+        raise PolicyError(f"{entry.place}: expected a number above 0, found {entry.kind}")
+    return float(entry.value)
