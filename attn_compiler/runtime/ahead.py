@@ -76,27 +76,35 @@ def _compiled(order: Order) -> Compiled:
     from triton.compiler import ASTSource
 
     module, aligned = load(order.text), [["tt.divisibility", 16]]
-    kernel = module.forward if hasattr(module, "forward") else module.backward
+    kernel = next(getattr(module, name) for name in _KERNELS if hasattr(module, name))
     names = list(kernel.arg_names)
-    types = _signature(order, by_key="of_k" in names)
+    types = _signature(order, names)
     attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(4)}
-    constants = {"BLOCK_Q": order.blocks.queries, "BLOCK_K": order.blocks.keys}
-    source = ASTSource(fn=kernel, signature={name: types[name] for name in names}, constexprs=constants, attrs=attributes)
+    constants = {name: size for name, size in order.blocks.sizes().items() if name in names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
     return _read(compile_(source, target=GPUTarget(*MACHINES[order.machine]), options=options))
 
 
+_KERNELS = ("forward", "backward", "decode")
 _OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v")
 
 
-def _signature(order: Order, *, by_key: bool) -> dict[str, Any]:
-    """The types of all arguments that kernels have."""
+def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
+    """The types of a kernel's arguments."""
     operand = (_POINTERS[order.dtype], "i32", "i32", "i32")
     tables = tuple((_POINTERS.get(dtype, f"*i{dtype[3:]}"), ("i32",) * axes, ("i32",) * axes) for dtype, axes in order.tables)
-    visits = (*("*i32",) * 8, "*fp32") if by_key else ("*i32",) * 6
-    kinds = {**dict.fromkeys(("totals", "kept", "numbers"), "*fp32"), "visits": visits, "tables": tables, "sums": ()}
-    blocks = {"BLOCK_Q": "constexpr", "BLOCK_K": "constexpr"}
-    return {**dict.fromkeys(_OPERANDS, operand), **kinds, "sizes": ("i32",) * 8, **blocks}
+    visits = (*("*i32",) * 8, "*fp32") if "of_k" in names else ("*i32",) * 6
+    kinds = {
+        **dict.fromkeys(_OPERANDS, operand),
+        **dict.fromkeys(("totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
+        **dict.fromkeys(("members", "starts", "owners"), "*i32"),
+        **dict.fromkeys(order.blocks.sizes(), "constexpr"),
+        "sums": "*fp32" if "peaks" in names else (),
+        "visits": visits,
+        "tables": tables,
+    }
+    return {name: kinds.get(name, "i32") for name in names}
 
 
 def _read(kernel: Any) -> Compiled:

@@ -14,7 +14,7 @@ from attn_compiler.runtime.decode import sources
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
-from attn_compiler.runtime.triton_kernels import programs
+from attn_compiler.runtime.triton_programs import programs
 from attn_compiler.targets.cpp.spec import Stored
 
 _PRINT = {"cpp": (sources, "//"), "triton": (programs, "#")}  # and how remarks begin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
-from attn_compiler.runtime import decode, gradients, kernels, triton_gradients, triton_kernels
+from attn_compiler.runtime import decode, gradients, kernels, triton_decode, triton_gradients, triton_kernels
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
@@ -87,10 +87,10 @@ def _attend(
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
     _, names, _, _, target = _read(what)
-    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and target == "cpp" and SEED not in names:
+    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and SEED not in names:
         sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
-        decode.run(launched, q, k, v, out, totals, tables, layer, first)
+        _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)
         return out, sums
     shape = _shape(q, k, v, tables, first, what)
     _RUN[target](shape, q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
@@ -98,6 +98,7 @@ def _attend(
 
 
 _RUN = {"cpp": kernels.run, "triton": triton_kernels.run}
+_DECODE: Mapping[str, Any] = {"cpp": decode, "triton": triton_decode}
 _DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
 
 
@@ -125,16 +126,16 @@ def _attend_backward(
 @lru_cache(maxsize=1024)
 def _decoding(
     what: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], stored: tuple[tuple[torch.dtype, int], ...]
-) -> tuple[tuple[decode.Launch, ...], tuple[int, int]]:
+) -> tuple[Any, tuple[int, int]]:
     """The kernels for few queries, whatever their number and that of the keys; and the layer, of how many."""
-    variant, names, layer, layers, _ = _read(what)
+    variant, names, layer, layers, target = _read(what)
     heads, kv_heads, dim, value_dim = sizes
     counted = Q_POSITIONS not in names, K_POSITIONS not in names
     shape = kernels.Shape(
         variant, names, tuple(Stored(dtype_name(of), axes) for of, axes in stored), *counted, 0, heads, kv_heads, 0, 0, dim,
         value_dim, dtype_name(dtype), layer, layers, 0, 0, (),
     )  # fmt: skip
-    return decode.launches(shape), (layer, layers)
+    return _DECODE[target].launches(shape), (layer, layers)
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str) -> kernels.Shape:

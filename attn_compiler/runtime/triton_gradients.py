@@ -95,14 +95,14 @@ def _run(
     of_q, of_k, of_v = (operand(x) for x in results)
     read = tuple(table(given.tables[n]) for n in pair.numbers)
     added = tuple(table(x) for x in (sums[n] for n in pair.wanted) if x is not None)
-    rest = (read, added, sizes(shape))
+    rest = (read, added, *sizes(shape))
     tiles = -(-shape.q_len // blocks.queries), -(-shape.k_len // blocks.keys)
     grid = tiles[0], len(pair.members), shape.batch
-    call(given.q, pair.by_query, grid, (q, k, v, out, above, of_q, given.kept, numbers, pair.of_queries, *rest), blocks)
+    call(given.q, pair.by_query, grid, (q, k, v, out, above, of_q, given.kept, numbers, pair.of_queries, *rest), blocks.options())
     unseeing = numbers[3].amax(-1)  # of each head, where that matters
     visits = (*pair.of_keys, unseeing)
     arguments = (q, k, v, above, of_k, of_v, numbers, visits, *rest)
-    call(given.q, pair.by_key, (tiles[1], pair.owners, shape.batch), arguments, by_key_blocks(shape, blocks))
+    call(given.q, pair.by_key, (tiles[1], pair.owners, shape.batch), arguments, by_key_blocks(shape, blocks).options())
 
 
 def _means(pair: Pair, shape: Shape, given: Given) -> Tensor:

@@ -19,7 +19,6 @@ from attn_compiler.runtime.kernels import Shape, spec_at
 from attn_compiler.runtime.visits import met, walk
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
-from attn_compiler.targets.triton.launch import program
 from attn_compiler.targets.triton.source import Iteration, source
 
 
@@ -31,6 +30,14 @@ class Blocks:
     keys: int = 64
     warps: int = 4
     stages: int = 2
+
+    def sizes(self) -> Mapping[str, int]:
+        """What kernels call them."""
+        return {"BLOCK_Q": self.queries, "BLOCK_K": self.keys}
+
+    def options(self) -> Mapping[str, int]:
+        """All that a launch says of them."""
+        return {**self.sizes(), "num_warps": self.warps, "num_stages": self.stages}
 
 
 def candidates(dtype: str, dim: int, *, amd: bool = False) -> tuple[Blocks, ...]:
@@ -81,21 +88,6 @@ def on_device(arrays: Iterable[Integers], device: torch.device) -> tuple[Tensor,
     return tuple(torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device) for x in arrays)
 
 
-def programs(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
-    """The kernels of a call as programs that run on their own, and the heads that each is for."""
-    blocks = Blocks()
-    constants = {
-        "BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN": f"{shape.batch}, {shape.heads}, {shape.kv_heads}, {shape.q_len}, {shape.k_len}",
-        "BLOCK_Q, BLOCK_K, WARPS, STAGES": f"{blocks.queries}, {blocks.keys}, {blocks.warps}, {blocks.stages}",
-        "SIZES": f"{sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
-        "DTYPE": f"torch.{shape.dtype}",
-    }
-    found = kernels(shape, blocks)
-    return tuple(
-        (one.members, program(one.text, one.spec, {**constants, "MEMBERS": len(one.members)}, one.visits)) for one in found
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A kernel, loaded, with what it visits on the device."""
@@ -133,14 +125,13 @@ def run(
         grid = -(-shape.q_len // blocks.queries), len(one.visits[0]), shape.batch
         read = tuple(table(tables[n]) for n in one.numbers)
         operands = (operand(x) for x in (q, k, v, out))
-        call(q, one.kernel, grid, (*operands, totals, kept, one.visits, read, sizes(shape)), blocks)
+        call(q, one.kernel, grid, (*operands, totals, kept, one.visits, read, *sizes(shape)), blocks.options())
 
 
-def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], blocks: Blocks) -> None:
+def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], options: Mapping[str, int]) -> None:
     """Launch a kernel on the device of a tensor: Triton itself would take the current one."""
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     with torch.cuda.device_of(of), interpreter.quiet():  # type: ignore[no-untyped-call]
-        kernel[grid](*arguments, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys, **options)
+        kernel[grid](*arguments, **options)
 
 
 def sizes(shape: Shape) -> tuple[int, ...]:

@@ -14,10 +14,12 @@ BY_PEAK = DROPS = ORDERED = NORMED = False
 # </constants>
 
 
-@triton.jit
-def backward(q, k, v, above, of_k, of_v, numbers, visits, tables, sums, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+@triton.jit(do_not_specialize=["q_len", "k_len", "layer", "first_query", "first_key"])
+def backward(
+    q, k, v, above, of_k, of_v, numbers, visits, tables, sums,
+    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The heads that share the keys come one after the other; `numbers` are what the other kernel found for each query."""
-    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key = sizes
     members, schedule_of, every_met, listed, k_order, q_order, owners, starts, unseeing = visits
     # <tables>
     tile, b = tl.program_id(0), tl.program_id(2)

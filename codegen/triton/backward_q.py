@@ -18,10 +18,12 @@ BY_PEAK = DROPS = FILLS = ORDERED = NORMED = False
 # </constants>
 
 
-@triton.jit
-def backward(q, k, v, out, above, of_q, kept, numbers, visits, tables, sums, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+@triton.jit(do_not_specialize=["q_len", "k_len", "layer", "first_query", "first_key"])
+def backward(
+    q, k, v, out, above, of_q, kept, numbers, visits, tables, sums,
+    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """`kept` are the peak and the mass of each query; `numbers` take its peak, factor, pull and whether it saw no key."""
-    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key = sizes
     tile, b, h, kv, met = task(visits, heads // kv_heads, 4 * STRETCHES)
     listed, q_order, k_order = visits[3:]
     # <tables>

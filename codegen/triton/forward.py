@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from tiles import draw, dropped, give, key_word, norm, query_words, read, rows, take, task
+from tiles import absorb, collect, draw, dropped, give, key_word, norm, query_words, read, rows, take, task
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -14,32 +14,17 @@ BY_PEAK = DROPS = FILLS = MEAN = ORDERED = False
 # </constants>
 
 
-@triton.jit
-def absorb(score, peak, mass, acc):
-    """The weights of a tile, relative to the peak, and the sums brought to that of all tiles so far."""
-    highest = tl.maximum(peak, tl.max(score, 1, keep_dims=True))
-    origin = tl.where(highest == -INFINITY, 0.0, highest)
-    weight, keep = tl.exp2(score - origin), tl.exp2(peak - origin)
-    mass = mass * keep + tl.sum(weight, 1, keep_dims=True)
-    return weight, highest, mass, acc * keep
-
-
-@triton.jit
-def collect(score, weight, peak, mass):
-    """The weights of a tile as they stand, but for what is hidden, and the sums with them."""
-    weight = tl.where(score == -INFINITY, 0.0, weight)
-    return weight, tl.maximum(peak, tl.max(score, 1, keep_dims=True)), mass + tl.sum(weight, 1, keep_dims=True)
-
-
-@triton.jit
-def forward(q, k, v, out, totals, kept, visits, tables, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+@triton.jit(do_not_specialize=["q_len", "k_len", "layer", "first_query", "first_key"])
+def forward(
+    q, k, v, out, totals, kept, visits, tables,
+    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Operands are a pointer and the strides of batch, heads and tokens.
 
     `totals` takes the log-sum-exp of each query, `kept` its peak and its mass, which gradients need; either may be None.
     After each tile `peak` is the largest score so far as a power of two, `mass` the sum of weights 2 ** (score - peak),
     `acc` that of weight * v.
     """
-    heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key = sizes
     tile, b, h, kv, met = task(visits, heads // kv_heads, 4 * STRETCHES)
     listed, q_order, k_order = visits[3:]
     # <tables>

@@ -19,10 +19,7 @@ def sequence(*parts):
 
 
 def visits(device):
-    """The heads, the schedule that each follows, and of each tile of queries the tiles of keys that it meets.
-
-    These are stretches of neighbors, each from a start to a stop: those with hidden pairs, then those without.
-    """
+    """What is visited."""  # <meaning>
     numbers = []  # <visits>
     return tuple(x.to(torch.int32).contiguous().to(device) for x in numbers)
 
@@ -31,11 +28,13 @@ def attend(q, k, v, *tables):
     """What attention makes of [batch, heads, tokens, dim], and the log-sum-exp of each query."""
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     totals = q.new_empty(q.shape[:3], dtype=torch.float32)
-    operands = ((x, *x.stride()[:3]) for x in (q, k, v, out))
+    operands = [(x, *x.stride()[:3]) for x in (q, k, v, out)]
     read = tuple((table, tuple(table.shape), tuple(table.stride())) for table in tables)
+    # <launches>
     forward[triton.cdiv(Q_LEN, BLOCK_Q), MEMBERS, len(q)](
-        *operands, totals, None, visits(q.device), read, SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES
+        *operands, totals, None, visits(q.device), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES
     )
+    # </launches>
     return out, totals
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+INFINITY = tl.constexpr(float("inf"))  # a kernel's file has it among its constants
+
 
 @triton.jit
 def task(visits, group, VISIT: tl.constexpr):
@@ -50,10 +52,34 @@ def take(row, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def some(row, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The numbers of the rows that are `wanted`, and zeros for the others, which are not read."""
+    d = tl.arange(0, WIDTH)[None, :]
+    return tl.load(row + d, mask=wanted & (d < DIM), other=0.0)
+
+
+@triton.jit
 def give(row, x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Write the rows that are `inside`."""
     d = tl.arange(0, WIDTH)[None, :]
     tl.store(row + d, x.to(row.dtype.element_ty), mask=inside & (d < DIM))
+
+
+@triton.jit
+def absorb(score, peak, mass, acc):
+    """The weights of a tile, relative to the peak, and the sums brought to that of all tiles so far."""
+    highest = tl.maximum(peak, tl.max(score, 1, keep_dims=True))
+    origin = tl.where(highest == -INFINITY, 0.0, highest)
+    weight, keep = tl.exp2(score - origin), tl.exp2(peak - origin)
+    mass = mass * keep + tl.sum(weight, 1, keep_dims=True)
+    return weight, highest, mass, acc * keep
+
+
+@triton.jit
+def collect(score, weight, peak, mass):
+    """The weights of a tile as they stand, but for what is hidden, and the sums with them."""
+    weight = tl.where(score == -INFINITY, 0.0, weight)
+    return weight, tl.maximum(peak, tl.max(score, 1, keep_dims=True)), mass + tl.sum(weight, 1, keep_dims=True)
 
 
 @triton.jit
@@ -92,6 +118,12 @@ def dropped(first, second, word, DROPPED: tl.constexpr):
     x = ((x ^ (x >> 15)) + second) * 0x846CA68B
     x = (x ^ (x >> 16)) * 0x9E3779B1
     return x < DROPPED
+
+
+@triton.jit
+def within(place, k_len):
+    """A place, moved to the first or behind the last key where it is none."""
+    return tl.cast(tl.minimum(tl.maximum(place, 0), k_len), tl.int32)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import attn_compiler as attn
 from attn_compiler.cli import app
+from attn_compiler.runtime.triton_kernels import load
 from attn_compiler.targets.triton.launch import parts
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "triton"
@@ -39,7 +40,7 @@ def source(name: str, **more: object) -> str:
 
 def generated(text: str) -> str:
     """The kernel itself, and what it visits."""
-    kernel = text[text.index("@triton.jit\ndef forward(") : text.index("\n\n\nBATCH, HEADS")]
+    kernel = text[text.index("@triton.jit(do_not_specialize") : text.index("\n\n\nBATCH, HEADS")]
     visits = text[text.index("def visits(") : text.index("\n\n\ndef attend(")]
     return f"{kernel}\n\n\n{visits}\n"
 
@@ -86,6 +87,18 @@ def test_what_is_printed_is_what_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     printed = attn.kernel_source("causal & window(9)", q_len=29, k_len=29, heads=4, head_dim=8, target="triton")
     [path] = tmp_path.glob("*.py")
     assert printed.replace("import torch\n", "").startswith(path.read_text())
+
+
+@pytest.mark.parametrize("empty_rows", ["zero", "mean"])
+def test_the_kernels_for_few_queries_are_one_program(empty_rows: str) -> None:
+    pytest.importorskip("triton")
+    variant = {"mask": "causal & window(40)", "empty_rows": empty_rows}
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 290, 8), torch.randn(1, 2, 290, 8)
+    printed = attn.kernel_source(variant, q_len=3, k_len=290, heads=4, kv_heads=2, head_dim=8, target="triton")
+    assert printed.count("def decode") == 1 + (empty_rows == "mean")
+    expected = attn.attend(q, k, v, variant, target="triton", return_lse=True)
+    for found, wanted in zip(load(printed).attend(q, k, v), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_saved_kernel_runs_on_its_own(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def decoding(spec: Spec) -> str:
     printer = printer_of(spec, KEYS_IN_LANES)
     assert spec.factor is not None
     holes = {
-        "position": printer.function(_position(spec)),
+        "position": printer.function(position_of(spec)),
         "visible": printer.function(spec.variant.mask, real="exact"),
         "score": printer.function(spec.score),
         "weight": printer.function(const(0.0) if spec.by_peak else spec.variant.normalizer.weight),
@@ -45,7 +45,7 @@ def distances(mask: Expr) -> tuple[int, int, int]:
     return nearest, farthest, 0
 
 
-def _position(spec: Spec) -> Expr:
+def position_of(spec: Spec) -> Expr:
     """The position of a query; where only its table tells, as the mask reads it."""
     reads = (node for node in spec.variant.mask.walk() if node.op == "table" and node.value == Q_POSITIONS)
     return next(reads, e.i + FIRST_QUERY)

@@ -11,7 +11,7 @@ from attn_compiler.targets.cpp.gradient import ALONG, OF_SCORE, OF_WEIGHT, Slope
 from attn_compiler.targets.cpp.printer import Leaves, Level
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES, Printer
-from attn_compiler.targets.triton.source import Holes, Iteration, assembled, pair, printer_of, walk
+from attn_compiler.targets.triton.source import Holes, Iteration, assembled, pair, phases, printer_of, walk
 
 _ZERO = const(0.0)
 _BY_QUERY: Leaves = {
@@ -42,8 +42,8 @@ def by_query(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
         "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.pull)],
         "query sums": _sums(printer, {x: slopes.of_query(x) for x in slopes.reads(*wanted)}),
     }
-    facts = {"FILLS": fills, "NORMED": slopes.score(e.q_norm) != _ZERO}
-    return assembled("backward_q.py", spec, iteration, printer, holes, facts, _named(printer, wanted))
+    facts = {"FILLS": fills, "NORMED": slopes.score(e.q_norm) != _ZERO, "ORDERED": iteration.ordered}
+    return assembled("backward_q.py", spec, printer, holes, facts, phases(iteration, holes), _named(printer, wanted))
 
 
 @lru_cache(maxsize=256)
@@ -58,8 +58,8 @@ def by_key(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
         **_slopes(printer, slopes, e.k_norm),
         "pair sums": _sums(printer, {x: slopes.of_pair(x) for x in slopes.reads(*wanted)}),
     }
-    facts = {"NORMED": slopes.score(e.k_norm) != _ZERO}
-    return assembled("backward_kv.py", spec, iteration, printer, holes, facts, _named(printer, wanted))
+    facts = {"NORMED": slopes.score(e.k_norm) != _ZERO, "ORDERED": iteration.ordered}
+    return assembled("backward_kv.py", spec, printer, holes, facts, phases(iteration, holes), _named(printer, wanted))
 
 
 def _slopes(printer: Printer, slopes: Slopes, norm: Expr) -> Holes:

@@ -11,17 +11,53 @@ from attn_compiler.algebra.expr import Expr
 from attn_compiler.planning.runs import Integers
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import PLACE
-from attn_compiler.targets.triton.skeleton import filled, skeleton
+from attn_compiler.targets.triton.skeleton import filled, joined, skeleton
+from attn_compiler.targets.triton.source import Holes
+
+_FORWARD = (
+    "forward[triton.cdiv(Q_LEN, BLOCK_Q), MEMBERS, len(q)](",
+    "    *operands, totals, None, visits(q.device), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES",
+    ")",
+)
+_STRETCHES = (
+    '"""The heads, the schedule that each follows, and of each tile of queries the tiles of keys that it meets.',
+    "",
+    "These are stretches of neighbors, each from a start to a stop: those with hidden pairs, then those without.",
+    '"""',
+)
+_GROUPS = ('"""The heads, the first of each group of them that shares its keys, and whose keys these are."""',)
 
 
 def program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
     """A kernel and what launches it. `visits` are its arrays, in the order in which it takes them."""
+    return _program(kernel, spec, constants, visits, {"launches": _FORWARD, "meaning": _STRETCHES})
+
+
+def program_for_few(kernels: Sequence[str], spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
+    """The kernels for few queries and what launches them: that for slices, the one that merges, and perhaps that for the rest."""
+    slices, merge, *rest = kernels
+    renamed = [text.replace("def decode(", "def decode_rest(") for text in rest]
+    names = ("decode", "decode_rest")[: 1 + len(rest)]
+    launches = [
+        f"parts = {1 + len(rest)} * SLICES",
+        "sums = q.new_empty((parts, *out.shape), dtype=torch.float32)",
+        "peaks, masses = (q.new_empty((parts, *totals.shape), dtype=torch.float32) for _ in range(2))",
+        "members, starts, owners = visits(q.device)",
+        "given = (*operands[:3], sums, peaks, masses, members, starts, owners, read, *SIZES, BLOCK_Q, BLOCK_K)",
+        *(f"{name}[SLICES, GROUPS, len(q)](*given, num_warps=WARPS, num_stages=STAGES)" for name in names),
+        "merge[Q_LEN, MEMBERS, len(q)](sums, peaks, masses, operands[3], totals, members, read, *SIZES, parts, PARTS)",
+    ]
+    return _program(joined(slices, *renamed, merge), spec, constants, visits, {"launches": launches, "meaning": _GROUPS})
+
+
+def _program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers], more: Holes) -> str:
     lines = [f"{name} = {value}" for name, value in constants.items()]
     arrays = [line for name, array in visits.items() for line in _written(name, array)]
     holes = {
         "constants": lines,
         "visits": [*arrays, f"numbers = {', '.join(visits)}"],
         "example": list(_example(spec)),
+        **more,
     }
     whole = skeleton("launch.py")
     launcher = filled(whole[whole.index("# <constants>") :], holes)

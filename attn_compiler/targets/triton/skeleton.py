@@ -22,7 +22,18 @@ def written(name: str, holes: Mapping[str, Sequence[str]], facts: Mapping[str, b
 
 def filled(text: str, holes: Mapping[str, Sequence[str]]) -> str:
     """A skeleton with lines in the place of its holes."""
-    return _HOLE.sub(lambda hole: "".join(f"{hole[1]}{line}\n" for line in holes[hole[2] or hole[3]]), text)
+    return _HOLE.sub(lambda hole: "".join(f"{hole[1]}{line}".rstrip() + "\n" for line in holes[hole[2] or hole[3]]), text)
+
+
+def joined(first: str, *others: str) -> str:
+    """Several files as one: what stands in the first one already is not repeated."""
+    parts = first.rstrip().split(_BETWEEN)
+    for other in others:
+        parts += [part for part in other.rstrip().split(_BETWEEN)[1:] if part not in parts]
+    return _BETWEEN.join(parts) + "\n"
+
+
+_BETWEEN = "\n\n\n"  # functions
 
 
 def _specialized(lines: Sequence[str], facts: Mapping[str, bool]) -> list[str]:
@@ -57,8 +68,8 @@ def _with_tools(text: str) -> str:
         called = {name for body in frontier for name in tools if f"{name}(" in body} - needed
         needed |= called
         frontier = {tools[name] for name in called}
-    head, _, kernels = _IMPORT.sub("", text).partition("\n\n\n")
-    return "\n\n\n".join((head, *(body.rstrip() for name, body in tools.items() if name in needed), kernels))
+    head, _, kernels = _IMPORT.sub("", text).partition(_BETWEEN)
+    return _BETWEEN.join((head, *(body.rstrip() for name, body in tools.items() if name in needed), kernels))
 
 
 _FUNCTION = re.compile(r"^@triton\.jit\ndef (\w+)\(.*\n(?:(?:    .*)?\n)*", re.MULTILINE)

@@ -40,22 +40,24 @@ class Iteration:
 def source(spec: Spec, iteration: Iteration) -> str:
     """The forward kernel of a spec."""
     printer = printer_of(spec, "forward.py")
-    assert spec.factor is not None
     fills = spec.variant.empty_rows in (EmptyRows.MEAN, EmptyRows.UNMASKED)
     seen = () if spec.variant.empty_rows is EmptyRows.MEAN else ("seen = peak != -INFINITY",)
     every = ("seen = peak != -INFINITY", "steps = tl.where(tl.min(tl.cast(seen, tl.int32)) == 0, tl.cdiv(k_len, BLOCK_K), 0)")
     holes = {
         **pair(printer, spec, INSIDE),
         **walk(iteration.stretches, every if fills else ()),
-        "result": [
-            *printer.assign("factor", spec.factor),
-            *printer.assign("total", const(0.0) if spec.total is None else spec.total),
-            f"filling = {_FILLING[spec.variant.empty_rows]}",
-            *seen,
-        ],
+        "result": [*result(printer, spec), *seen],
     }
-    facts = {"FILLS": fills, "MEAN": spec.variant.empty_rows is EmptyRows.MEAN}
-    return assembled("forward.py", spec, iteration, printer, holes, facts)
+    facts = {"FILLS": fills, "MEAN": spec.variant.empty_rows is EmptyRows.MEAN, "ORDERED": iteration.ordered}
+    return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
+
+
+def result(printer: Printer, spec: Spec) -> list[str]:
+    """What becomes of the sums of a query, and what one gets that saw no key."""
+    assert spec.factor is not None
+    total = const(0.0) if spec.total is None else spec.total
+    lines = printer.assign("factor", spec.factor) + printer.assign("total", total)
+    return [*lines, f"filling = {_FILLING[spec.variant.empty_rows]}"]
 
 
 def printer_of(spec: Spec, name: str, leaves: Leaves = LEAVES) -> Printer:
@@ -81,24 +83,23 @@ def pair(printer: Printer, spec: Spec, inside: Expr) -> Holes:
 def assembled(
     name: str,
     spec: Spec,
-    iteration: Iteration,
     printer: Printer,
     holes: Holes,
     facts: Mapping[str, bool],
+    constant: str = "",
     sums: Sequence[str] = (),
 ) -> str:
-    """A skeleton with its holes filled; `sums` are the tables of which gradients are wanted."""
+    """A skeleton with its holes filled; `constant` is a line that only it has, `sums` are the tables that want gradients."""
     tables = [called for called, _ in printer.tables.values()]
-    phases = 2 + any("phase == 2" in line for line in holes["steps"])
-    scopes = {"per key": Level.ROW, "per query": Level.LANE, "per head": Level.TASK}
+    scopes = {"per pair": Level.PAIR, "per key": Level.ROW, "per query": Level.LANE, "per head": Level.TASK}
     every = {
-        "constants": list(_constants(spec, iteration, phases)),
+        "constants": [*_constants(spec), *filter(None, [constant])],
         "tables": [*_unpacked(tables, "tables"), *_unpacked([f"of_{called}" for called in sums], "sums")],
         **holes,
         **{hole: printer.scope(level) for hole, level in scopes.items()},
         "drawn": [f"drawn = draw({printer.tables[SEED][0]}, b * heads + h)"] if SEED in printer.tables else [],
     }
-    asked = {"BY_PEAK": spec.by_peak, "DROPS": spec.variant.dropout > 0, "ORDERED": iteration.ordered, **facts}
+    asked = {"BY_PEAK": spec.by_peak, "DROPS": spec.variant.dropout > 0, **facts}
     return written(name, every, asked)
 
 
@@ -125,19 +126,25 @@ def in_base_two(score: Expr) -> Expr:
     return score * LOG2E
 
 
-def _constants(spec: Spec, iteration: Iteration, phases: int) -> Iterator[str]:
+def phases(iteration: Iteration, holes: Holes) -> str:
+    """How often a kernel goes over tiles, and how many stretches these stand in."""
+    count = 2 + any("phase == 2" in line for line in holes["steps"])
+    return f"PHASES, STRETCHES = {constants(count, max(1, iteration.stretches))}"
+
+
+def _constants(spec: Spec) -> Iterator[str]:
     dims = (spec.dim, spec.value_dim)
     widths = (max(NARROWEST, 1 << (dim - 1).bit_length()) for dim in dims)
     infinity = 'float("inf")'
-    yield f"DIM, VALUE_DIM = {_constant(*dims)}  # numbers of a query or a key, and of a value"
-    yield f"WIDTH, VALUE_WIDTH = {_constant(*widths)}  # the same, up to a power of two"
-    yield f"PHASES, STRETCHES = {_constant(phases, max(1, iteration.stretches))}"
-    yield f"INFINITY, LN2, LOG2E = {_constant(infinity, math.log(2), LOG2E)}"
+    yield f"DIM, VALUE_DIM = {constants(*dims)}  # numbers of a query or a key, and of a value"
+    yield f"WIDTH, VALUE_WIDTH = {constants(*widths)}  # the same, up to a power of two"
+    yield f"INFINITY, LN2, LOG2E = {constants(infinity, math.log(2), LOG2E)}"
     if spec.variant.dropout:
-        yield f"DROPPED = {_constant(dropped(spec.variant.dropout))}  # {spec.variant.dropout:g} of 2^32"
+        yield f"DROPPED = {constants(dropped(spec.variant.dropout))}  # {spec.variant.dropout:g} of 2^32"
 
 
-def _constant(*values: object) -> str:
+def constants(*values: object) -> str:
+    """Values as Triton's constants."""
     return ", ".join(f"tl.constexpr({value})" for value in values)
 
 

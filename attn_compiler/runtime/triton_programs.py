@@ -1,0 +1,55 @@
+"""The Triton kernels of a call as programs that run on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from attn_compiler.runtime import triton_decode, triton_kernels
+from attn_compiler.runtime.kernels import Shape
+from attn_compiler.runtime.triton_kernels import Blocks, sizes
+from attn_compiler.targets.cpp.decode import MOST_QUERIES
+from attn_compiler.targets.triton.launch import program, program_for_few
+
+Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
+
+
+def programs(shape: Shape) -> Programs:
+    """The kernels that run a call."""
+    dropout = any(part.dropout for part in shape.variant.parts())
+    return _for_many(shape) if shape.q_len > MOST_QUERIES or dropout else _for_few(shape)
+
+
+def _for_many(shape: Shape) -> Programs:
+    blocks = Blocks()
+    return tuple(
+        (one.members, program(one.text, one.spec, _constants(shape, blocks, MEMBERS=len(one.members)), one.visits))
+        for one in triton_kernels.kernels(shape, blocks)
+    )
+
+
+def _for_few(shape: Shape) -> Programs:
+    found = []
+    for one in triton_decode.launches(shape):
+        groups = triton_decode.groups_of(one, shape.q_len)
+        blocks = triton_decode.blocks_of(one.spec, groups.most * shape.q_len)
+        count = triton_decode.slices(
+            one.reach, shape.q_len, shape.k_len, blocks.keys, shape.batch * groups.count, torch.device("cpu")
+        )
+        own = {"MEMBERS": len(one.members), "GROUPS": groups.count, "SLICES": count, "PARTS": triton_decode.PARTS}
+        visits = dict(zip(("members", "starts", "owners"), map(np.array, groups.numbers), strict=True))
+        kernels = triton_decode.sources(one, everything=one.fills)
+        found.append((one.members, program_for_few(kernels, one.spec, _constants(shape, blocks, **own), visits)))
+    return tuple(found)
+
+
+def _constants(shape: Shape, blocks: Blocks, **own: int) -> Mapping[str, object]:
+    return {
+        "BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN": f"{shape.batch}, {shape.heads}, {shape.kv_heads}, {shape.q_len}, {shape.k_len}",
+        "BLOCK_Q, BLOCK_K, WARPS, STAGES": f"{blocks.queries}, {blocks.keys}, {blocks.warps}, {blocks.stages}",
+        "SIZES": f"{sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
+        "DTYPE": f"torch.{shape.dtype}",
+        **own,
+    }
