@@ -57,11 +57,10 @@ def test_a_word_has_a_signature_a_documentation_and_a_stable_name(word: Word) ->
 @pytest.mark.parametrize(
     ("folder", "text"),
     [
-        ("features", "favor(256)"), ("features", "taylor(2)"), ("states", "gate(vector)"), ("states", "decay(0.5)"),
+        ("features", "favor(256)"), ("states", "gate(vector)"), ("states", "delta"), ("states", "gated_delta"),
         ("selectors", "top(16)"), ("selectors", "top(0.2)"), ("selectors", "top_p(0.9)"), ("selectors", "norm_mean"),
         ("edits", 'move("0:4", "4:8", keep=0.6)'), ("edits", 'scale_keys("0:4", 1.5)'), ("edits", "identity(0.1)"),
         ("outputs", "norm(rms)"), ("outputs", "gate(silu)"), ("contexts", "pool(4)"), ("contexts", "extra(x)"),
-        ("normalizers", 'linear("clamp(100)")'), ("normalizers", "linear(none)"),
     ],
 )  # fmt: skip
 def test_a_word_that_nothing_carries_yet_is_declared(folder: str, text: str) -> None:

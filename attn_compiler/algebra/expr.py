@@ -333,3 +333,5 @@ heads, q_len, k_len, dim, layer, layers = (
 dot, q_norm, k_norm, score, peak, mass, acc = (
     symbol(name, Sort.REAL) for name in ("dot", "q_norm", "k_norm", "score", "peak", "mass", "acc")
 )
+# Of the keys that a query sees: how many they are, and the sum of their values.
+seen, values = (symbol(name, Sort.REAL) for name in ("seen", "values"))

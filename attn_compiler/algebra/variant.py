@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 
-from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, sqrt, true
+from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, seen, sqrt, true, values
+from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import PLAIN, Storage
 
@@ -26,7 +27,8 @@ class Normalizer:
     """Weights from scores, and the output from what they accumulate.
 
     `weight` speaks of `score` and `peak` (the row's largest visible score), `output` of `acc` (the sum of weight · v),
-    `mass` (the sum of weights) and `peak`. A law that tests hold it to: shifting `peak` must not change the output.
+    `mass` (the sum of weights) and `peak`, and perhaps of `seen` and `values` (how many keys a query sees, and the sum of
+    their v). A law that tests hold it to: shifting `peak` must not change the output.
     """
 
     name: str
@@ -38,8 +40,13 @@ class Normalizer:
         return self.weight.mentions(peak)
 
     @property
+    def counts(self) -> bool:
+        """Whether the output asks how many keys are seen, or for the sum of their values."""
+        return self.output.mentions(seen, values)
+
+    @property
     def total(self) -> Expr | None:
-        """What `acc` is divided by, whose log plus `peak` is the log-sum-exp; None when rows are not normalized."""
+        """What `acc` is divided by, whose log (plus `peak`, where weights follow it) is the log-sum-exp; None for no division."""
         return self.output.args[1] if self.output.op == "div" and self.output.args[0] == acc else None
 
 
@@ -58,9 +65,10 @@ class DerivedTable:
 class Variant:
     """What an attention computes.
 
-    `dot`, the product of q and k, times `scale` is what `score` stands for in the slot `score`, which may change it; `mask`
-    says who sees whom, `normalizer` makes weights. `groups` gives sets of query heads variants of their own, without groups.
-    `storage` says how operands are held, which rounds them.
+    `feature` maps q and k; `dot`, their product, times `scale` is what `score` stands for in the slot `score`, which may change
+    it; `mask` says who sees whom, `normalizer` makes weights. `groups` gives sets of query heads variants of their own, without
+    groups. Where there is a `mix`, its branches say all of that, and `mask` what any of them sees. `storage` says how operands
+    are held, which rounds them.
     """
 
     mask: Expr = true
@@ -68,19 +76,23 @@ class Variant:
     scale: Expr = field(default=const(1.0) / sqrt(dim))
     score: Expr = score
     normalizer: Normalizer = SOFTMAX
+    feature: Feature = IDENTITY
+    mix: Mix | None = None
     groups: tuple[tuple[IntegerSet, Variant], ...] = ()
     derived: tuple[DerivedTable, ...] = ()
     dropout: float = 0.0
     storage: Storage = PLAIN
 
     def parts(self) -> tuple[Variant, ...]:
-        """The variant of all heads that no group names, and those of the groups."""
-        return (self, *(of_group for _, of_group in self.groups))
+        """The variant of all heads that no group names, those of the groups, and the branches of each."""
+        branches = () if self.mix is None else (branch for _, branch in self.mix.branches)
+        return (self, *(part for inner in (*branches, *(group for _, group in self.groups)) for part in inner.parts()))
 
     def expressions(self) -> tuple[Expr, ...]:
-        """All expressions of this variant and its groups."""
-        own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output)
-        return own + tuple(e for _, variant in self.groups for e in variant.expressions())
+        """All expressions of this variant, its branches and its groups."""
+        own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
+        mixed = () if self.mix is None else self.mix.expressions()
+        return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
         """The names of the run-time tables this reads."""
@@ -95,18 +107,47 @@ class Variant:
             scale=change(self.scale),
             score=change(self.score),
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
+            feature=self.feature.map(change),
+            mix=None if self.mix is None else self.mix.map(change),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
 
 
+class How(Enum):
+    """What becomes of the outputs of branches, each times its weight."""
+
+    SUM = "sum"
+    LSE = "lse"  # weighed by how much each branch sees, as one softmax over the keys of all would
+    SHARED = "shared_denominator"  # what they accumulate is added, then divided by the sum of all their weights
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Branches that attend by themselves, and how their results become one; a key that two branches see counts twice."""
+
+    how: How
+    branches: tuple[tuple[str, Variant], ...]
+    weights: tuple[Expr, ...]
+
+    def expressions(self) -> tuple[Expr, ...]:
+        return self.weights + tuple(e for _, branch in self.branches for e in branch.expressions())
+
+    def map(self, change: Callable[[Expr], Expr]) -> Mix:
+        branches = tuple((name, branch.map(change)) for name, branch in self.branches)
+        return replace(self, branches=branches, weights=tuple(map(change, self.weights)))
+
+
 # Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
-EXTRAS = {"storage": PLAIN}
+EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN}
 
 
 def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
     """What someone has against a variant who carries, of all EXTRAS, no others than these; None: nothing."""
-    wanted = (slot for slot, nothing in EXTRAS.items() for part in variant.parts() if getattr(part, slot) != nothing)
+    parts = variant.parts()
+    wanted = (slot for slot, nothing in EXTRAS.items() for part in parts if getattr(part, slot) != nothing)
     slot = next((slot for slot in wanted if slot not in carried), None)
+    if slot is None and "seen" not in carried and any(part.normalizer.counts for part in parts):
+        return "it does not count the keys that a query sees, which the normalizer asks for"
     return None if slot is None else f"it does not carry `{slot}`"
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.feature import Block, Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import Storage
-from attn_compiler.algebra.variant import EmptyRows, Normalizer, Variant
+from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 3
+_VERSION = 4
+Written = Mapping[str, Any]
+Number = Callable[[Expr], int]
+Node = Callable[[int], Expr]
 
 
 @lru_cache(maxsize=1024)
@@ -26,11 +30,7 @@ def write(variant: Variant) -> str:
             nodes.setdefault(node, len(nodes))
         return nodes[root]
 
-    parts = [("", variant), *((str(heads), group) for heads, group in variant.groups)]
-    written = [
-        [heads, one.empty_rows.value, one.normalizer.name, one.dropout, one.storage.words(), *map(number, _roots(one))]
-        for heads, one in parts
-    ]
+    written = _written(variant, number)
     listed = [[node.op, [nodes[a] for a in node.args], node.value, node.sort.value] for node in nodes]
     return json.dumps([_VERSION, listed, written], separators=(",", ":"))
 
@@ -44,19 +44,56 @@ def read(text: str) -> Variant:
     nodes: list[Expr] = []
     for op, args, value, sort in listed:
         nodes.append(Expr(op, tuple(nodes[a] for a in args), value, Sort(sort)))
-    whole, *groups = (_variant(part, nodes) for part in written)
-    named = tuple((IntegerSet.parse(part[0]), group) for part, group in zip(written[1:], groups, strict=True))
-    return replace(whole, groups=named)
+    return _variant(written, nodes.__getitem__)
 
 
-def _roots(variant: Variant) -> tuple[Expr, ...]:
-    return variant.mask, variant.scale, variant.score, variant.normalizer.weight, variant.normalizer.output
+def _written(variant: Variant, number: Number) -> Written:
+    normalizer, mix = variant.normalizer, variant.mix
+    return {
+        "mask": number(variant.mask),
+        "empty rows": variant.empty_rows.value,
+        "scale": number(variant.scale),
+        "score": number(variant.score),
+        "normalizer": [normalizer.name, number(normalizer.weight), number(normalizer.output)],
+        "feature": [variant.feature.name, *(_blocks(side, number) for side in (variant.feature.of_q, variant.feature.of_k))],
+        "mix": None if mix is None else _written_mix(mix, number),
+        "groups": [[str(heads), _written(of_group, number)] for heads, of_group in variant.groups],
+        "dropout": variant.dropout,
+        "storage": variant.storage.words(),
+    }
 
 
-def _variant(part: Sequence[object], nodes: Sequence[Expr]) -> Variant:
-    _, empty_rows, name, dropout, storage, *roots = part
-    mask, scale, score, weight, output = (nodes[root] for root in roots if isinstance(root, int))
-    normalizer = Normalizer(str(name), weight, output)
-    assert isinstance(storage, list)
-    rate = float(str(dropout))
-    return Variant(mask, EmptyRows(empty_rows), scale, score, normalizer, dropout=rate, storage=Storage.of(storage))
+def _blocks(blocks: Iterable[Block], number: Number) -> list[list[object]]:
+    return [[number(b.each), b.power, None if b.weights is None else number(b.weights), b.softmax] for b in blocks]
+
+
+def _written_mix(mix: Mix, number: Number) -> list[object]:
+    branches = [[name, _written(branch, number)] for name, branch in mix.branches]
+    return [mix.how.value, branches, [number(weight) for weight in mix.weights]]
+
+
+def _variant(written: Written, node: Node) -> Variant:
+    normalizer, weight, output = written["normalizer"]
+    name, *sides = written["feature"]
+    return Variant(
+        mask=node(written["mask"]),
+        empty_rows=EmptyRows(written["empty rows"]),
+        scale=node(written["scale"]),
+        score=node(written["score"]),
+        normalizer=Normalizer(normalizer, node(weight), node(output)),
+        feature=Feature(name, *(tuple(_block(block, node) for block in side) for side in sides)),
+        mix=None if written["mix"] is None else _mix(written["mix"], node),
+        groups=tuple((IntegerSet.parse(heads), _variant(of_group, node)) for heads, of_group in written["groups"]),
+        dropout=float(written["dropout"]),
+        storage=Storage.of(written["storage"]),
+    )
+
+
+def _block(written: list[Any], node: Node) -> Block:
+    each, power, weights, softmax = written
+    return Block(node(each), power, None if weights is None else node(weights), softmax)
+
+
+def _mix(written: list[Any], node: Node) -> Mix:
+    how, branches, weights = written
+    return Mix(How(how), tuple((name, _variant(branch, node)) for name, branch in branches), tuple(map(node, weights)))

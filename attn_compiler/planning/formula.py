@@ -9,15 +9,34 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attn_compiler.algebra.bounds import Box
-from attn_compiler.algebra.expr import Expr, Sort, const, dim, i, q, rebuild, score, symbol, table, where
+from attn_compiler.algebra.expr import (
+    Expr,
+    Sort,
+    acc,
+    const,
+    dim,
+    i,
+    mass,
+    q,
+    rebuild,
+    score,
+    seen,
+    symbol,
+    table,
+    values,
+    where,
+)  # fmt: skip
+from attn_compiler.algebra.feature import Block, Feature, norm, x
 from attn_compiler.algebra.notation import notation
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
 from attn_compiler.planning.classify import Named, classify, label
 from attn_compiler.planning.planner import facts_of
 from attn_compiler.planning.site import Site
 
 SHORT = 48  # what is no longer stands in the formula itself
 DOT = symbol("q·k", Sort.REAL)
+_SAID = {acc: "Σ w·v", mass: "Σ w", seen: "n", values: "Σ v"}
+_GATHERED = {leaf: symbol(said, Sort.REAL) for leaf, said in _SAID.items()}
 _EMPTY_ROWS = {
     EmptyRows.MEAN: "the mean of v",
     EmptyRows.UNMASKED: "attention without the mask",
@@ -62,16 +81,71 @@ def whole(found: Sequence[Formula]) -> str:
 
 
 def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
+    if variant.mix is not None:
+        return _mixed(variant.mix, site, heads)
     speaking = _Speaking(site)
     named = speaking.named(variant)
     long = {one.part: symbol(one.name, Sort.REAL) for one in named if one.part.sort is Sort.REAL}
-    scaled = speaking.by_index(variant.score).substitute(long).substitute({score: _scaled(variant.scale, site)})
-    says = f"{variant.normalizer.name}( {speaking.says(scaled)} )" + (f", dropout {variant.dropout:g}" if variant.dropout else "")
-    parts = list(speaking.parts(named))
+    product = _scaled(variant.scale, site).substitute({DOT: _product(variant.feature)})
+    scaled = speaking.by_index(variant.score).substitute(long).substitute({score: product})
+    says = f"{_normalized(variant, speaking)}( {speaking.says(scaled)} )"
+    says += f", dropout {variant.dropout:g}" if variant.dropout else ""
+    parts = [*speaking.parts(named), *_maps(variant.feature)]
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
     parts += [Part(_HELD[operand], f"held in {how}") for operand, how in variant.storage.held()]
     return Formula(says, tuple(parts), heads)
+
+
+def _mixed(mix: Mix, site: Site, heads: str) -> Formula:
+    """The branches by their names, and below it what each of them is."""
+    speaking = _Speaking(site)
+    weighed = (_times(symbol(name, Sort.REAL), weight) for (name, _), weight in zip(mix.branches, mix.weights, strict=True))
+    inner = [(name, _formula(branch, site)) for name, branch in mix.branches]
+    parts = [
+        part for name, one in inner for part in (Part(name, one.says), *(Part(f"{name}, {p.name}", p.says) for p in one.parts))
+    ]
+    return Formula(f"{mix.how.value}( {', '.join(map(speaking.says, weighed))} )", tuple(parts), heads)
+
+
+def _times(value: Expr, weight: Expr) -> Expr:
+    return value if weight == const(1.0) else weight * value
+
+
+def _normalized(variant: Variant, speaking: _Speaking) -> str:
+    """The normalizer; linear ones are told apart by what becomes of the sum."""
+    normalizer = variant.normalizer
+    return (
+        f"{normalizer.name}[ {speaking.says(normalizer.output.substitute(_GATHERED))} ]"
+        if normalizer.weight == score
+        else normalizer.name
+    )
+
+
+def _product(map_: Feature) -> Expr:
+    if map_.is_identity:
+        return DOT
+    return symbol("φ(q)·φ(k)" if map_.of_q == map_.of_k else "φ(q)·ψ(k)", Sort.REAL)
+
+
+def _maps(map_: Feature) -> Iterator[Part]:
+    """What the features of queries are, and those of keys where they are others."""
+    if not map_.is_identity:
+        yield Part("φ(x)", _blocks(map_.of_q))
+        if map_.of_q != map_.of_k:
+            yield Part("ψ(x)", _blocks(map_.of_k))
+
+
+def _blocks(blocks: Sequence[Block]) -> str:
+    """Feature maps beside each other, in brackets."""
+
+    def says(block: Block) -> str:
+        vector = x if block.weights is None else symbol(f"x·{block.weights.value}", Sort.REAL)
+        vector = symbol("⊗".join([str(vector.value)] * block.power), Sort.REAL)
+        each = notation(block.each.substitute({x: vector, norm: symbol("‖x‖", Sort.REAL)}))
+        return f"softmax({each})" if block.softmax else each
+
+    return f"[{', '.join(map(says, blocks))}]" if len(blocks) > 1 else says(blocks[0])
 
 
 def _scaled(scale: Expr, site: Site) -> Expr:

@@ -22,7 +22,7 @@ LEAVES: Mapping[str, Expr] = {
     str(x.value): x for x in (e.b, e.h, e.kv, e.q, e.k, e.q_len, e.k_len, e.heads, e.dim, e.layer, e.layers, e.score)
 }
 FUNCTIONS: Mapping[str, tuple[int, Callable[..., Expr]]] = {
-    **{f.__name__: (1, f) for f in (e.exp, e.log, e.sqrt, e.tanh)},
+    **{f.__name__: (1, f) for f in (e.exp, e.log, e.sqrt, e.tanh, e.sigmoid)},
     "abs": (1, lambda x: e.apply("abs", x)),
     "min": (2, e.minimum),
     "max": (2, e.maximum),

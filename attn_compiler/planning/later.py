@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from attn_compiler.errors import PolicyError, did_you_mean
+from attn_compiler.errors import PolicyError
 from attn_compiler.planning.entries import each, located, mapping, one_of
 from attn_compiler.planning.language import Scope, parse_call
 from attn_compiler.planning.words import Declared, Words
 from attn_compiler.planning.yaml_text import Entry
 
-HOW = ("sum", "gate", "lse", "shared_denominator", "lerp")
 OPERANDS = ("q", "k", "v", "gate")
 RECORDED = ("q", "k", "v", "q_unrotated", "k_unrotated", "x")
 
@@ -64,44 +63,12 @@ class Later:
 SLOTS_LATER: Mapping[str, Callable[[Later, Entry], object]] = {
     "over": Later.over,
     "select": Later.select,
-    "feature": lambda later, entry: later.call(entry, "features"),
-    "state": lambda later, entry: later.call(entry, "states"),
     "operands": Later.operands,
     "context": lambda later, entry: later.calls(entry, "contexts"),
     "edit": lambda later, entry: later.calls(entry, "edits"),
     "output": lambda later, entry: later.calls(entry, "outputs"),
     "emit": Later.emit,
 }
-
-
-def read_mix(entry: Entry, branch: Callable[[Entry], object]) -> object:
-    """How branches are mixed: each is a variant; their weights are numbers or names of parameters."""
-    given = mapping(entry, ("how", "branches", "weights"), "key of a mix", "{how: …, branches: {…}}")
-    if "how" not in given or "branches" not in given:
-        raise PolicyError(f"{entry.place}: a mix needs `how` and `branches`")
-    how = one_of(given["how"], HOW)
-    branches = given["branches"]
-    if not isinstance(branches.value, Mapping):
-        raise PolicyError(f"{branches.place}: expected branches by name, found {branches.kind}")
-    read = {name: branch(inner) for name, inner in branches.value.items()}
-    weights = _weights(given["weights"], tuple(read)) if "weights" in given else None
-    return how, tuple(sorted(read.items(), key=lambda item: item[0])), weights
-
-
-def _weights(entry: Entry, branches: Sequence[str]) -> object:
-    """One for all branches, or one for each by its name."""
-    if not isinstance(entry.value, Mapping):
-        return _weight(entry)
-    for name in entry.value:
-        if name not in branches:
-            raise PolicyError(f'{entry.keys.get(name, entry.place)}: there is no branch "{name}"{did_you_mean(name, branches)}')
-    return {name: _weight(inner) for name, inner in entry.value.items()}
-
-
-def _weight(entry: Entry) -> str | float:
-    if isinstance(entry.value, bool) or not isinstance(entry.value, str | int | float):
-        raise PolicyError(f"{entry.place}: a weight is a number or the name of a parameter, found {entry.kind}")
-    return entry.value
 
 
 def _count(entry: Entry) -> int:

@@ -128,6 +128,11 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
     for name, entry in sections["data"].items():
         held = problems.attempt(_data, entry, folder) or {}
         tables |= {(f"{name}.{inner}" if inner else name): Source("held", name, array) for inner, array in held.items()}
+    parameters = problems.attempt(_parameters, file["parameters"], folder) if "parameters" in file else None
+    for name, array in (parameters or {}).items():
+        if name in tables:
+            problems.found.append(f'{file["parameters"].place}: the parameter "{name}" is the name of a table already')
+        tables[name] = Source("held", name, array)
     naming = Naming(
         words=words, geometries=sections["geometries"], roles=roles, labels={name: name for name in sections["labels"]},
         data=frozenset(tables), variants=sections["variants"], values=AnySize(),
@@ -135,6 +140,12 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
     for entry in naming.geometries.values():
         problems.attempt(read_geometry, entry, naming.values)
     return naming, tables
+
+
+def _parameters(entry: Entry, folder: Path) -> dict[str, Array]:
+    """What the file of parameters holds; nothing where it is still to be written."""
+    written = _text(entry)
+    return read_data(written, entry.place, folder) if (folder / written).is_file() else {}
 
 
 def _check_names(sections: Mapping[str, Mapping[str, Entry]], problems: _Problems) -> None:

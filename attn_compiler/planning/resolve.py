@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from attn_compiler.algebra.expr import Expr, Sort, const, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
 from attn_compiler.errors import LanguageError, UnknownLengthError
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
-from attn_compiler.planning.slots import SLOTS, Slots
+from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import Seen, with_phantoms
 
+_UNPLACED = "speaks of distances, and nobody knows where this site's queries stand among its keys"
 _LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
 
 
@@ -47,7 +49,7 @@ def asked_of(policy: Policy, site: Site) -> Asked:
         titles, numbers, fatal = [*titles, rule.title], [*numbers, rule.number], fatal or rule.fallback == "error"
         if isinstance(holds, Refusal):
             return Asked(holds, rule.title, fatal, tuple(numbers))
-        added, taken = _added(variant, policy.slots(rule, site), taken, rule, site)
+        added, taken = _added(variant, policy, taken, rule, site)
         if isinstance(added, Refusal):
             return Asked(added, " and ".join(titles), fatal, tuple(numbers))
         variant = added
@@ -68,8 +70,9 @@ def _holds(rule: Rule, site: Site) -> bool | Refusal:
 
 
 def _added(
-    variant: Variant, slots: Slots | None, taken: frozenset[str], rule: Rule, site: Site
+    variant: Variant, policy: Policy, taken: frozenset[str], rule: Rule, site: Site
 ) -> tuple[Variant | Refusal, frozenset[str]]:
+    slots = policy.slots(rule, site)
     if slots is None:
         return variant, taken
     twice = slots.set_slots() & taken
@@ -79,9 +82,24 @@ def _added(
         resolved = resolve(slots, replace(site, computes=variant), replace_mask=rule.replace_mask)
     except (LanguageError, UnknownLengthError) as error:
         return Refusal(rule.title, str(error)), taken
+    if isinstance(resolved, Variant):
+        resolved = _with_all_tables(resolved, policy, site) or resolved
     if isinstance(resolved, Refusal):
         resolved = replace(resolved, by=rule.title)
     return resolved, taken | slots.set_slots()
+
+
+def _with_all_tables(variant: Variant, policy: Policy, site: Site) -> Refusal | None:
+    """Why a variant lacks parameters; None if all that it reads is there."""
+    derived = {table.name for part in variant.parts() for table in part.derived}
+    known = {*policy.tables, *site.tables, *derived, *site.computes.tables()}
+    if site.frame:
+        known |= site.frame.position.tables() | (site.frame.first_key.tables() if site.frame.first_key is not None else set())
+    missing = sorted(variant.tables() - known)
+    if not missing:
+        return None
+    where = f"{policy.parameters} does not hold" if policy.parameters else "no `parameters:` of the policy hold"
+    return Refusal("rule", f"it has parameters, {', '.join(missing)}, which {where}")
 
 
 def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant | Refusal:
@@ -119,16 +137,50 @@ def _torn_apart(groups: Sequence[tuple[IntegerSet, Variant]], site: Site) -> str
 
 
 def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
-    variant = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
+    mix = slots.mix or base.mix
+    if mix is None:
+        return _lay_alone(slots, base, site, replace_mask)
+    if slots.mix is not None and base.mix is not None:
+        return Refusal("rule", "an earlier rule mixes branches here already")
+    named: list[tuple[str, Slots | None, Variant]] = []
+    if slots.mix is not None:
+        named = [(name, branch, base) for name, branch in slots.mix.branches]
+    elif base.mix is not None:
+        named = [(name, slots, branch) for name, branch in base.mix.branches]
+    branches: list[tuple[str, Variant]] = []
+    for name, branch, below in named:
+        laid = below if branch is None else _lay_alone(branch, below, site, replace_mask)
+        if isinstance(laid, Refusal):
+            return Refusal(laid.by, f"branch {name}: {laid.reason}")
+        branches.append((name, laid))
+    derived = tuple(dict.fromkeys(table for _, branch in branches for table in branch.derived))
+    mask = simplify(either(*(branch.mask for _, branch in branches)))
+    return replace(base, mask=mask, mix=Mix(mix.how, tuple(branches), mix.weights), derived=derived)
+
+
+def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
+    """The variant without groups and branches that slots make of another one."""
+    variant: Variant | Refusal = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
+    assert isinstance(variant, Variant)
     misfit = _misfit(slots, site)
     if misfit:
         return Refusal("rule", misfit)
+    if slots.feature is not None or slots.state is not None:
+        variant = _linear(slots, variant)
+    if isinstance(variant, Refusal):
+        return variant
     if slots.scale is not None:
         variant = replace(variant, scale=slots.scale)
     if slots.score is not None:
         if _is_lost(site, slots.score):
             return Refusal("rule", f"its score {_LOST}")
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
+    if slots.state is not None:
+        if site.frame is None and slots.state.mentions(q, k):
+            return Refusal("rule", f"its state {_UNPLACED}")
+        if _is_lost(site, slots.state):
+            return Refusal("rule", f"its state {_LOST}")
+        variant = replace(variant, score=_times(variant.score, _placed(slots.state, site)))
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
     if slots.storage is not None:
@@ -139,6 +191,17 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
     if isinstance(masked, Refusal):
         return masked
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+
+
+def _linear(slots: Slots, variant: Variant) -> Variant | Refusal:
+    """What is left of an attention whose softmax gives way to features and a state: their product is its score."""
+    if variant.score != score and slots.score is None:
+        return Refusal("rule", "linear attention has no place for what this site adds to its scores: set `score`")
+    return replace(variant, scale=const(1.0), score=score, feature=slots.feature or IDENTITY)
+
+
+def _times(value: Expr, factor: Expr) -> Expr:
+    return value if factor == const(1.0) else value * factor
 
 
 def _misfit(slots: Slots, site: Site) -> str:
@@ -161,7 +224,7 @@ def _is_causal(mask: Expr) -> bool:
 
 def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
-        return Refusal("rule", "its mask speaks of distances, and nobody knows where this site's queries stand among its keys")
+        return Refusal("rule", f"its mask {_UNPLACED}")
     if _is_lost(site, seen.keep, seen.phantoms, seen.times):
         return Refusal("rule", f"its mask {_LOST}")
     if replace_mask and site.frame and site.frame.slides:
@@ -247,4 +310,13 @@ def uses(policy: Policy, sites: Sequence[Site], took: Sequence[Sequence[int]]) -
         return RuleUse(rule.title, rule.because.strip(), str(rule.match), named, rule.also, matched, decided)
 
     example = next((site.name for site in sites if site.name), "")
-    return Uses(tuple(map(use, policy.rules)), len(sites), example, policy.parameters)
+    return Uses(tuple(map(use, policy.rules)), len(sites), example, _idle_parameters(policy))
+
+
+def _idle_parameters(policy: Policy) -> str:
+    """The file of parameters, where no rule has a slot that reads any: whatever stands in the file, nobody asks for it."""
+
+    def reads(slots: Slots | None) -> bool:
+        return slots is not None and (bool({"feature", "state", "mix"} & slots.set_slots()) or slots.unsupported() != ())
+
+    return "" if any(reads(read_slots(rule.attn, policy.naming)) for rule in policy.rules) else policy.parameters

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from attn_compiler.algebra.variant import EmptyRows
-from attn_compiler.planning.later import HOW, OPERANDS, RECORDED
+from attn_compiler.planning.later import OPERANDS, RECORDED
+from attn_compiler.planning.mixes import HOW
 from attn_compiler.planning.policy_file import FILE_KEYS, MATCH_KEYS, RULE_KEYS
 from attn_compiler.planning.site import Kind, Phase
 from attn_compiler.planning.slots import SLOTS

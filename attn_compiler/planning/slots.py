@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import DerivedTable, EmptyRows, Normalizer
@@ -13,13 +14,14 @@ from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_
 from attn_compiler.planning.entries import check_keys, located, one_of
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_call, parse_expression, parse_mask
-from attn_compiler.planning.later import SLOTS_LATER, Later, read_mix
+from attn_compiler.planning.later import SLOTS_LATER, Later
+from attn_compiler.planning.mixes import MixSlots, read_mix
 from attn_compiler.planning.storing import read_storage
-from attn_compiler.planning.words import PerToken, Seen, Words
+from attn_compiler.planning.words import Declared, PerToken, Seen, Words
 from attn_compiler.planning.yaml_text import Entry
 
-NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "storage", "heads")
-SLOTS = (*NOW, "mix", *SLOTS_LATER)
+NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "feature", "state", "storage", "heads", "mix")
+SLOTS = (*NOW, *SLOTS_LATER)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Slots:
     scale: Expr | None = None
     score: Expr | None = None
     normalizer: Normalizer | None = None
+    feature: Feature | None = None
+    state: Expr | None = None  # what the score of a pair is multiplied with
+    mix: MixSlots | None = None
     geometry: Geometry | None = None
     order: PerToken | None = None
     storage: Storage | None = None
@@ -40,12 +45,18 @@ class Slots:
     @property
     def derived(self) -> tuple[DerivedTable, ...]:
         """The tables that follow from a length, which these slots read."""
-        return (self.mask.derived if self.mask else ()) + (self.order.derived if self.order else ())
+        own = (self.mask.derived if self.mask else ()) + (self.order.derived if self.order else ())
+        return own + tuple(table for branch in self.branches() for table in branch.derived)
 
     def unsupported(self) -> tuple[str, ...]:
         """The slots that are set and that nothing carries yet."""
-        inner = [slot for _, group in self.heads if group for slot in group.unsupported()]
+        groups = [group for _, group in self.heads if group]
+        inner = [slot for group in (*groups, *self.branches()) for slot in group.unsupported()]
         return tuple(dict.fromkeys([*self.later, *inner]))
+
+    def branches(self) -> tuple[Slots, ...]:
+        """What the branches of a mix set."""
+        return () if self.mix is None else tuple(slots for _, slots in self.mix.branches if slots is not None)
 
     def set_slots(self) -> frozenset[str]:
         """The names of the slots that are set, for all heads or for some."""
@@ -115,18 +126,18 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
     later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
     if later.get("over") == "tokens":  # what every site does
         del later["over"]
-    if "mix" in given:
-        later["mix"] = read_mix(given["mix"], lambda branch: read_slots(branch, naming, within))
     slots = replace(slots, later={**slots.later, **later})
+    if "mix" in given:
+        number = _number_in(naming.words, scope)
+        slots = replace(
+            slots, mix=read_mix(given["mix"], lambda one: _inner(one, given, ("mix", "heads"), slots, naming, within), number)
+        )
     return _with_heads(slots, given, naming, within) if "heads" in given else slots
 
 
 def _read_now(slots: Slots, given: Mapping[str, Entry], words: Words, scope: Scope) -> Slots:
     """The slots that are texts of the language."""
-
-    def number(text: str) -> Expr:
-        return _real(parse_expression(text, words, scope))
-
+    number = _number_in(words, scope)
     if "mask" in given:
         slots = replace(slots, mask=located(given["mask"], lambda text: parse_mask(text, words, scope)))
     if "empty_rows" in given:
@@ -138,12 +149,24 @@ def _read_now(slots: Slots, given: Mapping[str, Entry], words: Words, scope: Sco
         slots = replace(slots, scale=located(given["scale"], number))
     if "score" in given:
         slots = replace(slots, score=located(given["score"], number))
-    if "normalizer" not in given:
-        return slots
-    normalizer = located(given["normalizer"], lambda text: parse_call(text, "normalizers", words, scope))
-    if isinstance(normalizer, Normalizer):
-        return replace(slots, normalizer=normalizer)
-    return replace(slots, later={"normalizer": normalizer})
+    for slot, folder in (("normalizer", "normalizers"), ("feature", "features"), ("state", "states")):
+        if slot in given:
+            found = located(given[slot], lambda text, folder=folder: parse_call(text, folder, words, scope))  # type: ignore[misc]
+            slots = _with_word(slots, slot, found)
+    if slots.normalizer is None and ("feature" in given or "state" in given):
+        slots = _with_word(slots, "normalizer", parse_call("linear", "normalizers", words, scope))
+    return slots
+
+
+def _with_word(slots: Slots, slot: str, found: object) -> Slots:
+    """A slot that is a word, among those that nothing carries yet where the word is only declared."""
+    if isinstance(found, Declared):
+        return replace(slots, later={**slots.later, slot: found})
+    return replace(slots, **{slot: found})  # type: ignore[arg-type]
+
+
+def _number_in(words: Words, scope: Scope) -> Callable[[str], Expr]:
+    return lambda text: _real(parse_expression(text, words, scope))
 
 
 def _order(entry: Entry, naming: Naming, scope: Scope) -> PerToken:
@@ -193,22 +216,26 @@ def _with_heads(slots: Slots, given: Mapping[str, Entry], naming: Naming, within
             chosen = None if key == "rest" else IntegerSet.parse(key)
         except LanguageError as error:
             raise PolicyError(f"{place}: {error}") from error
-        own = inner.value if isinstance(inner.value, Mapping) else None
-        if own is None:
-            named = read_slots(inner, naming, within)
-            groups.append((chosen, None if named is None else _laid_over(named, slots)))
-        else:
-            beside = {slot: value for slot, value in given.items() if slot != "heads" and slot not in own}
-            merged = Entry({**beside, **own}, inner.place, inner.keys, inner.flow)
-            groups.append((chosen, read_slots(merged, naming, within)))
+        groups.append((chosen, _inner(inner, given, ("heads",), slots, naming, within)))
     if any(group is not None and group.heads for _, group in groups):
         raise PolicyError(f"{entry.place}: a group of heads has no groups of its own; name its heads beside the others")
     _check_overlap(groups, entry)
     return replace(slots, heads=tuple(groups))
 
 
+def _inner(
+    entry: Entry, given: Mapping[str, Entry], outer: tuple[str, ...], slots: Slots, naming: Naming, within: tuple[str, ...]
+) -> Slots | None:
+    """A group of heads or a branch: what stands beside them holds for it too, its own slots win."""
+    if not isinstance(entry.value, Mapping):
+        named = read_slots(entry, naming, within)
+        return None if named is None else _laid_over(named, slots)
+    beside = {slot: value for slot, value in given.items() if slot not in outer and slot not in entry.value}
+    return read_slots(Entry({**beside, **entry.value}, entry.place, entry.keys, entry.flow), naming, within)
+
+
 def _laid_over(own: Slots, beside: Slots) -> Slots:
-    """A named variant in a group: its slots win over those beside `heads`."""
+    """A named variant in a group or a branch: its slots win over those beside it."""
     changes = {slot: getattr(beside, slot) for slot in NOW if slot != "heads" and getattr(own, slot) is None}
     return replace(own, **changes, later={**beside.later, **own.later})
 

@@ -50,7 +50,7 @@ class Uses:
         elif self.rules:
             yield from (f"{rule.title} {self._idle(rule)}" for rule in self.rules if not rule.decided)
         if self.parameters:
-            yield f"{self.parameters} is not read: no variant that this version carries has parameters"
+            yield f"{self.parameters} is not read: no variant of this policy has parameters"
 
     def _idle(self, rule: RuleUse) -> str:
         if rule.matched and rule.also:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
-from attn_compiler.algebra.expr import Expr, const, exp, k, log, peak
+from attn_compiler.algebra.expr import Expr, Sort, const, exp, k, log, peak, symbol
 from attn_compiler.algebra.variant import SOFTMAX, DerivedTable, Variant
 from attn_compiler.planning.plan import Refusal
 
@@ -56,7 +56,7 @@ Tokens = Annotated[PerToken, "tokens"]
 Label = Annotated[PerToken, "label"]
 Units = Annotated[PerToken, "units"]
 Order = Annotated[PerToken, "order"]
-Denominator = Annotated[Declared, "denominator"]
+Denominator = Annotated[Expr, "denominator"]
 Seed = Annotated[int | None, "seed"]  # None: the number of the layer, which is not known yet
 PerAxis = Annotated[tuple[int, ...], "per axis"]
 CountPerAxis = Annotated[tuple[int, ...], "count per axis"]
@@ -86,6 +86,7 @@ class Word:
 
 
 Words = Mapping[str, Mapping[str, Word]]
+EPS = symbol("eps", Sort.REAL)  # stands in what a denominator divides by for the number that its normalizer adds
 
 
 def with_phantoms(variant: Variant, seen: Seen) -> Variant | Refusal:

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.targets.arrays import Arrays
+from attn_compiler.targets.arrays import Arrays, Value
 from attn_compiler.targets.rounded import held_weights
 
 
-def explicit(
-    q: Tensor, k: Tensor, v: Tensor, variant: Variant, visible: Tensor, arrays: Arrays, *, dropout: float = 0.0, lse: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Attend with [..., heads, tokens, dim] operands of the dtype `arrays.real`, and keys that `visible` shows.
+@dataclass(frozen=True)
+class Sums:
+    """What queries gather from the keys that they see, whichever way that was computed; `sees`: whether these are any.
+
+    `seen` and `values` (how many keys there are, and the sum of their v) are there where the normalizer asks for them.
+    """
+
+    acc: Tensor
+    mass: Tensor
+    peak: Tensor
+    sees: Tensor
+    seen: Tensor | None = None
+    values: Tensor | None = None
+
+    def known(self) -> dict[Expr, Value]:
+        """What a normalizer's output may speak of."""
+        always: dict[Expr, Value] = {e.acc: self.acc, e.mass: self.mass, e.peak: self.peak}
+        asked = {e.seen: self.seen, e.values: self.values}
+        return always | {leaf: x for leaf, x in asked.items() if x is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sums:
+        """The same with `change` applied to each of these."""
+        return Sums(*(None if x is None else change(x) for x in vars(self).values()))  # type: ignore[arg-type]
+
+
+def gather(q: Tensor, k: Tensor, v: Tensor, variant: Variant, visible: Tensor, arrays: Arrays, *, dropout: float = 0.0) -> Sums:
+    """Gather with [..., heads, tokens, dim] operands of the dtype `arrays.real`, from keys that `visible` shows.
 
     Gradients stay finite where a row sees nothing: what is not visible is replaced before it is computed with.
     """
@@ -39,10 +64,28 @@ def explicit(
         weights = held_weights(weights, variant.storage.pv.numbers)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    known = {e.acc: per_kv_head(weights, v), e.mass: mass, e.peak: peak}
-    out = arrays.tensor(arrays.read(variant.normalizer.output, known), Sort.REAL)
-    out = torch.where(sees, out, empty_row(v, shape[-3], variant.empty_rows))
-    return out, _log_sum_exp(variant, arrays, peak, mass, sees) if lse else None
+    acc = per_kv_head(weights, v)
+    if not variant.normalizer.counts:
+        return Sums(acc, mass, peak, sees)
+    shown = visible.to(arrays.real).expand(shape)
+    return Sums(acc, mass, peak, sees, torch.where(sees, shown.sum(dim=-1, keepdim=True), 1.0), per_kv_head(shown, v))
+
+
+def finish(sums: Sums, v: Tensor, variant: Variant, arrays: Arrays) -> Tensor:
+    """The output of what was gathered."""
+    out = arrays.tensor(arrays.read(variant.normalizer.output, sums.known()), Sort.REAL)
+    return torch.where(sums.sees, out, empty_row(v, out.shape[-3], variant.empty_rows))
+
+
+def log_sum_exp(sums: Sums, variant: Variant, arrays: Arrays) -> Tensor:
+    """The log of what the output was divided by, as if no peak had been subtracted."""
+    total = variant.normalizer.total
+    if total is None:
+        raise ShapeError(f"the rows of `{variant.normalizer.name}` are not normalized, so they have no log-sum-exp")
+    mass = torch.where(sums.sees, sums.mass, 0.0)
+    amount = arrays.tensor(arrays.read(total, sums.known() | {e.mass: mass}), Sort.REAL).expand(sums.peak.shape)
+    peak = sums.peak if variant.normalizer.tracks_peak else torch.zeros_like(sums.peak)
+    return torch.where(amount > 0, torch.log(torch.where(amount > 0, amount, 1.0)) + peak, -math.inf).squeeze(-1)
 
 
 def empty_row(v: Tensor, heads: int, rule: EmptyRows) -> Tensor:
@@ -84,12 +127,3 @@ def _peak(scores: Tensor, sees: Tensor) -> Tensor:
     if not _has_keys(scores.mT):
         return scores.new_zeros(sees.shape)
     return torch.where(sees, scores.amax(dim=-1, keepdim=True), 0.0)
-
-
-def _log_sum_exp(variant: Variant, arrays: Arrays, peak: Tensor, mass: Tensor, sees: Tensor) -> Tensor:
-    total = variant.normalizer.total
-    if total is None:
-        raise ShapeError(f"the rows of `{variant.normalizer.name}` are not normalized, so they have no log-sum-exp")
-    mass = torch.where(sees, mass, 0.0)
-    amount = arrays.tensor(arrays.read(total, {e.mass: mass, e.peak: peak}), Sort.REAL).expand(peak.shape)
-    return torch.where(amount > 0, torch.log(torch.where(amount > 0, amount, 1.0)) + peak, -math.inf).squeeze(-1)

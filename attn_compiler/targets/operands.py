@@ -120,12 +120,15 @@ class Operands:
 
     def head_coordinates(self, trailing: int) -> dict[Expr, Value]:
         """`h` and `kv` as tensors with `trailing` axes of one behind that of the heads."""
-        numbers = self.head_numbers
-        h = torch.arange(numbers[0], numbers[0] + len(numbers), device=self.q.device)
-        if numbers != tuple(range(numbers[0], numbers[0] + len(numbers))):
-            h = torch.tensor(numbers, device=self.q.device)
-        h = h.reshape(-1, *[1] * trailing)
+        h = numbered(self.head_numbers, self.q.device).reshape(-1, *[1] * trailing)
         return {e.h: h, e.kv: h // (self.heads // self.kv_heads)}
+
+
+def numbered(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers as a tensor that a trace computes: one made of a list would be a constant, which a fragment cannot hold."""
+    if tuple(numbers) == tuple(range(numbers[0], numbers[0] + len(numbers))):
+        return torch.arange(numbers[0], numbers[0] + len(numbers), device=device)
+    return torch.cat([torch.arange(n, n + 1, device=device) for n in numbers])
 
 
 def kv_owners(heads: Sequence[int], ratio: int) -> list[int]:

@@ -12,33 +12,35 @@ from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
-from attn_compiler.targets.explicit import explicit
+from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
+from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
+from attn_compiler.targets.mixing import Result, mixed
+from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.reach import is_causal
 from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import statically_known_true
 
-CARRIED = ("storage",)
-Result = tuple[Tensor, Tensor | None]  # the output, and the log-sum-exp where it was asked for
+__all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
+CARRIED = ("feature", "mix", "seen", "storage")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     """Why this target cannot carry a variant; None if it can."""
-    unnormalized = [part.normalizer.name for part in variant.parts() if part.normalizer.total is None]
-    if lse and unnormalized:
-        return f"the rows of `{unnormalized[0]}` are not normalized, so they have no log-sum-exp"
+    for one in (variant, *(of_group for _, of_group in variant.groups)):
+        if one.mix is not None:
+            reason = refuse_mix(one.mix, lse=lse)
+            if reason:
+                return reason
+        elif lse and one.normalizer.total is None:
+            return f"the rows of `{one.normalizer.name}` are not normalized, so they have no log-sum-exp"
     return passed_over(variant, CARRIED)
 
 
 def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
     """Attend, in the form that the variant and what is statically known of the operands allow."""
-
-    def attend(part: Operands, of_group: Variant) -> Result:
-        out, totals = _attend(held(part, of_group.storage), of_group, lse)
-        return out.to(operands.q.dtype), totals
-
-    return by_group(operands, variant, attend)
+    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse))
 
 
 def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, Variant], Result]) -> Result:
@@ -61,32 +63,81 @@ def visible_keys(arrangement: Arrangement, variant: Variant) -> Value:
     return arrangement.exists if shown is True else arrays.tensor(shown, Sort.BOOL) & arrangement.exists
 
 
+def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, lse: bool = False) -> Result:
+    """Attend to all keys by the written-out formula, in `real`, for a variant without groups: its meaning."""
+
+    def attend(part: Operands, one: Variant, lse: bool) -> Result:
+        mapped, plain = _prepared(part, one, real)
+        arrangement = in_real(whole(mapped, real), real)
+        return _finished(_gathered(arrangement, plain, part.training), arrangement, plain, lse)
+
+    def gather(part: Operands, one: Variant) -> Sums:
+        mapped, plain = _prepared(part, one, real)
+        return _gathered(in_real(whole(mapped, real), real), plain, part.training)
+
+    if variant.mix is None:
+        return attend(operands, variant, lse)
+    return mixed(operands, variant.mix, attend, gather, real, lse=lse)
+
+
+def _prepared(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
+    """Operands as they come back from their storage, and then mapped; a variant without feature maps."""
+    return featured(held(operands, variant.storage), variant, real)
+
+
 def _attend(operands: Operands, variant: Variant, lse: bool) -> Result:
+    dtype = operands.q.dtype
+    if variant.mix is None:
+        out, totals = _attend_alone(operands, variant, lse)
+    else:
+        real = torch.promote_types(dtype, torch.float32)
+        out, totals = mixed(operands, variant.mix, _attend_alone, _gather_alone, real, lse=lse)
+    return out.to(dtype), totals
+
+
+def _attend_alone(operands: Operands, variant: Variant, lse: bool) -> Result:
+    """Attend without branches."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
+    operands, variant = _prepared(operands, variant, real)
     near = worthwhile(operands, variant)
     arrangement = blocked(operands, real, *near) if near else whole(operands, real)
     rule = EmptyRows.ZERO if every_query_sees_itself(operands, variant) else variant.empty_rows
-    dropout = variant.dropout if operands.training else 0.0
     totals = None
     exact_gradients = not swallows(variant.score, operands.risky)
     if not lse and exact_gradients and fits(variant, arrangement.arrays, operands.q.dtype):
         causal = near is None and _is_causal(operands, variant)
         q, k, v, arrays = arrangement.q, arrangement.k, arrangement.v, arrangement.arrays
         visible = True if causal else visible_keys(arrangement, variant)
+        dropout = variant.dropout if operands.training else 0.0
         out = fused(q, k, v, variant, visible, arrays, causal=causal, rule=rule, dropout=dropout)
     else:
-        out, totals = carry_out(in_real(arrangement, real), replace(variant, empty_rows=rule), dropout=dropout, lse=lse)
-        out = out.to(operands.q.dtype)
+        variant = replace(variant, empty_rows=rule)
+        arrangement = in_real(arrangement, real)
+        out, totals = _finished(_gathered(arrangement, variant, operands.training), arrangement, variant, lse)
     if near is None:
         return out, totals
     return unblocked(out, operands.q_len), None if totals is None else unblocked(totals[..., None], operands.q_len)[..., 0]
 
 
-def carry_out(arrangement: Arrangement, variant: Variant, *, dropout: float, lse: bool) -> Result:
-    """Attend by the written-out formula."""
+def _gather_alone(operands: Operands, variant: Variant) -> Sums:
+    """What a branch accumulates for a denominator that it shares."""
+    real = torch.promote_types(operands.q.dtype, torch.float32)
+    operands, variant = _prepared(operands, variant, real)
+    near = worthwhile(operands, variant)
+    arrangement = in_real(blocked(operands, real, *near) if near else whole(operands, real), real)
+    sums = _gathered(arrangement, variant, operands.training)
+    return sums.map(lambda x: unblocked(x, operands.q_len)) if near else sums
+
+
+def _gathered(arrangement: Arrangement, variant: Variant, training: bool) -> Sums:
     visible = arrangement.arrays.tensor(visible_keys(arrangement, variant), Sort.BOOL)
     q, k, v = arrangement.q, arrangement.k, arrangement.v
-    return explicit(q, k, v, variant, visible, arrangement.arrays, dropout=dropout, lse=lse)
+    return gather(q, k, v, variant, visible, arrangement.arrays, dropout=variant.dropout if training else 0.0)
+
+
+def _finished(sums: Sums, arrangement: Arrangement, variant: Variant, lse: bool) -> Result:
+    out = finish(sums, arrangement.v, variant, arrangement.arrays)
+    return out, log_sum_exp(sums, variant, arrangement.arrays) if lse else None
 
 
 def _is_causal(operands: Operands, variant: Variant) -> bool:

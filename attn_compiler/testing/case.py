@@ -11,8 +11,7 @@ from torch import Tensor
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.attend import attend
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.targets.blocks import in_real, whole
-from attn_compiler.targets.torch_target import by_group, carry_out
+from attn_compiler.targets.torch_target import attend_densely, by_group
 from attn_compiler.testing.budget import assert_all_within_budget
 
 
@@ -59,11 +58,7 @@ def plain(case: Case) -> Tensor:
     """The formula, every step in the operands' own precision: what a target's error is measured by."""
     operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
 
-    def written_out(part: object, of_group: Variant) -> tuple[Tensor, Tensor | None]:
-        arrangement = in_real(whole(part, case.q.dtype), case.q.dtype)  # type: ignore[arg-type]
-        return carry_out(arrangement, of_group, dropout=0.0, lse=False)
-
-    return by_group(operands, case.variant, written_out)[0]
+    return by_group(operands, case.variant, lambda part, of_group: attend_densely(part, of_group, case.q.dtype))[0]
 
 
 def with_gradients(attend_with: Attend, case: Case) -> list[Tensor]:

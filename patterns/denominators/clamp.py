@@ -1,10 +1,11 @@
-"""The sum of the weights, but never too little."""
+"""The sum of the weights, but never too little, as in L2ViT."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.expr import Expr, acc, mass, maximum
+from attn_compiler.planning.words import Number
 
 
-def clamp(least: float) -> Declared:
-    """The sum of the weights, at least a number."""
-    return Declared("denominators", "clamp", (("least", least),))
+def clamp(least: Number) -> Expr:
+    """The sum of the weights, at least a number; no eps."""
+    return acc / maximum(mass, least)

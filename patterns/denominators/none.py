@@ -1,10 +1,10 @@
-"""Nothing divides."""
+"""Nothing divides, as in Lightning Attention."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.expr import Expr, acc
 
 
-def none() -> Declared:
+def none() -> Expr:
     """Nothing divides."""
-    return Declared("denominators", "none")
+    return acc

@@ -1,10 +1,10 @@
-"""Weights are shifted to sum to one (InLine)."""
+"""InLine attention: weights are shifted, so that they sum to one and may be negative."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.expr import Expr, acc, mass, seen, values
 
 
-def subtract() -> Declared:
-    """Weights are shifted to sum to one (InLine)."""
-    return Declared("denominators", "subtract")
+def subtract() -> Expr:
+    """Weights (score - mean of scores + 1) / n over the n keys that are seen; no eps."""
+    return acc / seen + (1.0 - mass / seen) * (values / seen)

@@ -1,10 +1,10 @@
-"""The feature map `identity`."""
+"""Queries and keys as they are."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.feature import IDENTITY, Feature
 
 
-def identity() -> Declared:
-    """The feature map `identity`."""
-    return Declared("features", "identity", ())
+def identity() -> Feature:
+    """q and k themselves."""
+    return IDENTITY

@@ -1,10 +1,10 @@
-"""The feature map `softmax`."""
+"""Efficient attention of Shen et al.: queries that sum to one."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared
+from attn_compiler.algebra.feature import Block, Feature, of_both
 
 
-def softmax() -> Declared:
-    """The feature map `softmax`."""
-    return Declared("features", "softmax", ())
+def softmax() -> Feature:
+    """exp(x) over its sum over the components."""
+    return of_both("softmax", Block(softmax=True))

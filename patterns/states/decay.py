@@ -1,10 +1,11 @@
-"""A state that decays by itself."""
+"""A state that fades with distance, as in RetNet, TransNormer and Lightning Attention."""
 
 from __future__ import annotations
 
-from attn_compiler.planning.words import Declared, Number
+from attn_compiler.algebra.expr import Expr, exp, k, q, real
+from attn_compiler.planning.words import Number
 
 
-def decay(slopes: Number) -> Declared:
-    """A state that decays by itself."""
-    return Declared("states", "decay", (("slopes", slopes),))
+def decay(slopes: Number) -> Expr:
+    """exp(-slope * |q - k|)."""
+    return exp(-slopes * real(abs(q - k)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,15 +62,19 @@ class ByHand(TorchFunctionMode):
             scores = scores + attn_mask
         asked = self.seen(self.count - 1, query, key)
         visible = visible if asked is None else visible & asked
+        return self.formula(query, k, v, scores, visible)
+
+    def formula(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+        """What becomes of the scores; keys and values are those of each query head."""
         weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
         return weights.masked_fill(~visible, 0.0) @ v  # also where a query sees nothing
 
 
-def by_hand(run: Run, seen: Seen) -> Run:
+def by_hand(run: Run, seen: Seen, rewriting: type[ByHand] = ByHand) -> Run:
     """The same run, with every attention rewritten."""
 
     def rewritten(model: nn.Module) -> Tensor:
-        with fused(model), ByHand(seen) as mode:
+        with fused(model), rewriting(seen) as mode:
             out = run(model)
         assert mode.count
         return out
@@ -93,7 +98,7 @@ def everywhere(mask: Tensor) -> Seen:
     return lambda number, q, k: mask
 
 
-def compiled(model: nn.Module, policy: Mapping[str, object], **options: object) -> nn.Module:
+def compiled(model: nn.Module, policy: Mapping[str, object] | str | Path, **options: object) -> nn.Module:
     return torch.compile(model, backend="attn", options={"policy": policy, **options})
 
 
@@ -103,9 +108,16 @@ def compiled_since(before: Iterable[Report]) -> list[Report]:
     return [report for report in attn.reports() if id(report.plan.decisions) not in old]
 
 
-def check(model: nn.Module, run: Run, policy: Mapping[str, object], seen: Seen, **options: object) -> Report:
+def check(
+    model: nn.Module,
+    run: Run,
+    policy: Mapping[str, object] | str | Path,
+    seen: Seen,
+    rewriting: type[ByHand] = ByHand,
+    **options: object,
+) -> Report:
     """Compile a model with a policy, compare with attention rewritten by hand; the report of its only graph."""
-    before, rewritten = attn.reports(), by_hand(run, seen)
+    before, rewritten = attn.reports(), by_hand(run, seen, rewriting)
     with torch.no_grad():
         actual = run(compiled(model, policy, **options))
         exact, unchanged = rewritten(double(model)), run(double(model))
@@ -115,10 +127,12 @@ def check(model: nn.Module, run: Run, policy: Mapping[str, object], seen: Seen, 
     return report
 
 
-def check_training(model: nn.Module, run: Run, policy: Mapping[str, object], seen: Seen) -> Report:
+def check_training(
+    model: nn.Module, run: Run, policy: Mapping[str, object] | str | Path, seen: Seen, rewriting: type[ByHand] = ByHand
+) -> Report:
     """The same with the gradients of all parameters."""
     before = attn.reports()
-    assert_outcome(outcome(compiled(model, policy), run), model, by_hand(run, seen))
+    assert_outcome(outcome(compiled(model, policy), run), model, by_hand(run, seen, rewriting))
     (report,) = compiled_since(before)
     return report
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from attn_compiler import library
@@ -85,9 +88,38 @@ def test_a_slice_of_heads_is_clipped_as_in_python() -> None:
 
 def test_parameters_that_nothing_reads_are_a_warning() -> None:
     warnings = planned("parameters: trained.safetensors\nrules: [{attn: exact}]").warnings
-    assert warnings == ("trained.safetensors is not read: no variant that this version carries has parameters",)
+    assert warnings == ("trained.safetensors is not read: no variant of this policy has parameters",)
 
 
 def test_layers_that_a_model_does_not_have_match_nothing() -> None:
     found = planned('rules: [{match: {layers: "100"}, attn: exact}]').warnings
     assert found == ("rule 1 matches nothing: no attention is in layers 100",)
+
+
+def test_parameters_that_are_missing_are_refused_by_name() -> None:
+    decision = planned("parameters: maps.safetensors\nrules: [{attn: {mask: causal, feature: hedgehog}}]").decisions[0]
+    assert decision.refused
+    assert decision.refusals[0].reason == "it has parameters, hedgehog_k, hedgehog_q, which maps.safetensors does not hold"
+    decision = planned("rules: [{attn: {mask: causal, feature: hedgehog}}]").decisions[0]
+    assert decision.refusals[0].reason == "it has parameters, hedgehog_k, hedgehog_q, which no `parameters:` of the policy hold"
+
+
+def test_parameters_come_from_their_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "maps.npz", hedgehog_q=np.zeros((8, 64, 32)), hedgehog_k=np.zeros((8, 64, 32)), share=np.zeros(8))
+    (tmp_path / "p.yaml").write_text(
+        "version: 1\nparameters: maps.npz\nrules:\n  - attn:\n      mix:\n        how: gate\n        weights: {far: share}\n"
+        "        branches: {near: {mask: window(64)}, far: {mask: causal & ~window(64), feature: hedgehog}}\n"
+    )
+    found = plan((site(),), library.load_policy(tmp_path / "p.yaml"), (TorchTarget(),))
+    assert not found.warnings
+    assert not found.decisions[0].refused
+    assert found.decisions[0].variant.tables() == {"hedgehog_q", "hedgehog_k", "share"}
+
+
+def test_a_mix_is_not_mixed_again_and_takes_what_a_later_rule_adds() -> None:
+    mix = "mix: {how: sum, branches: {a: {mask: window(4)}, b: {mask: window(8)}}}"
+    again = planned(f"rules: [{{attn: {{{mix}}}}}, {{also: true, attn: {{scale: 7}}}}]").decisions[0].variant
+    assert again.mix
+    assert [branch.scale.value for _, branch in again.mix.branches] == [7, 7]
+    twice = planned(f"rules: [{{attn: {{scale: 7}}}}, {{also: true, attn: {{{mix}}}}}]").decisions[0]
+    assert twice.variant.mix

@@ -59,7 +59,9 @@ class Spec:
     def total(self) -> Expr | None:
         """The log-sum-exp of a row."""
         total = self.variant.normalizer.total
-        return None if total is None else e.log(total) + e.peak
+        if total is None:
+            return None
+        return e.log(total) + e.peak if self.by_peak else e.log(total)
 
     @property
     def wide(self) -> bool:
