@@ -13,6 +13,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
+from attn_compiler.runtime.automatic import automatic
 from attn_compiler.runtime.call import Positions, check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
 from attn_compiler.runtime.targets import OPT_IN, TARGETS, Attends
@@ -46,7 +47,7 @@ def attend(
     """Attend with `q`, `k`, `v` as [batch, heads, tokens, dim]; key and value heads may be fewer (GQA). Differentiable.
 
     Positions are the first one's number, one such number per row, or all of them; without, the last query meets the last key.
-    `training` activates the variant's dropout.
+    `training` activates the variant's dropout. The target `auto` is what a plan would choose for a site like this call.
     """
     place = e.k if k_positions is None else PLACE
     site = _with_site(variant if isinstance(variant, Variant) else Variant(), scale, bias, place)
@@ -90,7 +91,7 @@ def _carried(operands: Operands, variant: Variant, lse: bool, target: str) -> Re
     known: Mapping[str, Attends] = {**TARGETS, **OPT_IN}
     if target != "auto" and target not in known:
         raise ShapeError(f'no target "{target}" here{did_you_mean(target, ("auto", "reference", *known))}')
-    chosen = known["torch" if target == "auto" else target]
+    chosen = automatic(operands, variant, lse=lse) if target == "auto" else known[target]
     reason = chosen.refuse(operands, variant, lse=lse)
     if reason:
         raise ShapeError(f"the target {chosen.name}: {reason}")

@@ -16,8 +16,8 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_generated, dtype_name
-from attn_compiler.targets.choice import form_of
+from attn_compiler.runtime.operator import attend_generated, dtype_name, without_total
+from attn_compiler.targets.choice import FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
@@ -26,7 +26,6 @@ from attn_compiler.targets.torch_target import Result
 
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
-_DENSE: Mapping[Form, bool] = {"scaled_dot_product_attention": False, "scaled_dot_product_attention(is_causal)": True}
 FEW = 32  # queries up to which a call is so short that its cost counts
 LEAST_TRAINED = 32  # queries from which gradients pay
 LIKELY = 1024  # keys that a cache will hold which grows from few
@@ -43,7 +42,8 @@ class CppTarget:
             return "its kernels know no gradients of the log-sum-exp"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
-        return _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
+        reason = _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
+        return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_generated(operands, variant, self.name, lse=lse)
@@ -56,7 +56,7 @@ class CppTarget:
         elif not reason and site.q_hint < FEW and _few_gain(site.dtype, *_short(site)) < WORTH:
             reason = f"for {site.q_hint} queries and {_keys(site)} keys scaled_dot_product_attention is as fast on this machine"
         form = form_of(site, variant)
-        if not reason and site.q_hint >= FEW and form in _DENSE and _dense_gain(site.dtype, form, training) < WORTH:
+        if not reason and site.q_hint >= FEW and form in FUSED_WHOLE and _dense_gain(site.dtype, form, training) < WORTH:
             reason = f"{form} is as fast on this machine"
         return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
 
@@ -90,7 +90,7 @@ def _few_gain(dtype: str, queries: int, keys: int) -> float:
 @cache
 def _dense_gain(dtype: str, form: Form, training: bool) -> float:
     """How many times faster a kernel is than PyTorch's own operator where nothing, or only the future, is hidden."""
-    causal = _DENSE[form]
+    causal = FUSED_WHOLE[form]
     drawn = torch.randn(3, 1, 2, 512, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     q, k, v = (x.requires_grad_(training) for x in drawn)
     operands = Operands(q, k, v, {}, 0, 0, (0, 1), 2, 2, 0, 1, differentiated=training)

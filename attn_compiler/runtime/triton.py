@@ -12,7 +12,7 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime import interpreter
 from attn_compiler.runtime.cpp import DTYPES, objection
-from attn_compiler.runtime.operator import attend_generated, dtype_name
+from attn_compiler.runtime.operator import attend_generated, dtype_name, without_total
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
@@ -30,7 +30,8 @@ class TritonTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        return where or objection(variant, counted, stored, operands.differentiated)
+        reason = where or objection(variant, counted, stored, operands.differentiated)
+        return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_generated(operands, variant, self.name, lse=lse)

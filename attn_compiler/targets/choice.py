@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 from attn_compiler.algebra.expr import const, i, score
@@ -18,6 +19,8 @@ from attn_compiler.targets.torch_target import Result, attend_torch, refuse
 
 # From the slowest to the fastest.
 _RANK = {form: rank for rank, form in enumerate(get_args(Form))}
+# What PyTorch has one operator for, whole, and whether that hides the future.
+FUSED_WHOLE: Mapping[Form, bool] = {"scaled_dot_product_attention": False, "scaled_dot_product_attention(is_causal)": True}
 
 
 class TorchTarget:

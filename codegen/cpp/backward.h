@@ -12,12 +12,15 @@ struct Operand {
 struct Result {
   void* data;
   int64_t stride[3];
-  // `adds`: several launches add to one result, which then holds floats.
+  // `value` gives a vector of numbers from d on. `adds`: several launches add to one result, which then holds floats.
   template <class F> INLINE_METHOD void write(int64_t b, int64_t h, int64_t n, int dim, bool adds, F value) const {
     const int64_t start = b * stride[0] + h * stride[1] + n * stride[2];
-    for (int d = 0; d < dim; d++)
-      if (adds) ((float*)data)[start + d] += value(d);
-      else ((Stored*)data)[start + d] = (Stored)value(d);
+    for (int d = 0; d < dim; d += LANES) {
+      const vf x = value(d);
+      if (adds)
+        for (int m = 0; m < std::min(LANES, dim - d); m++) ((float*)data)[start + d + m] += x[m];
+      else store((Stored*)data + start + d, x, dim - d);
+    }
   }
 };
 
@@ -104,7 +107,7 @@ struct Queue {  // rows that wait for the vectors from … to
 
 struct alignas(64) Work {
   float x[DIM * TILE], y[VALUE_DIM * TILE];  // packed lanes: q and above, or k and v
-  float of_x[DIM * TILE], of_y[VALUE_DIM * TILE];
+  float of_x[padded(DIM) * TILE], of_y[padded(VALUE_DIM) * TILE];
   float scores[(CHUNK + ROWS) * TILE], along[(CHUNK + ROWS) * TILE];
   vf of_norm[VECTORS];
   std::conditional_t<BY_QUERY, vf, float> base[NUMBERED], factor[NUMBERED], pull[NUMBERED];
@@ -187,6 +190,7 @@ template <class F> INLINE void gather(const Call& call, const Task& task, Work& 
       rows.mixed[rows.count] = mixed;
       rows.data[rows.count] = (BY_QUERY ? call.k : call.q).row(task.b, row_head, place);
       queue.other[rows.count] = (BY_QUERY ? call.v : call.above).row(task.b, row_head, place);
+      fetch<DIM>(rows.data[rows.count]), fetch<VALUE_DIM>(queue.other[rows.count]);
       if (++rows.count == CHUNK) meet_waiting(call, task, work, from, to);
     }
   });
@@ -221,16 +225,19 @@ INLINE Places take_lanes(const Call& call, Work& work, int64_t b, int64_t head, 
 }
 
 // The gradient of q or k: what the products give, and what the norm does.
-INLINE void write_x(const Call& call, const Work& work, const Places& places, int64_t b, int64_t head) {
+INLINE void write_x(const Call& call, Work& work, const Places& places, int64_t b, int64_t head) {
   const Result& result = BY_QUERY ? call.of_q : call.of_k;
+  unpack<DIM>(work.of_x);
   for (int m = 0; m < places.count; m++) {
     float along = 0.0f;
     if (NORMED) {
       const float norm = norm_of(work.lanes.data[m], DIM);
       along = norm == 0.0f ? 0.0f : work.of_norm[m / LANES][m % LANES] / norm;
     }
-    result.write(b, head, places.of[m], DIM, !BY_QUERY && call.adds,
-                 [&](int d) { return work.of_x[d * TILE + m] + (NORMED ? along * (float)work.lanes.data[m][d] : 0.0f); });
+    result.write(b, head, places.of[m], DIM, !BY_QUERY && call.adds, [&](int d) {
+      const vf x = row_of(work.of_x, m, d);
+      return NORMED ? x + along * part<DIM>(work.lanes.data[m], d / LANES) : x;
+    });
   }
 }
 

@@ -23,7 +23,7 @@ INLINE void meet_queries(const Call& call, const Task& task, Work& work, int64_t
 INLINE void differentiate(const Call& call, Work& work, int64_t b, int64_t kv, int64_t tile) {
   const Context& sizes = call.context;
   Places places = take_lanes(call, work, b, kv, tile * TILE, sizes.k_len);
-  float mean[VALUE_DIM] = {};
+  float mean[padded(VALUE_DIM)] = {};
   for (int64_t member = 0; member < call.visits.members; member++) {
     const int64_t h = call.visits.head_numbers[member];
     if (h / (sizes.heads / sizes.kv_heads) != kv) continue;
@@ -33,8 +33,9 @@ INLINE void differentiate(const Call& call, Work& work, int64_t b, int64_t kv, i
     if (EMPTY_ROWS == MEAN) add_means(call, task, mean);
   }
   write_x(call, work, places, b, kv);
+  unpack<VALUE_DIM>(work.of_y);
   for (int m = 0; m < places.count; m++)
-    call.of_v.write(b, kv, places.of[m], VALUE_DIM, call.adds, [&](int d) { return work.of_y[d * TILE + m] + mean[d]; });
+    call.of_v.write(b, kv, places.of[m], VALUE_DIM, call.adds, [&](int d) { return row_of(work.of_y, m, d) + load(mean + d); });
 }
 
 extern "C" void backward(const Call* given) {

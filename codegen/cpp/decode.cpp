@@ -1,6 +1,7 @@
 // Few queries meet many keys: keys stand in lanes where scores are computed, the numbers of a row where rows are multiplied. All
 // queries of the heads that share their keys are at work together, so that each row of K and V is read once. Which keys these are
 // follows from positions known at run time; long runs are cut into slices, whose results are merged in the end.
+#include <vector>
 
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
   const Stored *q, *k, *v;
@@ -65,14 +66,6 @@ struct Work {
   const Stored *k[KEYS], *v[KEYS];
   Lanes lanes[KEYS / TILE], seen;
 };
-
-// The numbers of a row from `n` vectors on; zeros behind its end.
-template <int WIDTH> INLINE vf part(const Stored* row, int n) {
-  if ((n + 1) * LANES <= WIDTH) return load(row + n * LANES);
-  Stored numbers[LANES] = {};
-  memcpy(numbers, row + n * LANES, sizeof(Stored) * (WIDTH % LANES));
-  return load(numbers);
-}
 
 // Scores of COUNT queries and a vector of keys.
 template <int COUNT> INLINE void products(const Stored* const* keys, Query* queries, int n) {
@@ -220,6 +213,7 @@ static void collect(const Call& call, Work& work, int64_t b, int64_t kv, int64_t
       work.place[work.count] = place;
       work.k[work.count] = k + place * call.k_stride[2];
       work.v[work.count] = v + place * call.v_stride[2];
+      fetch<DIM>(work.k[work.count]), fetch<VALUE_DIM>(work.v[work.count]);
       work.mixed |= !whole && !all[m / LANES][m % LANES];
       work.count += whole || some[m / LANES][m % LANES];
     }

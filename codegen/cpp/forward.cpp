@@ -34,7 +34,7 @@ INLINE vf total_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak
 }
 
 struct alignas(64) Work {
-  float q[DIM * TILE], out[VALUE_DIM * TILE], scores[(CHUNK + ROWS) * TILE];
+  float q[DIM * TILE], out[padded(VALUE_DIM) * TILE], scores[(CHUNK + ROWS) * TILE];
   vf peak[VECTORS], mass[VECTORS];
   vi sees[VECTORS];
   Lanes queries;
@@ -105,6 +105,7 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
     factor[n] = factor_of(task, work.queries, n, work.mass[n], work.peak[n]);
     if (call.totals && !call.gradients) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
   }
+  unpack<VALUE_DIM>(work.out);
   bool left = false;
   for (int m = 0; m < places.count; m++) {
     if (!places.wanted[m]) continue;
@@ -115,7 +116,7 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
     places.wanted[m] = false;
     Stored* row = call.out_row(task, places.of[m]);
     const float f = factor[m / LANES][m % LANES];
-    for (int d = 0; d < VALUE_DIM; d++) row[d] = (Stored)(work.out[d * TILE + m] * f);
+    for (int d = 0; d < VALUE_DIM; d += LANES) store(row + d, row_of(work.out, m, d) * f, VALUE_DIM - d);
     const vf peak = PEAK ? work.peak[m / LANES] : vf{};
     call.keep(task, places.of[m], total[m / LANES][m % LANES], peak[m % LANES], work.mass[m / LANES][m % LANES]);
   }
@@ -151,6 +152,7 @@ template <class F> INLINE void gather(const Call& call, const Task& task, Work& 
       keys.mixed[keys.count] = mixed;
       keys.data[keys.count] = k + place * call.k_stride[2];
       work.values[from][to][keys.count] = v + place * call.v_stride[2];
+      fetch<DIM>(keys.data[keys.count]), fetch<VALUE_DIM>(work.values[from][to][keys.count]);
       if (++keys.count == CHUNK) meet_them(from, to);
     }
   });

@@ -1,5 +1,4 @@
-// Rows of numbers in vectors, and what all lanes have together: their sum, the greatest of them, whether any is true.
-#include <vector>
+// Rows of numbers in vectors, rows that become columns, and what all lanes have together: a sum, the greatest, is any true.
 
 template <class T> INLINE vf load(const T* row) {
   vf x;
@@ -22,6 +21,49 @@ INLINE vf load(const float16* row) {
   halves x;
   memcpy(&x, row, sizeof(x));
   return __builtin_convertvector(x, vf);
+}
+
+// The numbers of a row from `n` vectors on; zeros behind its end.
+template <int WIDTH> INLINE vf part(const Stored* row, int n) {
+  if ((n + 1) * LANES <= WIDTH) return load(row + n * LANES);
+  Stored numbers[LANES] = {};
+  memcpy(numbers, row + n * LANES, sizeof(Stored) * (WIDTH % LANES));
+  return load(numbers);
+}
+
+// Ask for a row that will be read soon.
+template <int WIDTH> INLINE void fetch(const Stored* row) {
+  for (int d = 0; d < WIDTH; d += 64 / sizeof(Stored)) __builtin_prefetch(row + d);
+}
+
+template <class T> INLINE void store(T* row, vf x) {
+  for (int m = 0; m < LANES; m++) row[m] = (T)x[m];
+}
+INLINE void store(float* row, vf x) { memcpy(row, &x, sizeof(x)); }
+INLINE void store(bfloat16* row, vf x) {
+  typedef uint16_t bits_of __attribute__((vector_size(LANES * 2)));
+  const vi wide = (vi)x, rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  const bits_of bits = __builtin_convertvector(x == x ? rounded : splat<vi>(0x7fc0), bits_of);
+  memcpy(row, &bits, sizeof(bits));
+}
+template <class T> INLINE void store(T* row, vf x, int count) {
+  if (count >= LANES) return store(row, x);
+  for (int m = 0; m < count; m++) row[m] = (T)x[m];
+}
+
+// Lane m of row n becomes lane n of row m, a bit of these numbers at a time.
+template <int STEP = LANES / 2> INLINE void transpose(vf* rows) {
+  vi low, high;
+  for (int m = 0; m < LANES; m++) {
+    low[m] = m & STEP ? LANES + m - STEP : m;
+    high[m] = m & STEP ? LANES + m : m + STEP;
+  }
+  UNROLLED for (int n = 0; n < LANES; n++) {
+    if (n & STEP) continue;
+    const vf a = rows[n], b = rows[n + STEP];
+    rows[n] = __builtin_shuffle(a, b, low), rows[n + STEP] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
 }
 
 // 0, 1, 2 …

@@ -114,12 +114,37 @@ template <int WIDTH> struct PairedBoth {
 
 // The tokens in the lanes, transposed: numbers or pairs of them.
 template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
+  constexpr int BLOCK = LANES * STEP, WHOLE = WIDTH / BLOCK * BLOCK;
+  for (int n = 0; n < VECTORS; n++)
+    for (int d = 0; d < WHOLE; d += BLOCK) {
+      vf x[LANES];
+      UNROLLED for (int m = 0; m < LANES; m++) {
+        const Stored* row = stored[n * LANES + m] + d;
+        if constexpr (PAIRED) memcpy(&x[m], row, sizeof(vf));
+        else x[m] = load(row);
+      }
+      transpose(x);
+      UNROLLED for (int m = 0; m < LANES; m++) *at(packed, d / STEP + m, n) = x[m];
+    }
   for (int m = 0; m < TILE; m++)
-    for (int d = 0; d < WIDTH; d += STEP) {
+    for (int d = WHOLE; d < WIDTH; d += STEP) {
       if constexpr (PAIRED) memcpy(packed + d / STEP * TILE + m, stored[m] + d, 4);
       else packed[d * TILE + m] = (float)stored[m][d];
     }
 }
+
+// Sums for the tokens in the lanes become rows again, in place: `row_of(sums, m, d)` holds LANES numbers of token m from d on.
+constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+template <int WIDTH> INLINE void unpack(float* sums) {
+  for (int n = 0; n < VECTORS; n++)
+    for (int d = 0; d < WIDTH; d += LANES) {
+      vf x[LANES];
+      UNROLLED for (int m = 0; m < LANES; m++) x[m] = *at(sums, d + m, n);
+      transpose(x);
+      UNROLLED for (int m = 0; m < LANES; m++) *at(sums, d + m, n) = x[m];
+    }
+}
+INLINE vf row_of(const float* sums, int m, int d) { return *at(sums, d + m % LANES, m / LANES); }
 
 // Of each lane: the product of two packed tokens.
 template <int WIDTH> INLINE vf product(const float* a, const float* b, int n) {

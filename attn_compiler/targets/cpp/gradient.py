@@ -151,7 +151,13 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
         f"constexpr bool NORMED = {str(slopes.score(norm) != _ZERO).lower()};  // scores follow the norm of what stands in lanes",
     )
     return assembled(
-        spec, printer, holes, ("tiles.h", "view.h", "backward.h", skeleton), CHUNK, *constants, by_query=leaves is _BY_QUERY
+        spec,
+        printer,
+        holes,
+        ("rows.h", "tiles.h", "view.h", "backward.h", skeleton),
+        CHUNK,
+        *constants,
+        by_query=leaves is _BY_QUERY,
     )
 
 

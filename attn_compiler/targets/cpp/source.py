@@ -32,7 +32,7 @@ def source(spec: Spec) -> str:
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
         "drop": dropout.in_forward() if spec.variant.dropout else (),
     }
-    return assembled(spec, printer, holes, ("tiles.h", "view.h", "empty.h", "forward.cpp"), CHUNK)
+    return assembled(spec, printer, holes, ("rows.h", "tiles.h", "view.h", "empty.h", "forward.cpp"), CHUNK)
 
 
 def printer_of(spec: Spec, leaves: Leaves = LEAVES) -> Printer:
@@ -66,7 +66,7 @@ def assembled(
 def probe() -> str:
     """A program that measures the machine."""
     constants = _constants(Spec(Variant(), 64, 64, "bfloat16", ()), CHUNK)
-    return "\n".join((_skeleton("lanes.h"), *constants, "", _skeleton("tiles.h"), _skeleton("probe.cpp")))
+    return "\n".join((_skeleton("lanes.h"), *constants, "", *map(_skeleton, ("rows.h", "tiles.h", "probe.cpp"))))
 
 
 def _constants(spec: Spec, chunk: int) -> tuple[str, ...]:

@@ -1,0 +1,54 @@
+"""The target of a call that names none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn_compiler as attn
+from attn_compiler.algebra.expr import k, q
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.runtime.automatic import automatic
+from attn_compiler.runtime.compiler import why_not
+from attn_compiler.targets.operands import Operands
+from attn_compiler.testing import assert_within_budget
+
+WINDOW = Variant((k <= q) & (q - k < 8))
+compiled_here = pytest.mark.skipif(why_not() is not None, reason="no compiler on this machine")
+
+
+def operands(length: int, dtype: torch.dtype = torch.float32, *, differentiated: bool = False) -> Operands:
+    drawn = torch.randn(3, 1, 2, length, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Operands(*drawn, {}, 0, 0, (0, 1), 2, 2, 0, 1, differentiated=differentiated)
+
+
+@compiled_here
+def test_a_mask_that_pytorch_has_no_operator_for_runs_on_a_generated_kernel() -> None:
+    assert automatic(operands(64), WINDOW).name == "cpp"
+
+
+def test_what_no_kernel_takes_runs_on_pytorch() -> None:
+    assert automatic(operands(64, torch.float64), WINDOW).name == "torch"
+    assert automatic(operands(64, differentiated=True), WINDOW, lse=True).name == "torch"
+
+
+def test_a_kernel_that_does_not_pay_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_compiler.runtime.cpp.faster", lambda *_: 0.5)
+    monkeypatch.setattr("attn_compiler.runtime.cpp._dense_gain", lambda *_: 0.5)
+    assert automatic(operands(65), Variant()).name == "torch"
+
+
+class Windowed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = attn.attend(x, x, x, WINDOW)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def test_a_call_that_is_traced_runs_on_pytorch() -> None:
+    x = operands(40).q
+    program = torch.export.export(Windowed(), (x,))
+    assert not any("attn_compiler" in str(node.target) for node in program.graph.nodes)
+    exact, plain = (attn.attend(y, y, y, WINDOW, target=name) for y, name in ((x.double(), "reference"), (x, "torch")))
+    assert_within_budget(program.module()(x), exact, plain)
