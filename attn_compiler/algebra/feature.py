@@ -44,6 +44,10 @@ class Feature:
     def is_identity(self) -> bool:
         return not (self.of_q or self.of_k)
 
+    def width(self, dim: int) -> int:
+        """How many features a vector of `dim` numbers gets, as far as that shows: tables are taken to be square."""
+        return sum(dim**block.power for block in self.of_q) or dim
+
     def blocks(self) -> Iterator[Block]:
         yield from self.of_q
         yield from self.of_k

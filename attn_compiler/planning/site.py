@@ -33,6 +33,7 @@ Form = Literal[
     "scaled_dot_product_attention",
     "scaled_dot_product_attention(is_causal)",
     "blocks of queries, each with the keys in reach",
+    "states, to which keys are added up chunk by chunk",
 ]
 
 

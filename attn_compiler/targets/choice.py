@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 from attn_compiler.algebra.expr import const, i, score
@@ -12,7 +12,9 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Site
 from attn_compiler.targets.blocks import pays
+from attn_compiler.targets.chunked import pays as states_pay
 from attn_compiler.targets.fused import bias_of, swallows
+from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.reach import is_causal, reach, shows_itself
 from attn_compiler.targets.torch_target import Result, attend_torch, refuse
@@ -38,14 +40,23 @@ class TorchTarget:
         reason = refuse(variant)
         if reason:
             return Refusal("torch", reason)
-        forms = [form_of(site, part) for part in (group for _, group in variant.groups)] or [form_of(site, variant)]
+        forms = [form_of(site, part) for part in _alone(variant)]
         slowest = min(forms, key=_RANK.__getitem__)
         emulated = ", of operands rounded as they would be held" if any(part.storage != PLAIN for part in variant.parts()) else ""
         return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains=_RANK[slowest] > _RANK[site.form])
 
 
+def _alone(variant: Variant) -> Iterator[Variant]:
+    """The groups and branches of a variant, or itself."""
+    for group in [group for _, group in variant.groups] or [variant]:
+        yield from [group] if group.mix is None else (branch for _, branch in group.mix.branches)
+
+
 def form_of(site: Site, variant: Variant) -> Form:
     """How a variant runs at a site."""
+    found = linear(variant)
+    if found and site.frame and states_pay(found, site.q_hint, site.k_hint, variant.feature.width(site.head_dim), site.value_dim):
+        return "states, to which keys are added up chunk by chunk"
     if _in_blocks(site, variant):
         return "blocks of queries, each with the keys in reach"
     bias = bias_of(variant.score)

@@ -12,6 +12,7 @@ from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
+from attn_compiler.targets.chunked import chunks, gather_by_states
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
@@ -99,6 +100,9 @@ def _attend_alone(operands: Operands, variant: Variant, lse: bool) -> Result:
     """Attend without branches."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real)
+    states = _by_states(operands, variant, real)
+    if states is not None:
+        return _finished(states, in_real(whole(operands, real), real), variant, lse)
     near = worthwhile(operands, variant)
     arrangement = blocked(operands, real, *near) if near else whole(operands, real)
     rule = EmptyRows.ZERO if every_query_sees_itself(operands, variant) else variant.empty_rows
@@ -123,10 +127,22 @@ def _gather_alone(operands: Operands, variant: Variant) -> Sums:
     """What a branch accumulates for a denominator that it shares."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real)
+    states = _by_states(operands, variant, real)
+    if states is not None:
+        return states
     near = worthwhile(operands, variant)
     arrangement = in_real(blocked(operands, real, *near) if near else whole(operands, real), real)
     sums = _gathered(arrangement, variant, operands.training)
     return sums.map(lambda x: unblocked(x, operands.q_len)) if near else sums
+
+
+def _by_states(operands: Operands, variant: Variant, real: torch.dtype) -> Sums | None:
+    """What a linear variant accumulates, where no scores need to be made for it."""
+    found = chunks(operands, variant)
+    if found is None:
+        return None
+    operands = replace(operands, q=operands.q.to(real), k=operands.k.to(real), v=operands.v.to(real))
+    return gather_by_states(operands, variant, found, operands.arrays(real))
 
 
 def _gathered(arrangement: Arrangement, variant: Variant, training: bool) -> Sums:
