@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import SymBool, SymInt, fx
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Operator = OpOverload
 FakeMode = FakeTensorMode | None
 Traced = Any  # whatever flows along an edge of a graph: tensors, symbolic numbers, containers of those
+Call = TypeVar("Call", bound=Callable[..., Any])
 RETRACE_FAILURES = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
 DYNAMO_CONTROL_FLOW = TorchDynamoException  # restarts of its analysis come as exceptions: they must pass
 statically_known_true = symbolic_shapes.statically_known_true
@@ -249,6 +250,12 @@ def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:
         new.target, new.name = old.target, old.name
         if "_dynamo_source" in vars(old):
             new._dynamo_source = vars(old)["_dynamo_source"]
+
+
+def taken_whole(function: Call) -> Call:
+    """Let Dynamo take calls of `function` as they are; it is traced behind Dynamo, in whatever Python it is written."""
+    public = getattr(torch.compiler, "nonstrict_trace", None)  # torch 2.15 and later
+    return cast(Call, (public or torch._dynamo.nonstrict_trace)(function))
 
 
 def argument_name(node: fx.Node) -> str:

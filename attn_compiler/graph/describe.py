@@ -19,10 +19,8 @@ from attn_compiler.graph.risky import risky_tables
 from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
-from attn_compiler.planning.site import Form, Frame, Kind, Length, Site, TableShape
+from attn_compiler.planning.site import UNKNOWN_LENGTH, Form, Frame, Kind, Length, Site, TableShape
 from attn_compiler.torch_private import likely
-
-UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Phase(Enum):
 
 
 Length = int | str  # a number, or the symbol of a dynamic length
+UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 
 # How an attention is run with plain torch operators, from the slowest to the fastest.
 Form = Literal[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,32 @@ from attn_compiler.runtime.targets import OPT_IN, TARGETS, Attends
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
 from attn_compiler.targets.torch_target import Result
+from attn_compiler.torch_private import taken_whole
 
 Target = Literal["auto", "cpp", "triton", "torch", "flex", "reference"]
 Attended = Tensor | tuple[Tensor, Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 SITE_BIAS = "site.bias"  # the name under which `bias=` is read
 
 
+def _in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
+    """In a compiled model a call is part of the graph; around one with objects that no graph can hold, the graph breaks."""
+    traced = taken_whole(function)
+    apart = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **options)
+        given: Any = {name: x for name, x in options.items() if x is not None}
+        held = not any(isinstance(x, Variant | Expr) for x in (*args, *given.values()))
+        return (traced if held else apart)(*args, **given)
+
+    return call
+
+
+@_in_one_piece
 def attend(
     q: Tensor,
     k: Tensor,

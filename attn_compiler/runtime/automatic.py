@@ -10,26 +10,28 @@ from attn_compiler.algebra.expr import i
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import settled
-from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.planning.site import UNKNOWN_LENGTH, Frame, Kind, Phase, Site
 from attn_compiler.runtime.targets import TARGETS, Attends, Target
 from attn_compiler.targets.choice import FUSED_WHOLE, form_of
 from attn_compiler.targets.operands import Operands
+from attn_compiler.torch_private import likely
 
 
 def automatic(operands: Operands, variant: Variant, *, lse: bool = False) -> Attends:
-    """The first target that has nothing against the call and pays there. While a graph is traced, PyTorch's own operators."""
+    """The first target that has nothing against the call and pays there; in an exported program, PyTorch's own operators."""
     plain = TARGETS["torch"]
-    shapes = tuple(x.shape for x in (operands.q, operands.k, operands.v))
-    if torch.compiler.is_compiling() or not all(type(size) is int for shape in shapes for size in shape):
+    if torch.compiler.is_exporting():
         return plain
+    shapes = tuple(tuple(int(likely(size, UNKNOWN_LENGTH)) for size in x.shape) for x in (operands.q, operands.k, operands.v))
     first = operands.first_query if operands.counts_from_zero() else None
+    first = None if first is None else int(likely(first, 0))
     site = _site(variant, shapes, str(operands.q.dtype), operands.q.device.type, first, operands.differentiated)
     return next((target for target in _worthwhile(site) if not target.refuse(operands, variant, lse=lse)), plain)
 
 
 @lru_cache(maxsize=1024)
 def _site(
-    variant: Variant, shapes: tuple[torch.Size, ...], dtype: str, device: str, first: int | None, differentiated: bool
+    variant: Variant, shapes: tuple[tuple[int, ...], ...], dtype: str, device: str, first: int | None, differentiated: bool
 ) -> Site:
     (batch, heads, q_len, dim), (_, kv_heads, k_len, _), (*_, value_dim) = shapes
     phase = Phase.TRAIN if differentiated else Phase.PREFILL

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reach import Reach, reach, shows_itself
 from attn_compiler.torch_private import likely, statically_known_true
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
-UNKNOWN_LENGTH = 8192  # what a length is taken for that a trace knows nothing of
 
 
 @dataclass(frozen=True)

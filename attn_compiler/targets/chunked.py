@@ -11,6 +11,7 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.explicit import Sums, per_kv_head
 from attn_compiler.targets.linear import Linear, linear
@@ -19,7 +20,6 @@ from attn_compiler.torch_private import likely
 
 CHUNK = 64  # tokens that meet each other directly
 MOST_CHUNKS = 128  # with a decay, every chunk meets the states of all before it
-UNKNOWN_LENGTH = 8192
 
 
 def chunks(operands: Operands, variant: Variant) -> Linear | None:

@@ -52,3 +52,28 @@ def test_a_call_that_is_traced_runs_on_pytorch() -> None:
     assert not any("attn_compiler" in str(node.target) for node in program.graph.nodes)
     exact, plain = (attn.attend(y, y, y, WINDOW, target=name) for y, name in ((x.double(), "reference"), (x, "torch")))
     assert_within_budget(program.module()(x), exact, plain)
+
+
+def windowed(x: Tensor) -> Tensor:
+    out = attn.attend(x, x, x, "causal & window(8)", bias=None)
+    assert isinstance(out, Tensor)
+    return out.sin()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "attn"])
+def test_a_call_in_a_compiled_model_is_part_of_its_graph(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(windowed, backend=backend, fullgraph=True, dynamic=True)
+    for length in (40, 53):
+        x = operands(length).q.requires_grad_()
+        of_compiled, of_call = (torch.autograd.grad(run(x).sum(), x)[0] for run in (compiled, windowed))
+        exact = torch.autograd.grad(windowed(wide := x.detach().double().requires_grad_()).sum(), wide)[0]
+        assert_within_budget(of_compiled, exact, of_call)
+
+
+def test_around_a_call_with_an_object_the_graph_breaks(recwarn: pytest.WarningsRecorder) -> None:
+    torch.compiler.reset()
+    x = operands(40).q
+    compiled = torch.compile(lambda y: attn.attend(y, y, y, WINDOW) * 2, backend="aot_eager")
+    assert torch.equal(compiled(x), attn.attend(x, x, x, WINDOW) * 2)
+    assert not recwarn.list
