@@ -55,6 +55,7 @@ class Case:
     implementation: str = "sdpa"
     padded: bool = False
     trains: bool = False
+    image: bool = False  # `length` is then that of its sides
 
 
 CASES = (
@@ -127,12 +128,18 @@ def stepping(model: nn.Module, run: Run) -> Run:
     return step
 
 
-def measure(case: Case, rounds: int) -> Result:
-    model = build(case)
-    tokens = torch.randint(3, 250, (1, case.length), generator=torch.Generator().manual_seed(3))
-    inputs = {"input_ids": tokens}
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    if case.image:
+        return {"pixel_values": torch.randn(1, 3, case.length, case.length, generator=generator)}
+    inputs = {"input_ids": torch.randint(3, 250, (1, case.length), generator=generator)}
     if case.padded:
         inputs["attention_mask"] = (torch.arange(case.length) < case.length * 3 // 4).long()[None]
+    return inputs
+
+
+def measure(case: Case, rounds: int) -> Result:
+    model, inputs = build(case), inputs_of(case)
     runs = {backend: compiled(model, backend) for backend in ("inductor", "attn")}
     runs["eager"] = lambda inputs: model(**inputs)[0]
     if case.trains:
@@ -147,7 +154,7 @@ def measure(case: Case, rounds: int) -> Result:
                 run(inputs)
                 times[backend].append(time.perf_counter() - start)
         model.double()
-        exact = eager(inputs)
+        exact = eager({name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
     shown = inputs["attention_mask"].bool() if case.padded else ...
     errors = {
         backend: ((out.double() - exact)[shown].abs().max() / exact[shown].abs().max()).item() for backend, out in outputs.items()
