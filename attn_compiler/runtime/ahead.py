@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from attn_compiler.errors import CompilerError
-from attn_compiler.runtime.triton_kernels import Blocks, load
+from attn_compiler.runtime.triton_launch import load
+from attn_compiler.targets.triton.blocks import Blocks
 
-# What Triton calls a machine, and how many threads a warp has.
-MACHINES: Mapping[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+# What multiplies matrices on a machine, and how many KiB of shared memory a program may have there.
+MACHINES: Mapping[str, tuple[str, int]] = {
+    "sm_80": ("HMMA", 163),
+    "sm_90": ("HGMMA", 227),
+    "sm_100": ("UTCHMMA", 227),
+    "gfx942": ("v_mfma", 64),
 }
+_OTHER = ("HMMA", 99)
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1"}
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
@@ -52,22 +54,61 @@ class Compiled:
         """How many instructions begin with one of the stems."""
         return sum(count for name, count in self.opcodes.items() if name.startswith(stems))
 
+    @property
+    def spills(self) -> bool:
+        """Whether registers do not suffice."""
+        return self.stack > 0 or self.count("LDL", "STL", "scratch_") > 0
+
+    @property
+    def loads_in_whole(self) -> bool:
+        """Whether all that is copied ahead into shared memory comes in steps of 16 bytes."""
+        copies = [name for name in self.opcodes if name.startswith("LDGSTS")]
+        return bool(copies) and all("128" in name for name in copies)
+
+    def on_tensor_cores(self, machine: str, *, few: bool = False) -> bool:
+        """Whether matrices are multiplied as the machine does it best; by `few` rows no warps together can."""
+        stem = MACHINES.get(machine, _OTHER)[0]
+        return self.count(stem, "HMMA") > 0 if few and machine.startswith("sm") else self.count(stem) > 0
+
+    def fits(self, machine: str) -> bool:
+        """Whether there is enough shared memory."""
+        return self.shared <= 1024 * MACHINES.get(machine, _OTHER)[1]
+
+
+def is_sound(found: Compiled, order: Order) -> bool:
+    """Whether a kernel is worth being tried: it spills nothing, fits, and multiplies where the machine is fast."""
+    few = order.blocks.queries < 64
+    fast = order.dtype == "float32" or found.on_tensor_cores(order.machine, few=few)
+    return not found.spills and found.fits(order.machine) and fast
+
 
 def compile_ahead(orders: Sequence[Order]) -> list[Compiled]:
-    """Compile kernels in a process of their own: one that interprets cannot, and what Triton cannot compile may end it."""
+    """Compile kernels, all of which must compile."""
+    found = compile_each(orders)
+    for one in found:
+        if isinstance(one, CompilerError):
+            raise one
+    return [one for one in found if isinstance(one, Compiled)]
+
+
+def compile_each(orders: Sequence[Order]) -> list[Compiled | CompilerError]:
+    """Compile kernels in a process of its own: one that interprets cannot, and what Triton cannot compile may end it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", f"from {__name__} import main; main()"]
-    given = json.dumps([asdict(order) for order in orders])
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompilerError(f"Triton cannot compile a kernel:\n{done.stderr[-2000:]}")
-    return [Compiled(**found) for found in json.loads(done.stdout)]
+    found: list[Compiled | CompilerError] = []
+    while len(found) < len(orders):
+        given = json.dumps([asdict(order) for order in orders[len(found) :]])
+        done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+        found += [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+        if done.returncode and len(found) < len(orders):  # the next ones get another process
+            found.append(CompilerError(f"Triton cannot compile a kernel:\n{done.stderr[-2000:]}"))
+    return found
 
 
 def main() -> None:
-    """Compile the orders that stand in the standard input, and print what came of them."""
-    orders = (Order(**{**given, "blocks": Blocks(**given["blocks"])}) for given in json.load(sys.stdin))
-    print(json.dumps([asdict(_compiled(order)) for order in orders]))
+    """Compile the orders that stand in the standard input, and print what came of each as a line."""
+    for given in json.load(sys.stdin):
+        print(json.dumps(asdict(_compiled(Order(**{**given, "blocks": Blocks(**given["blocks"])})))), flush=True)
 
 
 def _compiled(order: Order) -> Compiled:
@@ -83,7 +124,8 @@ def _compiled(order: Order) -> Compiled:
     constants = {name: size for name, size in order.blocks.sizes().items() if name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
-    return _read(compile_(source, target=GPUTarget(*MACHINES[order.machine]), options=options))
+    kind = ("cuda", int(order.machine[3:]), 32) if order.machine.startswith("sm_") else ("hip", order.machine, 64)
+    return _read(compile_(source, target=GPUTarget(*kind), options=options))
 
 
 _KERNELS = ("forward", "backward", "decode")

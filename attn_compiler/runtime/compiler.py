@@ -153,8 +153,8 @@ def _compile(source: str, room: Path) -> None:
 def _identity() -> str:
     """What besides the source decides what comes out: the compiler, and the machine that `native` stands for."""
     command = compiler()
-    if command is None:
-        raise CompilerError(str(why_not()))
+    if command is None:  # what it cannot build may still be known by other means
+        return platform.machine()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     flags = subprocess.run([*command, "-march=native", "-Q", "--help=target"], capture_output=True, text=True, check=False).stdout
     return "\0".join((*command, version, flags, platform.machine()))

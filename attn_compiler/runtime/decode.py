@@ -13,7 +13,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import kernels
 from attn_compiler.runtime.compiler import load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
-from attn_compiler.targets.cpp.decode import FAR, MOST_QUERIES, decoding, distances
+from attn_compiler.targets.cpp.decode import MOST_QUERIES, decoding, reach_of
 from attn_compiler.targets.operands import head_groups
 
 
@@ -70,6 +70,6 @@ def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
     ratio = shape.heads // shape.kv_heads
     first = [n for n, head in enumerate(members) if not n or head // ratio != members[n - 1] // ratio]
     kept = array("i", [*first, len(members)]), array("i", members)
-    reach = distances(variant.mask) if shape.k_counted else (-FAR, FAR, 0)
+    reach = reach_of(variant.mask, k_counted=shape.k_counted)
     words = (len(first), *(x.buffer_info()[0] for x in kept), *reach)
     return Launch(kernel, words, kept, tuple(shape.names.index(name) for name, _ in spec.tables))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.expr import Expr
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.runtime.kernels import Shape, spec_at
-from attn_compiler.runtime.triton_kernels import Blocks, call, load, on_device, operand, table
-from attn_compiler.targets.cpp.decode import FAR, distances
+from attn_compiler.runtime.triton_launch import call, load, on_device, operand, table
+from attn_compiler.runtime.triton_launch import sizes as sizes_of
+from attn_compiler.runtime.tuning import chosen, example
+from attn_compiler.targets.cpp.decode import reach_of
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import shows_itself
+from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.targets.triton.decode import decoding, merging
 from attn_compiler.targets.triton.source import NARROWEST
 
@@ -26,6 +29,7 @@ MOST_ROWS = 64  # queries of all heads in one tile
 LEAST_TILES = 2  # of keys, that a slice is worth
 PROCESSORS = 8  # of a device that does not say
 WAVES = 2  # slices for each multiprocessor
+TRIED = 1 << 13  # keys with which cuts are compared
 PARTS = 32  # slices that are merged at once
 
 
@@ -33,11 +37,11 @@ PARTS = 32  # slices that are merged at once
 class Launch:
     """The kernels for some of the heads, and what they have to know of them."""
 
+    shape: Shape  # of the calls, but for lengths and positions
+    group: int  # which of its groups of heads
     members: tuple[int, ...]
-    ratio: int  # query heads that share a key head
     spec: Spec
     mask: Expr  # in positions
-    counted: bool  # whether positions are
     reach: tuple[int, int, int]
     numbers: tuple[int, ...]  # the places of its tables among those of the call
 
@@ -49,15 +53,14 @@ class Launch:
 
 def launches(shape: Shape) -> tuple[Launch, ...]:
     """The launches of all calls that differ from `shape` in lengths and positions only."""
-    return tuple(_launch(shape, members, variant) for members, variant in head_groups(shape.variant, shape.heads))
+    return tuple(_launch(shape, group) for group in range(len(head_groups(shape.variant, shape.heads))))
 
 
-def _launch(shape: Shape, members: tuple[int, ...], variant: Variant) -> Launch:
+def _launch(shape: Shape, group: int) -> Launch:
+    members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
-    reach = distances(variant.mask) if shape.k_counted else (-FAR, FAR, 0)
-    numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
-    counted = shape.q_counted and shape.k_counted
-    return Launch(members, shape.heads // shape.kv_heads, spec, variant.mask, counted, reach, numbers)
+    reach = reach_of(variant.mask, k_counted=shape.k_counted)
+    return Launch(shape, group, members, spec, variant.mask, reach, tuple(shape.names.index(name) for name, _ in spec.tables))
 
 
 def run(
@@ -74,33 +77,32 @@ def run(
     """Fill `out` and `totals`; `layer` is its number, and that of all layers."""
     sizes = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], *layer, *first)
     for one in launched:
-        _run(one, q, k, v, out, totals, tuple(table(tables[n]) for n in one.numbers), sizes)
+        _run(one, blocks_of(one, q.shape[2], q.device), (q, k, v, out), totals, tables, sizes)
 
 
 def _run(
     one: Launch,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
+    blocks: Blocks,
+    operands: Sequence[Tensor],
     totals: Tensor | None,
-    tables: tuple[object, ...],
+    tables: Sequence[Tensor],
     sizes: tuple[int, ...],
 ) -> None:
+    q, _, v, out = operands
     batch, heads, q_len, k_len, first = q.shape[0], sizes[0], sizes[2], sizes[3], sizes[6:]
     groups = groups_of(one, q_len)
-    blocks = blocks_of(one.spec, groups.most * q_len)
     count = slices(one.reach, q_len, k_len, blocks.keys, batch * groups.count, q.device)
     fills = one.fills and not _all_see(one, q_len, k_len, first)
     parts = count * (1 + fills)
     peaks, masses = (q.new_empty((parts, batch, heads, q_len), dtype=torch.float32) for _ in range(2))
     sums = q.new_empty((parts, batch, heads, q_len, v.shape[3]), dtype=torch.float32)
     members, starts, owners = _on(groups, q.device)
-    given = (*map(operand, (q, k, v)), sums, peaks, masses, members, starts, owners, tables, *sizes)
+    read = tuple(table(tables[n]) for n in one.numbers)
+    given = (*map(operand, operands[:3]), sums, peaks, masses, members, starts, owners, read, *sizes)
     for_slices, merge, *rest = map(load, sources(one, everything=fills))
     for module in (for_slices, *rest):
         call(q, module.decode, (count, groups.count, batch), given, blocks.options())
-    given = (sums, peaks, masses, operand(out), totals, members, tables, *sizes, parts)
+    given = (sums, peaks, masses, operand(out), totals, members, read, *sizes, parts)
     call(q, merge.merge, (q_len, len(one.members), batch), given, {"PARTS": PARTS, "num_warps": 4})
 
 
@@ -110,10 +112,24 @@ def sources(one: Launch, *, everything: bool) -> tuple[str, ...]:
     return decoding(one.spec, one.reach), merging(one.spec), *rest
 
 
-def blocks_of(spec: Spec, queries: int) -> Blocks:
-    """How the kernel for slices is cut, where so many queries share their keys."""
-    rows = max(NARROWEST, 1 << (queries - 1).bit_length())
-    return Blocks(rows, 32 if spec.dtype == "float32" else 64, 4, 3)
+@lru_cache(maxsize=128)
+def blocks_of(one: Launch, q_len: int, device: torch.device) -> Blocks:
+    """How the kernel for slices is cut for so many queries."""
+    rows = rows_of(one, q_len)
+    blocks = chosen("decode", one.shape, one.group, device, partial(_attempt, one, q_len, device), queries=rows)
+    return replace(blocks, queries=rows)
+
+
+def rows_of(one: Launch, q_len: int) -> int:
+    """The rows of a tile that holds the queries of all heads that share their keys."""
+    return max(NARROWEST, 1 << (groups_of(one, q_len).most * q_len - 1).bit_length())
+
+
+def _attempt(one: Launch, q_len: int, device: torch.device, blocks: Blocks) -> Callable[[], None]:
+    """Launch the kernels on numbers of their own."""
+    shape = replace(one.shape, batch=1, q_len=q_len, k_len=TRIED, first_query=TRIED - q_len)
+    q, k, v, out, tables = example(shape, device)
+    return lambda: _run(one, blocks, (q, k, v, out), None, tables, sizes_of(shape))
 
 
 def slices(reach: tuple[int, int, int], q_len: int, k_len: int, block: int, programs: int, device: torch.device) -> int:
@@ -127,7 +143,7 @@ def slices(reach: tuple[int, int, int], q_len: int, k_len: int, block: int, prog
 def _all_see(one: Launch, q_len: int, k_len: int, first: Sequence[int]) -> bool:
     """Whether each query sees the key at its own position, and there is one."""
     place = first[0] - first[1]
-    return one.counted and place >= 0 and place + q_len <= k_len and _shows_itself(one.mask)
+    return one.shape.q_counted and one.shape.k_counted and place >= 0 and place + q_len <= k_len and _shows_itself(one.mask)
 
 
 _shows_itself = lru_cache(maxsize=256)(shows_itself)
@@ -151,7 +167,7 @@ class Groups:
 
 def groups_of(one: Launch, q_len: int) -> Groups:
     """The groups of a launch for so many queries."""
-    return _groups(one.members, one.ratio, max(1, MOST_ROWS // q_len))
+    return _groups(one.members, one.shape.heads // one.shape.kv_heads, max(1, MOST_ROWS // q_len))
 
 
 @lru_cache(maxsize=128)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from attn_compiler.runtime import triton_decode, triton_kernels
 from attn_compiler.runtime.kernels import Shape
-from attn_compiler.runtime.triton_kernels import Blocks, sizes
+from attn_compiler.runtime.triton_launch import sizes
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
+from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
 from attn_compiler.targets.triton.launch import program, program_for_few
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
@@ -23,10 +26,11 @@ def programs(shape: Shape) -> Programs:
 
 
 def _for_many(shape: Shape) -> Programs:
-    blocks = Blocks()
+    blocks = _likeliest("forward", shape)
+    found = (triton_kernels.kernel(shape, group, blocks) for group in range(len(head_groups(shape.variant, shape.heads))))
     return tuple(
         (one.members, program(one.text, one.spec, _constants(shape, blocks, MEMBERS=len(one.members)), one.visits))
-        for one in triton_kernels.kernels(shape, blocks)
+        for one in found
     )
 
 
@@ -34,7 +38,7 @@ def _for_few(shape: Shape) -> Programs:
     found = []
     for one in triton_decode.launches(shape):
         groups = triton_decode.groups_of(one, shape.q_len)
-        blocks = triton_decode.blocks_of(one.spec, groups.most * shape.q_len)
+        blocks = replace(_likeliest("decode", shape), queries=triton_decode.rows_of(one, shape.q_len))
         count = triton_decode.slices(
             one.reach, shape.q_len, shape.k_len, blocks.keys, shape.batch * groups.count, torch.device("cpu")
         )
@@ -43,6 +47,11 @@ def _for_few(shape: Shape) -> Programs:
         kernels = triton_decode.sources(one, everything=one.fills)
         found.append((one.members, program_for_few(kernels, one.spec, _constants(shape, blocks, **own), visits)))
     return tuple(found)
+
+
+def _likeliest(kind: Kind, shape: Shape) -> Blocks:
+    """How a kernel is cut where no device has been asked."""
+    return candidates(kind, shape.dtype, max(shape.dim, shape.value_dim))[0]
 
 
 def _constants(shape: Shape, blocks: Blocks, **own: int) -> Mapping[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs, Segments, sweep
 from attn_compiler.planning.schedule import visits
 from attn_compiler.runtime.kernels import Shape, masks_of
+from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.triton.source import Iteration
 
 MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more stand in a list
 
@@ -56,6 +59,18 @@ def met(
         best = found if best is None or found.tiles < best.tiles else best
     assert best is not None
     return best
+
+
+def visited(
+    shape: Shape, members: Sequence[int], variant: Variant, spec: Spec, tile: tuple[int, int], *, by_key: bool = False
+) -> tuple[Iteration, Mapping[str, Integers]]:
+    """How a kernel goes over what its tiles of queries meet, or its tiles of keys, and the arrays that say so."""
+    found = met(shape, members, variant.mask, spec.variant.mask, tile, by_key=by_key)
+    steps = walk(found)
+    orders = [np.zeros(1, np.int64) if x is None else x for x in (found.row_order, found.column_order)]
+    arrays = (np.array(members), found.schedule_of, steps.numbers, steps.listed, *orders)
+    names = ("members", "schedule_of", "met", "listed", *(("k_order", "q_order") if by_key else ("q_order", "k_order")))
+    return Iteration(steps.stretches, found.row_order is not None), dict(zip(names, arrays, strict=True))
 
 
 def _whole(runs: Runs, complete: int) -> Runs:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import triton_gradients, triton_kernels
+from attn_compiler.runtime import triton_gradients, triton_kernels, tuning
 from attn_compiler.runtime.attend import Target, attend
 from attn_compiler.runtime.reading import read_variant
+from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import Case, assert_case, random_case
 from attn_compiler.testing.budget import assert_within_budget
 
 pytest.importorskip("triton")
 
 WANTED = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = triton_kernels.Blocks(16, 16)  # so that short sequences have many tiles
+SMALL = Blocks(16, 16)  # so that short sequences have many tiles
 
 
 def carried(case: Case, dtype: torch.dtype) -> bool:
@@ -29,11 +32,20 @@ def carried(case: Case, dtype: torch.dtype) -> bool:
     return True
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tuning, "INTERPRETED", SMALL)
+    for cached in (triton_kernels.launches, triton_gradients._pairs):
+        cached.cache_clear()
+    yield
+    for cached in (triton_kernels.launches, triton_gradients._pairs):
+        cached.cache_clear()
+
+
 @pytest.fixture(params=["small tiles", "usual tiles"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(request: pytest.FixtureRequest) -> None:
     if request.param == "small tiles":
-        monkeypatch.setattr(triton_kernels, "Blocks", lambda: SMALL)
-        monkeypatch.setattr(triton_gradients, "Blocks", lambda: SMALL)
+        request.getfixturevalue("small_tiles")
 
 
 @pytest.mark.usefixtures("tiles")
@@ -57,10 +69,9 @@ MASKS = {
 }
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_masks_are_within_budget(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "Blocks", lambda: SMALL)
-    monkeypatch.setattr(triton_gradients, "Blocks", lambda: SMALL)
+def test_masks_are_within_budget(mask: str) -> None:
     q, k, v = (randn(1, 1, 149, 16) for _ in "qkv")
     meaning = read_variant(
         mask, Variant(), heads=1, kv_heads=1, q_len=149, k_len=149, head_dim=16, values=None, layer=0, layers=1

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 import pytest
 
 from attn_compiler.errors import CompilerError
-from attn_compiler.runtime import triton_gradients
-from attn_compiler.runtime.ahead import Compiled, Order, compile_ahead
+from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_ahead, compile_each, is_sound
 from attn_compiler.runtime.kernel_source import shape_of
-from attn_compiler.runtime.kernels import spec_at
-from attn_compiler.runtime.triton_kernels import Blocks, candidates, kernels, visited
-from attn_compiler.targets.operands import head_groups
-from attn_compiler.targets.triton import gradient
+from attn_compiler.runtime.triton_orders import order
+from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
 
 pytest.importorskip("triton")
 
@@ -25,100 +23,105 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "sinks and softcap": {"mask": "causal & (window(1024) | sinks(4))", "score": "softcap(score, 50)"},
     "documents and alibi": {"mask": "causal & same(documents)", "score": "score + alibi"},
 }
-TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA",), "gfx942": ("v_mfma",)}
 SPILLING = Blocks(128, 128, 4, 2)
+NOT_A_KERNEL = "import triton\n\n\n@triton.jit\ndef forward(q):\n    nothing\n"
 
 
-def order(variant: str, dim: int, dtype: str, machine: str, blocks: Blocks) -> Order:
-    shape = shape_of(VARIANTS[variant], q_len=4096, k_len=4096, heads=8, head_dim=dim, dtype=dtype)
-    [kernel] = kernels(shape, blocks)
-    tables = tuple((stored.dtype, stored.axes) for _, stored in kernel.spec.tables)
-    return Order(kernel.text, dtype, tables, machine, blocks)
+def order_of(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks | None = None, variant: str = "window") -> Order:
+    """A kernel; cut as it is tried first, unless said otherwise."""
+    q_len, kv_heads = (1, 2) if kind == "decode" else (4096, 8)
+    shape = shape_of(
+        VARIANTS[variant], q_len=q_len, k_len=4096, heads=8, kv_heads=kv_heads, head_dim=dim, dtype=dtype, target="triton"
+    )
+    first, *_ = candidates(kind, dtype, dim, amd=machine.startswith("gfx"))
+    return order(shape, kind, blocks or first, machine)
 
 
-def backward(dim: int, *, by_key: bool) -> Order:
-    """A backward kernel of a window, as it would be launched."""
-    shape = shape_of(VARIANTS["window"], q_len=4096, k_len=4096, heads=8, head_dim=dim, dtype="bfloat16")
-    [(members, variant)] = head_groups(shape.variant, shape.heads)
-    spec, blocks = spec_at(shape, variant), Blocks()
-    if by_key:
-        blocks = triton_gradients.by_key_blocks(shape, blocks)
-    tile = (blocks.keys, blocks.queries) if by_key else (blocks.queries, blocks.keys)
-    iteration, _ = visited(shape, members, variant, spec, tile, by_key=by_key)
-    text = (gradient.by_key if by_key else gradient.by_query)(spec, iteration, ())
-    return Order(text, "bfloat16", (), "sm_90", blocks)
-
-
-def is_clean(found: Compiled) -> bool:
-    return found.stack == 0 and not found.count("LDL", "STL", "scratch_")
-
-
-def on_tensor_cores(found: Compiled, machine: str) -> bool:
-    return found.count(*TENSOR_CORES[machine]) > 0
-
-
-def loads_in_whole(found: Compiled) -> bool:
-    """Whether all that is copied ahead into shared memory comes in steps of 16 bytes."""
-    copies = [name for name in found.opcodes if name.startswith("LDGSTS")]
-    return bool(copies) and all("128" in name for name in copies)
+QUICK = {
+    "forward, 64, sm_90": order_of("forward", 64, "bfloat16", "sm_90"),
+    "forward, 128, sm_90": order_of("forward", 128, "bfloat16", "sm_90"),
+    "backward_q, 128, sm_90": order_of("backward_q", 128, "bfloat16", "sm_90"),
+    "backward_kv, 128, sm_90": order_of("backward_kv", 128, "float16", "sm_90"),
+    "decode, 128, sm_90": order_of("decode", 128, "bfloat16", "sm_90"),
+    "forward, 64, sm_80": order_of("forward", 64, "float16", "sm_80"),
+    "forward, 128, gfx942": order_of("forward", 128, "float16", "gfx942"),
+}
+CONTROLS = {
+    "spilling": order_of("forward", 128, "bfloat16", "sm_90", SPILLING),
+    "odd": order_of("forward", 20, "bfloat16", "sm_90"),
+    "float32": order_of("forward", 64, "float32", "sm_90"),
+    "no kernel": Order(NOT_A_KERNEL, "float16", (), "sm_90", Blocks()),
+}
 
 
 @lru_cache(maxsize=1)
-def quick() -> Sequence[Compiled]:
-    return compile_ahead(
-        [
-            order("window", 64, "bfloat16", "sm_90", candidates("bfloat16", 64)[0]),
-            order("window", 128, "bfloat16", "sm_90", candidates("bfloat16", 128)[0]),
-            order("window", 128, "float16", "gfx942", candidates("float16", 128, amd=True)[0]),
-            order("window", 128, "bfloat16", "sm_90", SPILLING),
-            order("window", 64, "float32", "sm_90", Blocks(64, 32, 4, 2)),
-            backward(64, by_key=False),
-            backward(128, by_key=True),
-        ]
-    )
+def compiled() -> Mapping[str, Compiled | CompilerError]:
+    orders = {**QUICK, **CONTROLS}
+    return dict(zip(orders, compile_each(list(orders.values())), strict=True))
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["64", "128"])
-def test_a_kernel_for_hopper_spills_nothing_and_multiplies_in_warp_groups(which: int) -> None:
-    found = quick()[which]
-    assert is_clean(found)
-    assert on_tensor_cores(found, "sm_90")
-    assert not found.count("HMMA")
-    assert loads_in_whole(found)
-    assert found.shared <= 227 * 1024
+def found(name: str) -> Compiled:
+    one = compiled()[name]
+    assert isinstance(one, Compiled)
+    return one
 
 
-@pytest.mark.parametrize("which", [5, 6], ids=["of q, 64", "of k and v, 128"])
-def test_backward_kernels_for_hopper_spill_nothing(which: int) -> None:
-    assert is_clean(quick()[which])
-    assert on_tensor_cores(quick()[which], "sm_90")
+@pytest.mark.parametrize("name", QUICK)
+def test_the_cut_that_is_tried_first_is_sound(name: str) -> None:
+    assert is_sound(found(name), QUICK[name])
 
 
-def test_a_kernel_for_amd_spills_nothing_and_multiplies_matrices() -> None:
-    assert is_clean(quick()[2])
-    assert on_tensor_cores(quick()[2], "gfx942")
+@pytest.mark.parametrize("name", [name for name in QUICK if "sm_" in name and "backward_kv" not in name])
+def test_what_is_copied_ahead_comes_in_steps_of_16_bytes(name: str) -> None:
+    """In the kernel that is left out, single numbers of each query are copied ahead, too."""
+    assert found(name).loads_in_whole
+
+
+def test_rows_of_an_odd_length_are_not_copied_so() -> None:
+    assert not found("odd").loads_in_whole
+
+
+@pytest.mark.parametrize(
+    "name", ["forward, 64, sm_90", "forward, 128, sm_90", "backward_q, 128, sm_90", "backward_kv, 128, sm_90"]
+)
+def test_warp_groups_multiply_on_hopper(name: str) -> None:
+    assert found(name).count("HGMMA")
+    assert not found(name).count("HMMA")
 
 
 def test_tiles_that_are_too_large_are_seen_to_spill() -> None:
-    assert not is_clean(quick()[3])
+    assert found("spilling").spills
+    assert not is_sound(found("spilling"), CONTROLS["spilling"])
 
 
 def test_float32_is_not_multiplied_in_less() -> None:
-    assert not quick()[4].count("HGMMA", "HMMA")
-    assert not on_tensor_cores(quick()[4], "sm_90")
+    assert not found("float32").count("HGMMA", "HMMA")
+    assert not found("float32").on_tensor_cores("sm_90")
+    assert not is_sound(found("float32"), replace(CONTROLS["float32"], dtype="bfloat16"))  # where tensor cores are expected
+
+
+def test_shared_memory_that_is_too_small_is_seen() -> None:
+    one = found("forward, 128, sm_90")
+    assert not is_sound(one, replace(QUICK["forward, 128, sm_90"], machine="sm_89"))
 
 
 def test_what_cannot_be_compiled_is_said() -> None:
-    wrong = Order("import triton\n\n\n@triton.jit\ndef forward(q):\n    nothing\n", "float16", (), "sm_90", Blocks())
+    assert isinstance(compiled()["no kernel"], CompilerError)
     with pytest.raises(CompilerError, match="Triton cannot compile a kernel"):
-        compile_ahead([wrong])
+        compile_ahead([CONTROLS["no kernel"]])
+
+
+def sound(kind: Kind, dim: int, dtype: str, machine: str, variant: str) -> Sequence[Blocks]:
+    some = candidates(kind, dtype, dim, amd=machine.startswith("gfx"))
+    orders = [order_of(kind, dim, dtype, machine, blocks, variant) for blocks in some]
+    tried = zip(some, orders, compile_each(orders), strict=True)
+    return [blocks for blocks, given, one in tried if isinstance(one, Compiled) and is_sound(one, given)]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("machine", TENSOR_CORES)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("dim", "dtype"), list(product((64, 128), ("bfloat16", "float16"))))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_some_candidate_of_every_kernel_is_clean(variant: str, dim: int, dtype: str, machine: str) -> None:
-    amd = machine == "gfx942"
-    tried = compile_ahead([order(variant, dim, dtype, machine, blocks) for blocks in candidates(dtype, dim, amd=amd)])
-    assert any(is_clean(found) and on_tensor_cores(found, machine) and (amd or loads_in_whole(found)) for found in tried)
+def test_some_candidate_of_every_kernel_is_sound(kind: Kind, variant: str, dim: int, dtype: str, machine: str) -> None:
+    assert sound(kind, dim, dtype, machine, variant)

@@ -36,6 +36,11 @@ def decoding(spec: Spec) -> str:
     return assembled(spec, printer, holes, ("rows.h", "view.h", "empty.h", "decode.cpp"), MOST_QUERIES, *constants)
 
 
+def reach_of(mask: Expr, *, k_counted: bool) -> tuple[int, int, int]:
+    """How far a mask reaches, as `distances` says it; keys that are not counted may stand anywhere."""
+    return distances(mask) if k_counted else (-FAR, FAR, 0)
+
+
 def distances(mask: Expr) -> tuple[int, int, int]:
     """The least and the largest q - k of visible keys that are not among so many first ones. `mask` is in positions."""
     within = reach(mask)

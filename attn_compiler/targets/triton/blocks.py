@@ -1,0 +1,64 @@
+"""How kernels are cut into tiles: what is worth trying for each kind of kernel, the likeliest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["forward", "backward_q", "backward_kv", "decode"]  # the skeletons that meet tiles
+KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "decode")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries and keys of a tile, warps that share it, and tiles that are loaded ahead."""
+
+    queries: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+
+    def sizes(self) -> Mapping[str, int]:
+        """What kernels call them."""
+        return {"BLOCK_Q": self.queries, "BLOCK_K": self.keys}
+
+    def options(self) -> Mapping[str, int]:
+        """All that a launch says of them."""
+        return {**self.sizes(), "num_warps": self.warps, "num_stages": self.stages}
+
+
+def candidates(kind: Kind, dtype: str, dim: int, *, amd: bool = False) -> tuple[Blocks, ...]:
+    """What is worth trying for heads of `dim` numbers. The queries of `decode` are those that there are."""
+    if dtype == "float32" or dim > 128:
+        return _WIDE[kind]
+    if amd:
+        return _AMD[kind]
+    return _NARROW[kind] if dim <= 64 else _USUAL[kind]
+
+
+# Kept in registers: queries · dim of the forward kernel and that of q, 2 · keys · dim of that of k and v.
+_NARROW: Mapping[Kind, tuple[Blocks, ...]] = {
+    "forward": (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    "backward_q": (Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
+    "backward_kv": (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 4, 2)),
+    "decode": (Blocks(16, 64, 4, 3), Blocks(16, 128, 4, 3), Blocks(16, 32, 4, 3)),
+}
+_USUAL: Mapping[Kind, tuple[Blocks, ...]] = {
+    "forward": (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+    "backward_q": (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+    "backward_kv": (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2)),
+    "decode": (Blocks(16, 64, 4, 3), Blocks(16, 32, 4, 3), Blocks(16, 128, 8, 2)),
+}
+_WIDE: Mapping[Kind, tuple[Blocks, ...]] = {
+    "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1)),
+    "backward_q": (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    "backward_kv": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "decode": (Blocks(16, 32, 4, 3), Blocks(16, 16, 4, 3), Blocks(16, 16, 4, 2)),
+}
+_AMD: Mapping[Kind, tuple[Blocks, ...]] = {
+    "forward": (Blocks(128, 64, 4, 1), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)),
+    "backward_q": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    "backward_kv": (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1)),
+}

@@ -1,0 +1,114 @@
+"""What Triton kernels become on GPUs that need not be here: registers, spills, tensor cores, loads of 16 bytes.
+
+    python benchmarks/triton_ahead.py FOLDER [--machine sm_90] [--kind forward]
+
+Compiles candidates of every kind of kernel ahead of time, each until one is sound, and writes `triton_ahead.md` to FOLDER.
+Nothing is timed: that takes a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from _tables import markdown
+from attn_compiler.errors import CompilerError
+from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_each, is_sound
+from attn_compiler.runtime.kernel_source import shape_of
+from attn_compiler.runtime.triton_orders import order
+from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
+
+VARIANT = "causal & window(1024)"
+HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
+SPILLING = Blocks(128, 128, 4, 2)  # a control: it must be seen to spill
+SAYS = """# Triton kernels compiled ahead of time
+
+Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidates stand in the order in which they are tried, up
+to the first that is *sound*: no stack and no spill instruction, the machine's own matrix instruction (float32 has none), shared
+memory that fits. The last kernel of each machine is a control, which must not be sound.
+
+{table}"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel for one machine."""
+
+    machine: str
+    kind: Kind
+    dim: int
+    dtype: str
+
+    def tiles(self) -> tuple[Blocks, ...]:
+        return candidates(self.kind, self.dtype, self.dim, amd=self.machine.startswith("gfx"))
+
+    def order(self, blocks: Blocks) -> Order:
+        few = self.kind == "decode"
+        shape = shape_of(
+            VARIANT, q_len=1 if few else 4096, k_len=4096, heads=8, kv_heads=2 if few else 8, head_dim=self.dim,
+            dtype=self.dtype, target="triton",
+        )  # fmt: skip
+        return order(shape, self.kind, blocks, self.machine)
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where the table goes")
+    parser.add_argument("--machine", choices=MACHINES, action="append", help="only these")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only these")
+    options = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for machine in options.machine or MACHINES:
+        cases = [Case(machine, kind, *heads) for kind, heads in product(options.kind or KINDS, HEADS)]
+        rows += tried(cases)
+        rows += tried([Case(machine, "forward", 128, "bfloat16")], [SPILLING])
+        print(markdown(rows), flush=True)
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = SAYS.format(version=triton.__version__, variant=VARIANT, table=markdown(rows))
+    (folder / "triton_ahead.md").write_text(table, encoding="utf-8")
+
+
+def tried(cases: Sequence[Case], only: Sequence[Blocks] = ()) -> list[dict[str, object]]:
+    """A row for each candidate of each case, until one is sound: all first ones are compiled together, then all second ones."""
+    rows: dict[Case, list[dict[str, object]]] = {case: [] for case in cases}
+    left = {case: iter(only or case.tiles()) for case in cases}
+    while now := {case: blocks for case, some in left.items() if (blocks := next(some, None))}:
+        orders = {case: case.order(blocks) for case, blocks in now.items()}
+        for case, found in zip(orders, compile_each(list(orders.values())), strict=True):
+            rows[case].append(row(case, now[case]) | dict(described(found, orders[case])))
+            if isinstance(found, Compiled) and is_sound(found, orders[case]):
+                left[case] = iter(())
+    return [one for some in rows.values() for one in some]
+
+
+def row(case: Case, blocks: Blocks) -> dict[str, object]:
+    cut = f"{blocks.queries} × {blocks.keys}, {blocks.warps} warps, {blocks.stages} stages"
+    empty = dict.fromkeys(("registers", "stack", "shared KiB", "multiplies by", "copies", "sound"), "–")
+    return {"machine": case.machine, "kernel": case.kind, "dim": case.dim, "dtype": case.dtype, "tile": cut, **empty}
+
+
+def described(found: Compiled | CompilerError, given: Order) -> Iterator[tuple[str, object]]:
+    if isinstance(found, CompilerError):
+        yield "sound", f"no: {str(found).strip().splitlines()[-1][:80]}"
+        return
+    matrices = {name.split(".")[0] for name in found.opcodes if "MMA" in name and not name.startswith(("HFMA2", "UTCHMMA.S"))}
+    matrices |= {name for name in found.opcodes if "mfma" in name}
+    widths = {int(name.split(".")[-1]) if name[-1].isdigit() else 32 for name in found.opcodes if name.startswith("LDGSTS")}
+    copies = [f"{bits} bit" for bits in sorted(widths, reverse=True)]
+    wide = found.count("global_load_dwordx4", "buffer_load_dwordx4")
+    yield "registers", found.registers
+    yield "stack", found.stack
+    yield "shared KiB", found.shared // 1024
+    yield "multiplies by", ", ".join(sorted(matrices)) or "–"
+    yield "copies", ", ".join(copies) or (f"{wide} of 128 bit" if wide else "–")
+    yield "sound", "yes" if is_sound(found, given) else "no"
+
+
+if __name__ == "__main__":
+    main()
