@@ -180,6 +180,11 @@ def guarded(condition: bool | SymBool) -> bool | None:
         return None
 
 
+def require(condition: bool | SymBool) -> None:
+    """Let a trace know that something holds of sizes."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
+
+
 def is_fake(x: Traced) -> bool:
     return isinstance(x, FakeTensor)
 
@@ -325,6 +330,13 @@ def is_parameter(node: fx.Node) -> bool:
     seen = (node.meta.get("example_value"), node.meta.get("val"))
     exported = node.op == "placeholder" and str(node.target).startswith("p_") and "tensor_dict" not in node.meta
     return node.op == "placeholder" and (exported or any(isinstance(x, torch.nn.Parameter) for x in seen))
+
+
+def drop_claims(graph: fx.Graph) -> None:
+    """Remove what torch.export claims of tensors, and what only such claims read: many a mask."""
+    for claim in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(claim)
+    graph.eliminate_dead_code()
 
 
 def forget_values(gm: fx.GraphModule) -> None:

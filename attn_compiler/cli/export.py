@@ -23,13 +23,16 @@ def export(
     length: Annotated[int, typer.Option(help="Tokens of the input that is traced.", min=1)] = 1024,
     batch: Annotated[int, typer.Option(help="Rows of that input; a single one stays a single one.", min=1)] = 2,
     static: Annotated[bool, typer.Option("--static", help="Keep the sizes of that input for good.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Let caches be inputs and outputs, to generate text.")] = False,
     strategy: Annotated[str, typer.Option(help="The form of the functions: auto, dense, scan, either or listed.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report for programs.")] = False,
 ) -> None:
     """Write a model and what a policy makes of its attentions as ONNX, checked in onnxruntime."""
     built = build(model, Asked(length, batch, weights=True))
-    shapes = None if static else _dynamic(built)
-    written = export_onnx(built.model, built.args, out, policy, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=strategy)
+    shapes = None if static or decode else _dynamic(built)
+    written = export_onnx(
+        built.model, built.args, out, policy, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=strategy, decode=decode
+    )
     typer.echo(json.dumps(written.record(), indent=2, ensure_ascii=False) if as_json else str(written))
 
 

@@ -1,6 +1,7 @@
 """Models written to files that other programs run."""
 
+from attn_compiler.export.decoder import Decoder
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.report import ExportReport
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["Decoder", "ExportReport", "export_onnx"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,59 +14,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
-from attn_compiler.export.program import Rewritten
+from attn_compiler.export.prepared import Inputs
 from attn_compiler.export.report import Checked
-from attn_compiler.export.trials import trials
-from attn_compiler.runtime.exported import attend_eagerly
+from attn_compiler.runtime.exported import attend_eagerly, attend_with_cache
 from attn_compiler.testing.budget import error_of, largest, over_budget
 
-TRIALS = 2
 
-
-def check(path: Path, rewritten: Rewritten, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Checked, ...]:
+def check(path: Path, module: fx.GraphModule, runs: Sequence[Inputs]) -> tuple[Checked, ...]:
     """Check the file with onnx's own checker, and compare what it computes with the rewritten program."""
     onnx.checker.check_model(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    leaves, structure = private.tree_flatten((tuple(args), dict(kwargs)))
-    program, model = rewritten.program, rewritten.module
-    names = [str(name) for name in program.graph_signature.user_inputs]
-    accepted = [inputs for inputs in trials(program, leaves) if _takes(model, inputs)]
-    return tuple(
-        _compared(session, dict(zip(names, inputs, strict=True)), model, private.tree_unflatten(inputs, structure))
-        for inputs in accepted[:TRIALS]
-    )
+    return tuple(_compared(session, inputs, module) for inputs in runs)
 
 
-def _takes(model: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether inputs are such as the program was traced for: relations among sizes are guards, which stand in front."""
-    given = dict(zip(model.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for node in model.graph.find_nodes(op="call_module"):
-        try:
-            model.get_submodule(str(node.target))(*(given[x] for x in node.all_input_nodes))
-        except AssertionError:
-            return False
-    return True
-
-
-def _compared(session: onnxruntime.InferenceSession, inputs: Mapping[str, Any], model: fx.GraphModule, call: Any) -> Checked:
+def _compared(session: onnxruntime.InferenceSession, inputs: Inputs, module: fx.GraphModule) -> Checked:
     wanted = [one.name for one in session.get_inputs()]
     actual = [torch.from_numpy(x) for x in session.run(None, {name: inputs[name].detach().numpy() for name in wanted})]
-    exact = _run(_Double(model), call)
-    plain = _run(_Plain(model), call)
+    exact = _run(_Double(module), inputs)
+    plain = _run(_Plain(module), inputs)
     shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
     names = [one.name for one in session.get_outputs()]
-    wrong = over_budget(actual, exact, lambda: _run(_Plain(model), call), names)
+    wrong = over_budget(actual, exact, lambda: _run(_Plain(module), inputs), names)
     if wrong:
         raise ExportError(f"onnxruntime computes something else than the rewritten model, for {shapes}: {'; '.join(wrong)}")
     return Checked(shapes, max(map(error_of, actual, plain), default=0.0), max(map(largest, plain), default=0.0))
 
 
-def _run(interpreter: fx.Interpreter, call: Any) -> list[Tensor]:
-    flat = private.tree_leaves(call)
+def _run(interpreter: fx.Interpreter, inputs: Inputs) -> list[Tensor]:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        found = interpreter.run(*flat)
+        found = interpreter.run(*inputs.values())
     return [x for x in private.tree_leaves(found) if isinstance(x, Tensor)]
 
 
@@ -76,6 +54,8 @@ class _Plain(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.attn_compiler.exported.default:
             return attend_eagerly(*args)
+        if target is torch.ops.attn_compiler.exported_with_cache.default:
+            return attend_with_cache(*args)
         return fx.Interpreter.call_function(self, target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

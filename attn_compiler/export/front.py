@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from attn_compiler import library
 from attn_compiler.errors import ExportError, MissingPackageError
-from attn_compiler.export.program import Rewritten, rewritten, traced
+from attn_compiler.export.prepared import Prepared
+from attn_compiler.export.program import rewritten, traced
 from attn_compiler.export.report import ExportReport
+from attn_compiler.export.trials import runs
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
 from attn_compiler.targets.onnx.choice import check_strategy
@@ -41,30 +43,48 @@ def export_onnx(
     rewritten model on random inputs before it gets its name: where they differ, there is no file. `dynamic_shapes` is that
     of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `either`,
     `listed`). Lengths like those the file is meant for let the comparison see what will run.
+
+    With `decode`, the model is one of transformers that generates text, and its caches are inputs and outputs: one file reads
+    prompts and single tokens (`attn_compiler.export.Decoder`), and a layer remembers what the policy lets later tokens see.
     """
-    if decode or flavor != "plain":
-        raise ExportError("decoding with caches is not exported yet: leave out `decode` and `flavor`")
+    if flavor != "plain":
+        raise ExportError("names for onnxruntime-genai are not written yet: leave out `flavor`")
+    if decode and dynamic_shapes is not None:
+        raise ExportError("a file that decodes takes any number of rows and tokens: leave out `dynamic_shapes`")
     check_strategy(strategy)
     if not Path(path).parent.is_dir():
         raise ExportError(f"there is no folder {Path(path).parent}, where {Path(path).name} should be written")
     _need_packages()
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     with torch.no_grad():
-        program = traced(model, args, kwargs or {}, dynamic_shapes)
-        result = rewritten(program, read, dict(tables or {}))
-        return _written(result, read, Path(path), args, kwargs or {}, strategy)
+        if decode:
+            prepared = _stepwise(model, args, kwargs or {}, read, dict(tables or {}))
+        else:
+            program = traced(model, args, kwargs or {}, dynamic_shapes)
+            result = rewritten(program, read, dict(tables or {}))
+            prepared = Prepared(result, lambda: runs(program, result.module, args, kwargs or {}))
+        return _written(prepared, read, Path(path), strategy)
 
 
-def _written(
-    result: Rewritten, policy: Policy, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any], strategy: str
-) -> ExportReport:
+def _stepwise(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor]
+) -> Prepared:
+    from attn_compiler.export.decoding import decoding
+    from attn_compiler.export.stepwise import stepwise
+
+    return decoding(stepwise(model, args, kwargs), policy, tables)
+
+
+def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str) -> ExportReport:
     from attn_compiler.export.check import check
     from attn_compiler.export.files import write
     from attn_compiler.export.translation import translated
 
+    result = prepared.rewritten
     made = translated(result, strategy)
-    checks, size = write(made.model, path, lambda at: check(at, result, args, kwargs))
-    return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size)
+    prepared.finish(made.model)
+    checks, size = write(made.model, path, lambda at: check(at, result.module, prepared.runs()))
+    return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches)
 
 
 def _need_packages() -> None:

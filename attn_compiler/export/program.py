@@ -33,22 +33,21 @@ class Rewritten:
     names: tuple[str, ...]  # of the functions, one for each decision
 
 
-def rewritten(program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor]) -> Rewritten:
-    """Rewrite the graph of a program in place."""
+def rewritten(
+    program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor], seen: Callable[[Site], Site] = lambda site: site
+) -> Rewritten:
+    """Rewrite the graph of a program in place; rules are asked about each site as it is `seen`."""
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan(sites, policy, (OnnxTarget(),), near_misses)
+        return plan([seen(site) for site in sites], policy, (OnnxTarget(),), near_misses)
 
-    before = [node.name for node in _results(program)]
+    before = results(program)
     analysis = analyze(program.graph_module, None, decide)
     names = _names(analysis.plan.decisions)
     extra = carry_out(analysis, policy.tables, given, _targets(analysis.plan.decisions, names))
-    for old, new in zip(before, _results(program), strict=True):
-        program.graph_signature.replace_all_uses(old, new.name)
+    renamed(program, before)
     _hold(program, extra or ())
-    module = program.module()
-    assert isinstance(module, fx.GraphModule)
-    return Rewritten(program, module, analysis.plan, names)
+    return Rewritten(program, module_of(program), analysis.plan, names)
 
 
 def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> ExportedProgram:
@@ -62,9 +61,23 @@ def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dyn
         raise ExportError(f"torch.export cannot trace the model: {type(failure).__name__}: {failure}") from failure
 
 
-def _results(program: ExportedProgram) -> list[fx.Node]:
+def module_of(program: ExportedProgram) -> fx.GraphModule:
+    """How PyTorch runs a program."""
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def results(program: ExportedProgram) -> list[str]:
+    """The names of what a program gives."""
     (output,) = program.graph.find_nodes(op="output")
-    return [node for node in output.args[0] if isinstance(node, fx.Node)]
+    return [node.name for node in output.args[0] if isinstance(node, fx.Node)]
+
+
+def renamed(program: ExportedProgram, before: Sequence[str]) -> None:
+    """Let the signature of a program name its results as its graph does, where they were called as in `before`."""
+    for old, new in zip(before, results(program), strict=True):
+        program.graph_signature.replace_all_uses(old, new)
 
 
 def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attn_compiler.planning.report import Report
@@ -33,6 +33,7 @@ class ExportReport:
     strategies: Mapping[str, str]  # which body each rewritten attention got, by the name of its function
     checks: tuple[Checked, ...]
     bytes: int
+    caches: Mapping[str, str] = field(default_factory=dict)  # what decoding holds on to, by the name of the cache
 
     def record(self) -> dict[str, object]:
         """All of it for programs."""
@@ -40,6 +41,7 @@ class ExportReport:
             "path": str(self.path),
             "bytes": self.bytes,
             "strategies": dict(self.strategies),
+            "caches": dict(self.caches),
             "checks": [vars(check) for check in self.checks],
             "report": json.loads(self.report.to_json()),
         }
@@ -48,5 +50,6 @@ class ExportReport:
         written = f"written to {self.path} ({self.bytes / 1e6:.1f} MB)"
         counted = Counter(self.strategies.values())
         bodies = (f"{count} of its functions: {STRATEGIES[name]}" for name, count in counted.items())
+        held = (f"{count} of its caches hold {what}" for what, count in Counter(self.caches.values()).items())
         checks = (f"checked in onnxruntime, {check}" for check in self.checks)
-        return "\n".join([str(self.report), "", written, *bodies, *checks])
+        return "\n".join([str(self.report), "", written, *bodies, *held, *checks])

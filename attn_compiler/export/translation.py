@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 from attn_compiler import torch_private as private
 from attn_compiler.algebra import wire
 from attn_compiler.export.constants import known_value
-from attn_compiler.export.program import Rewritten
+from attn_compiler.export.program import Rewritten, renamed, results
 from attn_compiler.graph.rewrite import splice
 from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.plan import Decision
@@ -26,6 +27,7 @@ from attn_compiler.targets.onnx.spec import Call, Spec, Stored, length, shape_of
 from attn_compiler.targets.onnx.walk import Contents
 
 EXPORTED = torch.ops.attn_compiler.exported.default
+WITH_CACHE = torch.ops.attn_compiler.exported_with_cache.default
 
 
 @dataclass(frozen=True)
@@ -58,27 +60,34 @@ def translated(rewritten: Rewritten, wanted: str) -> Translated:
 
 def _called(program: ExportedProgram) -> Iterator[tuple[str, Spec]]:
     """Let each attention be a call of its function, as PyTorch's exporter writes one."""
-    graph = program.graph
-    for node in graph.find_nodes(op="call_function", target=EXPORTED):
+    before = results(program)
+    for node in _attentions(program):
         operands, what = node.args
         call = Call.read(what)
         values = [x.meta["val"] for x in operands]
-        splice(graph, node, private.retrace(partial(_symbolic, call.name), values), operands)
+        splice(program.graph, node, private.retrace(partial(_symbolic, call.name, node.meta["val"]), values), operands)
         yield call.name, _spec(call, values)
+    renamed(program, before)
     program.graph_module.recompile()
 
 
-def _symbolic(name: str, *operands: Tensor) -> Tensor:
-    q, _, v, *_ = operands
-    shape = (*q.shape[:3], v.shape[3])
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", operands, dtype=q.dtype, shape=shape, version=1)
+def _attentions(program: ExportedProgram) -> list[Any]:
+    return [node for node in program.graph.nodes if node.target in (EXPORTED, WITH_CACHE)]
+
+
+def _symbolic(name: str, result: Tensor | tuple[Tensor, ...], *operands: Tensor) -> Tensor | Sequence[Tensor]:
+    name = f"{DOMAIN}::{name}"
+    if isinstance(result, Tensor):
+        return torch.onnx.ops.symbolic(name, operands, dtype=result.dtype, shape=result.shape, version=1)
+    dtypes, shapes = [x.dtype for x in result], [x.shape for x in result]
+    return torch.onnx.ops.symbolic_multi_out(name, operands, dtypes=dtypes, shapes=shapes, version=1)
 
 
 def _contents(program: ExportedProgram) -> Iterator[tuple[str, Contents]]:
     """What is known of the tables of each attention."""
-    for node in program.graph.find_nodes(op="call_function", target=EXPORTED):
+    for node in _attentions(program):
         call = Call.read(node.args[1])
-        found = {name: known_value(program, at) for name, at in zip(call.tables, node.args[0][3:], strict=True)}
+        found = {name: known_value(program, at) for name, at in zip(call.tables, node.args[0][call.operands :], strict=True)}
         masks = frozenset().union(*(part.mask.tables() for part in call.variant.parts()))
         yield (
             call.name,
@@ -87,10 +96,12 @@ def _contents(program: ExportedProgram) -> Iterator[tuple[str, Contents]]:
 
 
 def _spec(call: Call, operands: Sequence[Tensor]) -> Spec:
-    q, k, v, *tables = operands
-    stored = tuple(Stored(name, _dtype(table), shape_of(table.shape)) for name, table in zip(call.tables, tables, strict=True))
+    q, k, v, *past = operands[: call.operands]
+    tables = zip(call.tables, operands[call.operands :], strict=True)
+    keys = k.shape[2] + past[0].shape[2] if past else k.shape[2]
+    stored = tuple(Stored(name, _dtype(table), shape_of(table.shape)) for name, table in tables)
     return Spec(
-        call, stored, length(q.shape[0]), q.shape[1], k.shape[1], length(q.shape[2]), length(k.shape[2]), q.shape[3], v.shape[3],
+        call, stored, length(q.shape[0]), q.shape[1], k.shape[1], length(q.shape[2]), length(keys), q.shape[3], v.shape[3],
         _dtype(q),
     )  # fmt: skip
 
@@ -101,6 +112,8 @@ def _dtype(tensor: Tensor) -> str:
 
 def _metadata(spec: Spec, strategy: str, decision: Decision) -> Mapping[str, str]:
     sizes = {"heads": spec.heads, "kv_heads": spec.kv_heads, "q_len": spec.q_len, "k_len": spec.k_len, "head_dim": spec.dim}
+    if spec.call.held:
+        sizes |= dict(zip(("first", "latest"), spec.call.held, strict=True))
     return {
         "attn.computes": whole(formulas(decision.variant, decision.site)),
         "attn.variant": wire.write(spec.call.variant),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,30 @@ from attn_compiler import torch_private as private
 
 _FILL = -1e4  # a number as low as this is no random one: it hides something
 LONG, MOST = 300, 2048  # tokens that are enough to see that blocks fit together; that a comparison takes at most
+
+
+TRIALS = 2
+
+
+def runs(
+    program: ExportedProgram, module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Inputs by name for each comparison of a file with its program."""
+    leaves, _ = private.tree_flatten((tuple(args), dict(kwargs)))
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    accepted = [inputs for inputs in trials(program, leaves) if _takes(module, inputs)]
+    return [dict(zip(names, inputs, strict=True)) for inputs in accepted[:TRIALS]]
+
+
+def _takes(model: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether inputs are such as the program was traced for: relations among sizes are guards, which stand in front."""
+    given = dict(zip(model.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in model.graph.find_nodes(op="call_module"):
+        try:
+            model.get_submodule(str(node.target))(*(given[x] for x in node.all_input_nodes))
+        except AssertionError:
+            return False
+    return True
 
 
 def trials(program: ExportedProgram, leaves: Sequence[Any]) -> list[list[Any]]:

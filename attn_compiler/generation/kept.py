@@ -26,6 +26,14 @@ class Kept:
     first: int
     latest: int
 
+    @property
+    def most(self) -> int:
+        """How many there are at most."""
+        return self.first + self.latest
+
+    def __str__(self) -> str:
+        return f"the latest {self.latest} tokens" + (f" and the first {self.first}" if self.first else "")
+
 
 def kept_at(policy: Policy, site: Site) -> Kept | None:
     """What must be kept at a site, whatever its phase and length become; None for everything."""

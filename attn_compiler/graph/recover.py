@@ -243,7 +243,8 @@ class _Recovery:
 
     def _lengths(self) -> _Renamed:
         found: dict[Expr, Expr] = {}
-        for size, length in zip(self._site.lengths, (q_len, k_len), strict=True):
+        queries, keys = self._site.lengths
+        for size, length in ((queries, q_len), (keys, k_len), (keys - queries, k_len - q_len)):  # the last one: of a cache
             name = _name(size)
             if name is not None:
                 found.setdefault(table(name), length)

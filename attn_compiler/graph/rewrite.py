@@ -52,7 +52,7 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
-    """Copy `fragment` into `graph` in front of `out`, and let its result stand for that node."""
+    """Copy `fragment` into `graph` in front of `out`, and let its result stand for that node; several stand for its parts."""
     given = iter(inputs)
     copies: dict[fx.Node, Argument] = {}
     with graph.inserting_before(out):
@@ -60,14 +60,18 @@ def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequ
             if node.op == "placeholder":
                 copies[node] = next(given)
             elif node.op == "output":
-                result = copies[node.args[0]]
+                result = fx.map_arg(node.args[0], copies.__getitem__)
             else:
                 copy = graph.node_copy(node, copies.__getitem__)
                 copy.meta.update({key: out.meta[key] for key in _PROVENANCE if key in out.meta})
                 copies[node] = copy
-    _let_views_copy(out)
-    out.replace_all_uses_with(result)
-    graph.erase_node(out)
+    single = isinstance(result, fx.Node)
+    for part, by in [(out, result)] if single else [(part, result[part.args[1]]) for part in out.users]:
+        _let_views_copy(part)
+        part.replace_all_uses_with(by)
+        graph.erase_node(part)
+    if not single:
+        graph.erase_node(out)
 
 
 def _let_views_copy(out: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""The operator that stands for an attention in a graph to be exported, and the target that puts it there."""
+"""The operators that stand for attentions in a graph to be exported, and the target that puts them there."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ DTYPES = ("float32", "float16", "float64")
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("exported_with_cache(Tensor[] operands, str what) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,25 @@ def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:
     return out.contiguous()
 
 
+def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where q, k and v are followed by the keys and values of a cache; and what the next call is given of both."""
+    q, k, v, past_k, past_v, *tables = operands
+    keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    held = Call.read(what).held
+    assert held is not None
+    return attend_eagerly([q, keys, values, *tables], what), _let_go(keys, *held), _let_go(values, *held)
+
+
+def _let_go(x: Tensor, first: int, latest: int) -> Tensor:
+    return torch.cat([x[:, :, :first], x[:, :, max(x.shape[2] - latest, first) :]], dim=2)
+
+
+def _shapes(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What is let go is not counted: nothing of the graph depends on it."""
+    q, k, v, past_k, past_v, *_ = operands
+    return _shape([q, k, v], what), torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+
+
 def _shape(operands: Sequence[Tensor], what: str) -> Tensor:
     q, _, v, *_ = operands
     return q.new_empty((*q.shape[:3], v.shape[3]))
@@ -93,3 +113,5 @@ def _shape(operands: Sequence[Tensor], what: str) -> Tensor:
 
 _library.impl("exported", attend_eagerly, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::exported", _shape, lib=_library)
+_library.impl("exported_with_cache", attend_with_cache, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::exported_with_cache", _shapes, lib=_library)

@@ -131,11 +131,6 @@ def test_a_folder_that_is_not_there_is_said_before_anything_is_traced(tmp_path: 
         attn.export_onnx(nn.Identity().eval(), (), tmp_path / "missing" / "one.onnx")
 
 
-def test_decoding_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="not exported yet"):
-        write(tmp_path / "one.onnx", decode=True)
-
-
 def test_an_unknown_strategy_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match='did you mean "scan"'):
         write(tmp_path / "one.onnx", strategy="scann")

@@ -32,7 +32,7 @@ MASKS = (
 )
 
 
-def case_of(mask: str, length: int, heads: int = 4, kv_heads: int = 2) -> Case:
+def case_of(mask: str | dict[str, str], length: int, heads: int = 4, kv_heads: int = 2) -> Case:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, heads, length, 16), (2, kv_heads, length, 16), (2, kv_heads, length, 8))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -53,6 +53,11 @@ def assert_right(case: Case, strategy: str, *, dynamic: bool, known: bool = Fals
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_mask_means_the_same_in_onnxruntime(mask: str, strategy: str, dynamic: bool) -> None:
     assert_right(case_of(mask, 300), strategy, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("strategy", ["dense", "scan", "listed"])
+def test_scores_need_not_ask_queries_and_keys(strategy: str) -> None:
+    assert_right(case_of({"mask": "causal & window(40)", "score": "alibi"}, 300), strategy, dynamic=strategy != "listed")
 
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 256])

@@ -69,6 +69,8 @@ def attend(group: Group) -> ir.Value:
 def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     nodes = scope.nodes
     products = _grouped(scope, block.q, nodes.op("Transpose", block.k, perm=[0, 1, 3, 2]), block.kv_heads)
+    if not variant.score.mentions(e.score, e.dot):  # what does not ask q and k has an axis only where it changes
+        return nodes.op("Expand", scope.scores.real_tensor(variant.score), nodes.op("Shape", products))
     if scaled_ahead(variant):
         return scope.scores.real_tensor(variant.score, {e.score: products})
     known: dict[Expr, Value] = {e.dot: products}

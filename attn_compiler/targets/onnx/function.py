@@ -11,6 +11,7 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.onnx.cache import appended, let_go
 from attn_compiler.targets.onnx.choice import shortest
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.either import either
@@ -30,25 +31,37 @@ Strategy = Callable[[Group], ir.Value]
 
 
 def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
-    """The function of one attention; its inputs are q, k, v and the tables, some of which are known already."""
+    """The function of one attention; its inputs are q, k, v, the past of its cache if it has one, and the tables.
+
+    `contents` are those of the tables that are known already.
+    """
     nodes = Nodes()
+    q, k, v = given = [ir.Value(name=name) for name in ("q", "k", "v")]
+    past = [ir.Value(name=name) for name in ("past_key", "past_value")] if spec.call.held else []
     tables = {name: ir.Value(name=f"table{place}_{name.replace('.', '_')}") for place, name in enumerate(spec.call.tables)}
-    inputs = Inputs(ir.Value(name="q"), ir.Value(name="k"), ir.Value(name="v"), tables)
+    if past:
+        k, v = (appended(nodes, old, new) for old, new in zip(past, (k, v), strict=True))
+    out = _attention(spec, nodes, Inputs(q, k, v, tables), strategy, contents)
+    held = [let_go(nodes, x, *spec.call.held) for x in (k, v)] if spec.call.held else []
+    graph = ir.Graph(
+        [*given, *past, *tables.values()],
+        [out, *held],
+        nodes=[*nodes.shared.front, *nodes.written],
+        opset_imports={"": OPSET},
+        name=spec.call.name,
+    )
+    return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
+
+
+def _attention(spec: Spec, nodes: Nodes, inputs: Inputs, strategy: str, contents: Contents) -> ir.Value:
+    """What all heads compute."""
     groups = [
         part for heads, own in head_groups(spec.call.variant, spec.heads) for part in _parts(spec, heads, own, strategy, contents)
     ]
     outs = [_group(spec, nodes, inputs, heads, variant, run) for heads, variant, run in groups]
     joined = outs[0] if len(outs) == 1 else nodes.op("Concat", *outs, axis=1)
     order = [head for heads, _, _ in groups for head in heads]
-    out = picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
-    graph = ir.Graph(
-        list(inputs),
-        [out],
-        nodes=[*nodes.shared.front, *nodes.written],
-        opset_imports={"": OPSET},
-        name=spec.call.name,
-    )
-    return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
+    return picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
 
 
 def _parts(

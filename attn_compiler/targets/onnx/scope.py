@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -99,9 +99,6 @@ class Inputs:
     k: ir.Value
     v: ir.Value
     tables: Mapping[str, ir.Value]
-
-    def __iter__(self) -> Iterator[ir.Value]:
-        return iter((self.q, self.k, self.v, *self.tables.values()))
 
 
 @dataclass

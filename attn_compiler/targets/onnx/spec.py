@@ -37,16 +37,27 @@ class Call:
     first: int | None  # the first query's position where it is a number; None: the last query meets the last key
     layer: int
     layers: int
+    held: tuple[int, int] | None = None  # with a cache: the first and the latest keys that the next call is given
 
     def write(self) -> str:
         """The call as text."""
-        return json.dumps([self.name, wire.write(self.variant), self.tables, self.first, self.layer, self.layers])
+        return json.dumps([self.name, wire.write(self.variant), self.tables, self.first, self.layer, self.layers, self.held])
 
     @staticmethod
     def read(text: str) -> Call:
         """The call that was written."""
-        name, variant, tables, first, layer, layers = json.loads(text)
-        return Call(name, wire.read(variant), tuple(tables), first, layer, layers)
+        name, variant, tables, first, layer, layers, held = json.loads(text)
+        return Call(name, wire.read(variant), tuple(tables), first, layer, layers, held and (held[0], held[1]))
+
+    @property
+    def operands(self) -> int:
+        """How many tensors stand before the tables: q, k, v and, with a cache, the keys and values of the past."""
+        return 5 if self.held else 3
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether the last query is known to meet the last key."""
+        return self.first is None and not {Q_POSITIONS, FIRST_QUERY} & {*self.tables}
 
     @property
     def position(self) -> Expr:
@@ -103,7 +114,8 @@ class Spec:
         """Whether no row can be empty."""
         if variant.mask.value is True:
             return True
-        return self.position == e.i and self.q_len == self.k_len and shows_itself(variant.mask)
+        among_keys = self.call.held is not None or (self.position == e.i and self.q_len == self.k_len)
+        return among_keys and shows_itself(variant.mask)
 
     def in_positions(self, mask: Expr) -> Expr:
         """A mask over positions alone, where these are what counts queries."""

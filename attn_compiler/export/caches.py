@@ -1,0 +1,89 @@
+"""Folds caches into the attentions that read them, so that each holds no more than later calls see."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from attn_compiler import torch_private as private
+from attn_compiler.generation.kept import Kept
+from attn_compiler.graph.axes import rearranges, source
+from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
+from attn_compiler.targets.onnx.spec import Call
+
+EXPORTED = torch.ops.attn_compiler.exported.default
+WITH_CACHE = torch.ops.attn_compiler.exported_with_cache.default
+_MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")
+
+
+def fold(graph: fx.Graph, needs: Mapping[str, Kept]) -> dict[str, list[str]]:
+    """Let each attention that is named keep what it needs of its cache, if nobody else reads that; the inputs of those."""
+    private.drop_claims(graph)
+    folded = {}
+    for node in graph.find_nodes(op="call_function", target=EXPORTED):
+        what = Call.read(node.args[1])
+        caches = [_cache(node, x) for x in node.args[0][1:3]]
+        need = needs.get(what.name)
+        if need is not None and what.ends_together and None not in caches:
+            own = [x for x in caches if x]
+            _fold(graph, node, own, replace(what, held=(need.first, need.latest)))
+            folded[what.name] = [str(call(x)["tensors"][0]) for x in own]
+    graph.eliminate_dead_code()
+    return folded
+
+
+def _fold(graph: fx.Graph, node: fx.Node, caches: list[fx.Node], what: Call) -> None:
+    q, _, _, *tables = call(node)["operands"]
+    past, new = zip(*(call(x)["tensors"] for x in caches), strict=True)
+    values = [node.meta["val"], *(x.meta["val"] for x in caches)]
+    with graph.inserting_before(node):
+        made = graph.call_function(WITH_CACHE, ([q, *new, *past, *tables], what.write()))
+        made.meta = {**node.meta, "val": tuple(values)}
+        parts = [graph.call_function(operator.getitem, (made, place)) for place in range(3)]
+    for part, x in zip(parts, values, strict=True):
+        part.meta = {**node.meta, "val": x}
+    node.replace_all_uses_with(parts[0])
+    for cache, part in zip(caches, parts[1:], strict=True):
+        cache.replace_all_uses_with(part, delete_user_cb=lambda user: user.op == "output")
+    graph.erase_node(node)
+
+
+def _cache(reader: fx.Node, x: fx.Node) -> fx.Node | None:
+    """What an input of the program holds and new tokens behind it, if `x` is that, and if `reader` alone reads either."""
+    cache = x
+    while is_tensor(cache) and _is_view(cache):
+        cache = source(cache)
+    read = call(cache)
+    if read.op != "cat" or len(read["tensors"]) != 2 or read["dim"] % len(shape(cache)) != 2:
+        return None
+    past, _ = read["tensors"]
+    same = len(shape(x)) == len(shape(cache)) and all(map(equal, shape(x), shape(cache)))
+    lengths = (shape(past)[2], shape(cache)[2])
+    alone = past.op == "placeholder" and {*_readers(past, lengths)} == {cache}
+    results = [user for user in cache.users if user.op == "output"]
+    readers = [*_readers(cache, lengths)]
+    handed_on = [user for user in readers if user.op == "output"] == results != []
+    return cache if same and alone and handed_on and {*readers} == {reader, *results} else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether `node` holds the numbers of its source in the same order."""
+    if call(node).op == "expand":
+        return len(shape(node)) == len(shape(source(node))) and all(map(equal, shape(node), shape(source(node))))
+    return rearranges(node) and call(node).op not in _MOVES
+
+
+def _readers(node: fx.Node, lengths: tuple[object, ...]) -> Iterator[fx.Node]:
+    """Who reads a tensor, or how many tokens it has."""
+    for user in node.users:
+        counts = call(user).op == "sym_size"
+        if counts and not any(equal(value(user), length) for length in lengths):  # type: ignore[arg-type]
+            continue
+        if counts or (is_tensor(user) and _is_view(user)):
+            yield from _readers(user, lengths)
+        else:
+            yield user

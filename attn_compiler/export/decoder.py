@@ -1,0 +1,67 @@
+"""Generates text in onnxruntime with a file that `export_onnx(…, decode=True)` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_compiler.errors import ExportError, ShapeError
+
+Tokens = NDArray[np.int64]
+Choose = Callable[[NDArray[Any]], Tokens]  # from logits [rows, vocabulary], the next token of each row
+
+
+def likeliest(logits: NDArray[Any]) -> Tokens:
+    """The token with the largest logit."""
+    found: Tokens = logits.argmax(-1)
+    return found
+
+
+class Decoder:
+    """One file, which reads a prompt and the tokens after it alike; what it remembers stays in onnxruntime's memory."""
+
+    def __init__(self, path: str | Path, options: Any = None) -> None:
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._wrap = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._past = {x.name: x for x in self._session.get_inputs() if x.name.startswith("past_key_values.")}
+        self._outputs = [x.name for x in self._session.get_outputs()]
+        if not self._past or "logits" not in self._outputs:
+            raise ExportError(f"{path} has no cache among its inputs: it was not written with `decode=True`")
+
+    def start(self, rows: int) -> Mapping[str, Any]:
+        """The past of texts that have not begun."""
+        empty = {name: np.zeros((rows, x.shape[1], 0, x.shape[3]), _DTYPES[x.type]) for name, x in self._past.items()}
+        return {name: self._wrap(x) for name, x in empty.items()}
+
+    def step(self, tokens: Tokens, before: int, past: Mapping[str, Any]) -> tuple[NDArray[Any], Mapping[str, Any]]:
+        """Read more tokens of each row, behind that many: the logits of what follows, and the past for the next call."""
+        rows, count = tokens.shape
+        positions = np.ascontiguousarray(np.broadcast_to(np.arange(before, before + count), (rows, count)))
+        given = {"input_ids": self._wrap(np.ascontiguousarray(tokens, np.int64)), "position_ids": self._wrap(positions)}
+        results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, {**given, **past}), strict=True))
+        logits = results.pop("logits").numpy()[:, -1]
+        return logits, {name.replace("present", "past_key_values"): x for name, x in results.items()}
+
+    def generate(self, prompt: Tokens, count: int, *, end: int | None = None, choose: Choose = likeliest) -> Tokens:
+        """The prompts, rows of one length, and up to `count` tokens after them; a row that met `end` goes on with it."""
+        if prompt.ndim != 2 or not prompt.shape[1]:
+            raise ShapeError(f"a prompt is [rows, tokens], with one token at least; found {list(prompt.shape)}")
+        text, new, past = prompt, prompt, self.start(len(prompt))
+        for _ in range(count):
+            logits, past = self.step(new, text.shape[1] - new.shape[1], past)
+            new = choose(logits)[:, None]
+            if end is not None:
+                new = np.where((text[:, prompt.shape[1] :] == end).any(1, keepdims=True), end, new)
+            text = np.concatenate([text, new], axis=1)
+            if end is not None and (text[:, prompt.shape[1] :] == end).any(1).all():
+                break
+        return text
+
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}

@@ -1,0 +1,95 @@
+"""Prepares a model that generates text: caches are inputs and outputs, which hold no more than later tokens see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from attn_compiler.errors import ExportError
+from attn_compiler.export.caches import fold
+from attn_compiler.export.prepared import Inputs, Prepared
+from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
+from attn_compiler.export.stepwise import WRAPPED, Stepwise
+from attn_compiler.generation.kept import Kept, kept
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.resolve import asked_of
+from attn_compiler.planning.site import Phase, Site
+
+_LENGTHS = (2, 1 << 28)  # the shortest and the longest text that a policy is asked about
+_SHARED = "its cache, or how long that is, is read elsewhere too"
+_TRIALS = ((2, 300, 0), (1, 1, 2048), (2, 5, 40))  # rows, new tokens and those before them: a prompt, a token, a piece of text
+
+
+def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor]) -> Prepared:
+    """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
+    program = traced(step.module, step.args, {}, step.dynamic_shapes)
+    result = rewritten(program, policy, given, partial(_at_any_length, policy))
+    needs = {
+        name: need
+        for name, decision in zip(result.names, result.plan.decisions, strict=True)
+        if decision.target and (need := kept(decision.variant, decision.site.heads)) is not None
+    }
+    before = results(program)
+    folded = fold(program.graph, needs)
+    program.graph_module.recompile()
+    renamed(program, before)
+    called = dict(zip(program.graph_signature.user_inputs, step.inputs, strict=True))
+    held = {called[x]: needs[name] for name, inputs in folded.items() for x in inputs}
+    remarks = tuple(f"{name} needs {needs[name]}, and holds every token: {_SHARED}" for name in needs if name not in folded)
+    plan = replace(result.plan, remarks=(*result.plan.remarks, *remarks))
+    return Prepared(
+        replace(result, module=module_of(program), plan=plan),
+        lambda: list(_runs(step, held)),
+        partial(_named, step=step, held=held),
+        {name: str(held.get(name, "every token")) for name in step.inputs if name.endswith(".key")},
+    )
+
+
+def _at_any_length(policy: Policy, site: Site) -> Site:
+    """The site, for which a policy must want the same whatever is generated."""
+    plain = replace(site.likely(), name=site.name.removeprefix(WRAPPED))
+    asked = [
+        asked_of(policy, replace(plain, phase=phase, q_hint=1 if phase is Phase.DECODE else keys, k_hint=keys))
+        for phase in (Phase.PREFILL, Phase.DECODE)
+        for keys in _LENGTHS
+    ]
+    if any(one.variant != asked[0].variant for one in asked):
+        rules = " and ".join(sorted({one.rule for one in asked}))
+        raise ExportError(
+            f"{site.name}: the policy wants something else for prompts than for single tokens, or for some lengths ({rules}); "
+            "one graph serves them all: leave out `phase` and conditions on lengths"
+        )
+    return plain
+
+
+def _named(model: ir.Model, step: Stepwise, held: Mapping[str, Kept]) -> None:
+    """Give inputs and outputs their names; the lengths of caches that let go have names of their own."""
+    for value, name in zip(model.graph.inputs, step.inputs, strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, step.outputs, strict=True):
+        value.name = name
+    for past, present in zip(model.graph.inputs[2:], model.graph.outputs[1:], strict=True):
+        need = held.get(str(past.name))
+        if need:
+            for value, name in ((past, f"at_most_{need.most}"), (present, f"at_most_{need.most}_then")):
+                assert value.shape is not None
+                value.shape = ir.Shape([*value.shape[:2], name, value.shape[3]])
+
+
+def _runs(step: Stepwise, held: Mapping[str, Kept]) -> Iterator[Inputs]:
+    """Random tokens behind a random past."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, tokens, before in _TRIALS:
+        past = min(before, step.positions - tokens)
+        new = min(tokens, step.positions)
+        ids = torch.randint(0, step.vocabulary, (rows, new), generator=generator)
+        inputs = {"input_ids": ids, "position_ids": torch.arange(past, past + new).expand(rows, -1)}
+        for name, x in zip(step.inputs[2:], step.args[2:], strict=True):
+            length = min(past, held[name].most) if name in held else past
+            inputs[name] = torch.randn(rows, x.shape[1], length, x.shape[3], generator=generator).to(x.dtype)
+        yield inputs

@@ -1,0 +1,107 @@
+"""A model of transformers as one function from tokens and the past to logits and the past of the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_compiler import torch_private as private
+from attn_compiler.errors import ExportError
+
+PAST = 32  # tokens of the past that a model is traced with: any other number serves as well
+WRAPPED = "model."  # what the names of modules begin with once they are part of what is traced
+BEFORE = ("input_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """The model, what it is traced with, which sizes may change, and what the inputs and outputs are called."""
+
+    module: nn.Module
+    args: tuple[Tensor, ...]
+    dynamic_shapes: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    vocabulary: int
+    positions: int  # how many tokens a text may have
+
+
+def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Stepwise:
+    """Let the cache of a model be inputs and outputs: those of each layer are called as onnxruntime's own examples do."""
+    ids = _tokens(model, args, kwargs)
+    config: Any = model.config
+    rows, length = max(2, ids.shape[0]), max(2, ids.shape[1])
+    past = [torch.zeros(rows, heads, PAST, dim, dtype=dtype) for heads, dim, dtype in _sides(model, ids)]
+    tokens = (ids.new_zeros(rows, length), torch.arange(PAST, PAST + length).expand(rows, -1))
+    batch, new, before = map(torch.export.Dim, ("batch", "tokens", "past"))
+    sides = [(layer, side) for layer in range(len(past) // 2) for side in ("key", "value")]
+    return Stepwise(
+        _Stepwise(model),
+        (*tokens, *past),
+        ({0: batch, 1: new}, {0: batch, 1: new}, tuple({0: batch, 2: before} for _ in past)),
+        (*BEFORE, *(f"past_key_values.{layer}.{side}" for layer, side in sides)),
+        ("logits", *(f"present.{layer}.{side}" for layer, side in sides)),
+        config.vocab_size,
+        getattr(config, "max_position_embeddings", None) or 1 << 20,
+    )
+
+
+class _Stepwise(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """The logits of the last token, and the keys and values of all tokens of each layer."""
+        for x in past:  # torch.export takes each length for one of its own
+            private.require(x.shape[2] == past[0].shape[2])
+        cache = _cache(past)
+        out = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return (out.logits, *_held(cache))
+
+
+def _tokens(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tokens that a model is traced with; other inputs would be those of its every call."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    other = sorted({*kwargs} - {"input_ids", "use_cache"})
+    if getattr(model, "config", None) is None or not hasattr(model, "generate"):
+        raise ExportError(f"`decode` is for models of transformers that generate text; found {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise ExportError(f"`decode` is for models without an encoder; found {type(model).__name__}")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype.is_floating_point or len(args) > 1 or other:
+        found = other or [type(x).__name__ for x in args]
+        raise ExportError(f"`decode` takes `input_ids` of shape [rows, tokens] and nothing else; found {', '.join(found)}")
+    return ids
+
+
+def _sides(model: nn.Module, ids: Tensor) -> list[tuple[int, int, torch.dtype]]:
+    """Heads, size and type of the keys, then of the values, of each layer, as the model leaves them behind."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:1, :1], past_key_values=cache, use_cache=True)
+    if not all(hasattr(layer, "keys") for layer in cache.layers):
+        raise ExportError(f"{type(model).__name__} has layers that remember something else than keys and values")
+    return [(x.shape[1], x.shape[3], x.dtype) for x in _held(cache)]
+
+
+def _cache(past: Sequence[Tensor]) -> Any:
+    """A cache that holds this much already."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        cache.update(keys[:, :, :0], values[:, :, :0], layer)
+        cache.layers[layer].keys, cache.layers[layer].values = keys, values
+    return cache
+
+
+def _held(cache: Any) -> list[Tensor]:
+    layers: list[Any] = cache.layers
+    return [x for layer in layers for x in (layer.keys, layer.values)]
