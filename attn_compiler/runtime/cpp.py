@@ -14,6 +14,7 @@ from attn_compiler.algebra.variant import Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
+from attn_compiler.runtime import states
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import attend_generated, dtype_name, without_total
@@ -38,6 +39,8 @@ class CppTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q = operands.q
+        if not lse and states.can_run(operands, variant):
+            return _machine(q.device.type, dtype_name(q.dtype))
         if operands.differentiated and lse:
             return "its kernels know no gradients of the log-sum-exp"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
@@ -46,9 +49,14 @@ class CppTarget:
         return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        return attend_generated(operands, variant, self.name, lse=lse)
+        if lse or not states.can_run(operands, variant):
+            return attend_generated(operands, variant, self.name, lse=lse)
+        out, _ = attend_generated(*states.prepared(operands, variant), "states")
+        return out.to(operands.q.dtype), None
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        if states.suits(site, variant) and not _machine(site.device, site.dtype):
+            return Carried("a generated kernel, whose state stays in the cache", gains=True)
         training = site.phase is Phase.TRAIN
         reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
         if training and site.q_hint < LEAST_TRAINED:

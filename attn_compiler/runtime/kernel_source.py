@@ -9,15 +9,20 @@ from torch import Tensor
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
+from attn_compiler.runtime import decode, states
 from attn_compiler.runtime.cpp import DTYPES, objection
-from attn_compiler.runtime.decode import sources
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.triton_programs import programs
 from attn_compiler.targets.cpp.spec import Stored
 
-_PRINT = {"cpp": (sources, "//"), "triton": (programs, "#")}  # and how remarks begin
+
+def _sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return states.sources(shape) if states.is_alone(shape.variant) else decode.sources(shape)
+
+
+_PRINT = {"cpp": (_sources, "//"), "triton": (programs, "#")}  # and how remarks begin
 TARGETS = tuple(_PRINT)
 
 
@@ -81,7 +86,7 @@ def shape_of(
     )  # fmt: skip
     stored = _stored(read, dtype, tables or {})
     counted = True, True
-    reason = objection(read, counted, stored)
+    reason = None if target == "cpp" and states.is_alone(read) else objection(read, counted, stored)
     if reason:
         raise ShapeError(f"the target {target}: {reason}")
     return Shape(

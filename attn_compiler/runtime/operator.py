@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
-from attn_compiler.runtime import decode, gradients, kernels, triton_decode, triton_gradients, triton_kernels
+from attn_compiler.runtime import decode, gradients, kernels, states, triton_decode, triton_gradients, triton_kernels
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
@@ -95,7 +95,7 @@ def _attend(
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
     _, names, _, _, target = _read(what)
-    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and SEED not in names:
+    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and SEED not in names and target in _DECODE:
         sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
         _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)
@@ -105,7 +105,7 @@ def _attend(
     return out, sums
 
 
-_RUN = {"cpp": kernels.run, "triton": triton_kernels.run}
+_RUN = {"cpp": kernels.run, "states": states.run, "triton": triton_kernels.run}
 _DECODE: Mapping[str, Any] = {"cpp": decode, "triton": triton_decode}
 _DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
 

@@ -120,3 +120,13 @@ def test_without_its_parameters_a_llama_stays_as_it_is_and_says_why() -> None:
     assert [refusal.reason for _, refusal in report.refusals] == [
         "it has parameters, hedgehog_k, hedgehog_q, which no `parameters:` of the policy hold"
     ] * 2
+
+
+def test_a_long_llama_with_linear_attention_runs_on_a_kernel_of_its_own() -> None:
+    report = check(
+        with_weights(llama(max_position_embeddings=512)), like_llama(tokens(1, 256)), policy(feature="elu_one"), ALL, Elu
+    )
+    sites = json.loads(report.to_json())["sites"]
+    assert [(site["target"], site["form"]) for site in sites] == [
+        ("cpp", "a generated kernel, whose state stays in the cache")
+    ] * 2

@@ -95,7 +95,7 @@ def test_states_are_taken_where_they_save_work(length: int, taken: int, monkeypa
         "attn_compiler.targets.torch_target.gather_by_states", lambda *given: calls.append(1) or gather(*given)
     )  # fmt: skip
     q = torch.randn(1, 1, length, 32)
-    attend(q, q, q, {"feature": "elu_one", "mask": "causal"})
+    attend(q, q, q, {"feature": "elu_one", "mask": "causal"}, target="torch")
     assert len(calls) == taken
 
 
@@ -106,7 +106,7 @@ def test_a_gate_that_closes_forgets_all_before_it() -> None:
     gate = case.tables["gate"].clone()
     gate[..., 40:] -= 1000
     leaves = [x.float().requires_grad_() for x in (case.q, case.k, case.v, gate[..., :130])]
-    out = attend(*leaves[:3], case.variant, tables={"gate": leaves[3]})
+    out = attend(*leaves[:3], case.variant, tables={"gate": leaves[3]}, target="torch")
     assert isinstance(out, Tensor)
     alone = attend(*(x[:, :, 40:] for x in leaves[:3]), case.variant, tables={"gate": leaves[3][..., 40:]})
     assert isinstance(alone, Tensor)

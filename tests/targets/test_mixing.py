@@ -161,7 +161,7 @@ def test_a_sum_has_no_log_sum_exp() -> None:
 @pytest.mark.parametrize(
     ("slots", "said"),
     [
-        ({"feature": "elu_one"}, "carry `feature`"),
+        ({"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
         ({"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
         ({"feature": "identity", "normalizer": "linear(subtract)"}, "count the keys that a query sees"),
     ],

@@ -46,7 +46,7 @@ def assembled(
     printer: Printer,
     holes: Mapping[str, Sequence[str]],
     skeletons: Sequence[str],
-    chunk: int,
+    chunk: int | str,
     *more: str,
     by_query: bool = True,
 ) -> str:
@@ -69,7 +69,7 @@ def probe() -> str:
     return "\n".join((_skeleton("lanes.h"), *constants, "", *map(_skeleton, ("rows.h", "tiles.h", "probe.cpp"))))
 
 
-def _constants(spec: Spec, chunk: int) -> tuple[str, ...]:
+def _constants(spec: Spec, chunk: int | str) -> tuple[str, ...]:
     index = "int64_t" if spec.wide else "int32_t"
     return (
         f"typedef {_dialect()['stored'][spec.dtype]} Stored;",

@@ -1,0 +1,83 @@
+"""The kernel of linear attention: which variants it is for, and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra import feature as f
+from attn_compiler.algebra.expr import Expr, const
+from attn_compiler.algebra.feature import Block
+from attn_compiler.algebra.storage import PLAIN
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level
+from attn_compiler.targets.cpp.source import assembled, printer_of
+from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.linear import Linear, linear
+from attn_compiler.targets.operands import PLACE
+
+# No token is at work alone: what is left are parts of the task, and what a function is given.
+_LEAVES: Leaves = {
+    **{leaf: reached for leaf, reached in LEAVES.items() if reached[1] is Level.TASK},
+    f.x: ("x", Level.LANE),
+    e.mass: ("mass", Level.LANE),
+}
+_TOKENS = (e.i, e.q, e.k, PLACE)
+
+
+def serves(variant: Variant) -> Linear | None:
+    """What makes a variant linear, if this kernel is for it: all keys are there, decays know nothing of tokens."""
+    found = linear(variant)
+    if found is None or variant.groups or variant.mix or variant.storage != PLAIN or variant.dropout or variant.normalizer.counts:
+        return None
+    factor = Spec(variant, 1, 1, "float32", ()).factor
+    if factor is None or factor.mentions(e.peak, *_TOKENS) or variant.scale.mentions(*_TOKENS) or found.shown != e.true:
+        return None
+    return found if found.fades is None or _rate(found) is not None else None
+
+
+def inlined(variant: Variant) -> bool:
+    """Whether the kernel applies the feature map itself: one that knows nothing but a component."""
+    return all(len(side) < 2 and all(map(_by_component, side)) for side in (variant.feature.of_q, variant.feature.of_k))
+
+
+def _by_component(block: Block) -> bool:
+    plain = block.power == 1 and block.weights is None and not block.softmax
+    return plain and block.each.symbols() <= {f.x, e.dim} and not block.each.tables()
+
+
+def _rate(found: Linear) -> Expr | None:
+    """What is added to the log of a weight for every token in between, where that is a number of the head."""
+    assert found.fades is not None
+    if found.fades.op != "mul" or found.fades.args[1] != e.real(e.k) or found.fades.args[0].mentions(*_TOKENS):
+        return None
+    return found.fades.args[0]
+
+
+def stated(variant: Variant) -> Variant:
+    """What the kernel computes of a variant: in the place of the score stands the rate of its decay, and nothing hides a key."""
+    found = linear(variant)
+    assert found is not None
+    rate = None if found.fades is None else _rate(found)
+    return replace(variant, mask=e.true, score=const(0.0) if rate is None else rate)
+
+
+@lru_cache(maxsize=256)
+def states(spec: Spec) -> str:
+    """The source for the spec of such a variant."""
+    printer = printer_of(spec, _LEAVES)
+    assert spec.factor is not None
+    holes = {
+        "feature of a query": printer.function(_of_one(spec.variant.feature.of_q)),
+        "feature of a key": printer.function(_of_one(spec.variant.feature.of_k)),
+        "scale": printer.function(spec.variant.scale),
+        "rate": printer.function(spec.variant.score),
+        "factor": printer.function(spec.factor),
+    }
+    return assembled(spec, printer, holes, ("rows.h", "tiles.h", "states.cpp"), "TILE")
+
+
+def _of_one(blocks: Sequence[Block]) -> Expr:
+    return blocks[0].each if blocks else f.x

@@ -1,0 +1,93 @@
+"""The C++ kernel of linear attention: right at every length, offset and width, in every precision, and taken where it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from attn_compiler import attend, kernel_source
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.runtime.cpp import CppTarget
+from attn_compiler.runtime.reading import read_variant
+from attn_compiler.testing import Case, assert_all_within_budget, on, plain
+
+SLOPES = torch.tensor([0.1, 0.4, 0.2, 0.9], dtype=torch.float64)
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "causal": {"feature": "elu_one", "mask": "causal"},
+    "everything": {"feature": "elu_one"},
+    "outside of a window": {"feature": "elu_one", "mask": "causal & ~window(20)"},
+    "a little of the future": {"feature": "elu_one", "mask": "causal(5)"},
+    "decay": {"feature": "silu", "mask": "causal", "state": "decay(slopes)", "scale": 0.5, "normalizer": "linear(none)"},
+    "decay outside of a window": {
+        "feature": "silu", "mask": "causal & ~window(20)", "state": "decay(slopes)", "scale": 0.5, "normalizer": "linear(none)",
+    },
+    "features made before": {"feature": "taylor", "mask": "causal"},
+}  # fmt: skip
+LENGTHS = [(130, 130, 2), (1, 97, 4), (67, 97, 2), (97, 67, 4), (33, 1, 4)]
+
+
+def variant_of(slots: Mapping[str, object]) -> Variant:
+    return read_variant(
+        slots, Variant(), heads=4, kv_heads=2, q_len=300, k_len=300, head_dim=6, values=None, layer=0, layers=1
+    )  # fmt: skip
+
+
+def check(name: str, q_len: int, k_len: int, kv_heads: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(q_len)
+    shapes = (2, 4, q_len, 6), (2, kv_heads, k_len, 6), (2, kv_heads, k_len, 40)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    variant = variant_of(VARIANTS[name])
+    case = Case(variant, q, k, v, {"slopes": SLOPES.to(dtype)} if variant.tables() else {})
+    wide = Case(variant, q.double(), k.double(), v.double(), {name: x.double() for name, x in case.tables.items()})
+    assert_all_within_budget([on("cpp")(case)], [on("reference")(wide)], lambda: [plain(case)], [name])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("q_len", "k_len", "kv_heads"), LENGTHS)
+def test_the_state_says_what_all_scores_would(name: str, q_len: int, k_len: int, kv_heads: int) -> None:
+    check(name, q_len, k_len, kv_heads, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_are_floats_whatever_operands_are_stored_as(dtype: torch.dtype) -> None:
+    check("causal", 130, 130, 2, dtype)
+
+
+def site(tokens: int, phase: Phase = Phase.PREFILL) -> Site:
+    return Site(
+        "attn", Kind.SELF, phase, 0, 1, 2, 4, 4, tokens, tokens, 64, 64, "float32", Variant(), Frame(), tokens, tokens
+    )  # fmt: skip
+
+
+def test_a_site_gets_the_kernel_where_its_length_pays_and_nothing_is_trained() -> None:
+    variant = variant_of(VARIANTS["causal"])
+    found = CppTarget().carry(site(1024), variant)
+    assert isinstance(found, Carried)
+    assert found.form == "a generated kernel, whose state stays in the cache"
+    assert not isinstance(CppTarget().carry(site(64), variant), Carried)
+    assert not isinstance(CppTarget().carry(site(1024, Phase.TRAIN), variant), Carried)
+
+
+def test_gradients_are_left_to_another_target() -> None:
+    q = torch.randn(1, 2, 300, 8, requires_grad=True)
+    with pytest.raises(ShapeError, match="it does not carry `feature`"):
+        attend(q, q, q, VARIANTS["causal"], target="cpp")
+    (gradient,) = torch.autograd.grad(attend(q, q, q, VARIANTS["causal"]).sum(), q)  # type: ignore[union-attr]
+    assert gradient.isfinite().all()
+
+
+def test_more_features_than_a_cache_holds_are_left_to_another_target() -> None:
+    q = torch.randn(1, 2, 300, 32)
+    with pytest.raises(ShapeError, match="it does not carry `feature`"):
+        attend(q, q, q, VARIANTS["features made before"], target="cpp")
+
+
+def test_the_source_of_the_kernel_is_written_to_be_read() -> None:
+    source = kernel_source(VARIANTS["decay"], q_len=512, k_len=512, heads=4, head_dim=64)
+    assert "INLINE vf feature_of_query(const Task& task, vf x) {\n  return x * logistic(x);\n}" in source
+    assert "x0;  // −slopes[layer, h]" in source
