@@ -1,6 +1,6 @@
 """What Triton kernels become on GPUs that need not be here: registers, spills, tensor cores, loads of 16 bytes.
 
-    python benchmarks/triton_ahead.py FOLDER [--machine sm_90] [--kind forward]
+    python benchmarks/triton_ahead.py FOLDER [--machine sm_90] [--kind forward] [--dtype bfloat16] [--dim 128]
 
 Compiles candidates of every kind of kernel ahead of time, each until one is sound, and writes `triton_ahead.md` to FOLDER.
 Nothing is timed: that takes a GPU.
@@ -61,10 +61,13 @@ def main() -> None:
     parser.add_argument("folder", help="where the table goes")
     parser.add_argument("--machine", choices=MACHINES, action="append", help="only these")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only these")
+    parser.add_argument("--dtype", action="append", help="only these")
+    parser.add_argument("--dim", type=int, action="append", help="only these")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for machine in options.machine or MACHINES:
-        cases = [Case(machine, kind, *heads) for kind, heads in product(options.kind or KINDS, HEADS)]
+        wanted = [(dim, of) for dim, of in HEADS if dim in (options.dim or [dim]) and of in (options.dtype or [of])]
+        cases = [Case(machine, kind, *heads) for kind, heads in product(options.kind or KINDS, wanted)]
         rows += tried(cases)
         rows += tried([Case(machine, "forward", 128, "bfloat16")], [SPILLING])
         print(markdown(rows), flush=True)

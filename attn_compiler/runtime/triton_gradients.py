@@ -147,7 +147,7 @@ def _attempt(
 def _means(pair: Pair, shape: Shape, given: Given) -> Tensor:
     """What queries that see no key add to every row of v."""
     unseeing = given.kept[0] == float("-inf")
-    mine = torch.zeros(shape.heads, dtype=torch.bool, device=unseeing.device)
-    mine[list(pair.members)] = True
+    members = pair.by_query.visits[0]  # on the device already: a list of numbers would have the host wait
+    mine = torch.zeros(shape.heads, dtype=torch.bool, device=unseeing.device).index_fill_(0, members.long(), True)
     above = torch.where((unseeing & mine[:, None])[..., None], given.above.float(), 0.0).sum(2, keepdim=True)
     return above.reshape(shape.batch, shape.kv_heads, -1, 1, shape.value_dim).sum(2) / shape.k_len

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import triton_gradients, triton_kernels, tuning
+from attn_compiler.runtime import triton_gradients
 from attn_compiler.runtime.attend import Target, attend
 from attn_compiler.runtime.reading import read_variant
-from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import Case, assert_case, random_case
 from attn_compiler.testing.budget import assert_within_budget
 
 pytest.importorskip("triton")
 
 WANTED = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = Blocks(16, 16)  # so that short sequences have many tiles
 
 
 def carried(case: Case, dtype: torch.dtype) -> bool:
@@ -30,16 +26,6 @@ def carried(case: Case, dtype: torch.dtype) -> bool:
     except ShapeError:
         return False
     return True
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tuning, "INTERPRETED", SMALL)
-    for cached in (triton_kernels.launches, triton_gradients._pairs):
-        cached.cache_clear()
-    yield
-    for cached in (triton_kernels.launches, triton_gradients._pairs):
-        cached.cache_clear()
 
 
 @pytest.fixture(params=["small tiles", "usual tiles"])

@@ -1,0 +1,95 @@
+"""The way to a launch: nothing on it has the host wait for the device, once a call of the same shape has been made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels
+from attn_compiler.runtime.gradients import Given
+from attn_compiler.runtime.kernel_source import shape_of
+from attn_compiler.runtime.kernels import Shape
+
+pytest.importorskip("triton")
+
+WAITS = ("_local_scalar_dense", "equal", "index", "index_put_", "lift_fresh", "nonzero")  # read by the host, or copied from it
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does is no part of the way to it."""
+    for module in (triton_kernels, triton_gradients, triton_decode):
+        monkeypatch.setattr(module, "call", lambda *_: None)
+
+
+def shape(variant: object, q_len: int) -> Shape:
+    return shape_of(variant, q_len=q_len, k_len=64, heads=4, kv_heads=2, head_dim=16, target="triton")  # type: ignore[arg-type]
+
+
+def operands(q_len: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.randn(1, 4, q_len, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16), torch.empty(1, 4, q_len, 16)
+
+
+def forward(variant: object) -> None:
+    triton_kernels.run(shape(variant, 64), *operands(64), torch.empty(1, 4, 64), [], for_gradients=False)
+
+
+def backward(variant: object) -> None:
+    q, k, v, out = operands(64)
+    given = Given(q, k, v, [], out, torch.zeros(2, 1, 4, 64), out)
+    triton_gradients.gradients(shape(variant, 64), given, [])
+
+
+def decode(variant: object) -> None:
+    launches = triton_decode.launches(shape(variant, 1))
+    triton_decode.run(launches, *operands(1), None, [], (0, 1), (63, 0))
+
+
+CALLS: Mapping[str, Callable[[object], None]] = {"forward": forward, "backward": backward, "decode": decode}
+VARIANTS: Mapping[str, object] = {
+    "window": "causal & window(9)",
+    "mean": {"mask": "causal & keys('1::5')", "empty_rows": "mean"},
+    "by head": {"mask": "causal", "empty_rows": "mean", "heads": {"0::2": {"mask": "causal & window(9)"}}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_host_waits_for_nothing(name: str, variant: str) -> None:
+    CALLS[name](VARIANTS[variant])
+    with Seen() as seen:
+        CALLS[name](VARIANTS[variant])
+    assert not seen.names & set(WAITS)
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.add_(torch.tensor([1.0]))])
+def test_what_would_wait_is_seen(wait: Callable[[Tensor], object]) -> None:
+    with Seen() as seen:
+        wait(torch.ones(3))
+    assert seen.names & set(WAITS)
+
+
+def test_a_second_call_of_a_shape_puts_nothing_new_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in CALLS.values():
+        run(VARIANTS["by head"])
+    for module in (triton_kernels, triton_gradients, triton_decode):
+        monkeypatch.setattr(module, "on_device", lambda *_: pytest.fail("copied again"))
+    for run in CALLS.values():
+        run(VARIANTS["by head"])
