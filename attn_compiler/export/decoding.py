@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
 from attn_compiler.export.prepared import Inputs, Prepared
@@ -25,14 +26,17 @@ _SHARED = "its cache, or how long that is, is read elsewhere too"
 _TRIALS = ((2, 300, 0), (1, 1, 2048), (2, 5, 40))  # rows, new tokens and those before them: a prompt, a token, a piece of text
 
 
-def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor]) -> Prepared:
+Hold = Callable[[Variant, int], Kept | None]  # what must be kept for a variant of so many heads; None for everything
+
+
+def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept) -> Prepared:
     """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
     program = traced(step.module, step.args, {}, step.dynamic_shapes)
     result = rewritten(program, policy, given, partial(_at_any_length, policy))
     needs = {
         name: need
         for name, decision in zip(result.names, result.plan.decisions, strict=True)
-        if decision.target and (need := kept(decision.variant, decision.site.heads)) is not None
+        if decision.target and (need := hold(decision.variant, decision.site.heads)) is not None
     }
     before = results(program)
     folded = fold(program.graph, needs)
@@ -46,7 +50,7 @@ def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor]) -> Pre
         replace(result, module=module_of(program), plan=plan),
         lambda: list(_runs(step, held)),
         partial(_named, step=step, held=held),
-        {name: str(held.get(name, "every token")) for name in step.inputs if name.endswith(".key")},
+        caches={name: str(held.get(name, "every token")) for name in step.inputs if name.endswith(".key")},
     )
 
 

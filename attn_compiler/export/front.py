@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_compiler import library
-from attn_compiler.errors import ExportError, MissingPackageError
+from attn_compiler.errors import ExportError, MissingPackageError, did_you_mean
 from attn_compiler.export.prepared import Prepared
 from attn_compiler.export.program import rewritten, traced
 from attn_compiler.export.report import ExportReport
@@ -20,6 +21,7 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
 from attn_compiler.targets.onnx.choice import check_strategy
 
+_FLAVORS = ("plain", "genai")
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -46,9 +48,9 @@ def export_onnx(
 
     With `decode`, the model is one of transformers that generates text, and its caches are inputs and outputs: one file reads
     prompts and single tokens (`attn_compiler.export.Decoder`), and a layer remembers what the policy lets later tokens see.
+    `flavor="genai"` writes `genai_config.json` beside it, for onnxruntime-genai: the same, but each cache holds the whole text.
     """
-    if flavor != "plain":
-        raise ExportError("names for onnxruntime-genai are not written yet: leave out `flavor`")
+    _check_flavor(flavor, decode)
     if decode and dynamic_shapes is not None:
         raise ExportError("a file that decodes takes any number of rows and tokens: leave out `dynamic_shapes`")
     check_strategy(strategy)
@@ -58,7 +60,8 @@ def export_onnx(
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     with torch.no_grad():
         if decode:
-            prepared = _stepwise(model, args, kwargs or {}, read, dict(tables or {}))
+            write_step = {"plain": _stepwise, "genai": _for_genai}[flavor]
+            prepared = write_step(model, args, kwargs or {}, read, dict(tables or {}), Path(path))
         else:
             program = traced(model, args, kwargs or {}, dynamic_shapes)
             result = rewritten(program, read, dict(tables or {}))
@@ -66,13 +69,35 @@ def export_onnx(
         return _written(prepared, read, Path(path), strategy)
 
 
+def _check_flavor(flavor: str, decode: bool) -> None:
+    """Raise where names are asked for that nobody reads."""
+    if flavor not in _FLAVORS:
+        raise ExportError(f'there is no flavor "{flavor}"{did_you_mean(flavor, _FLAVORS)}; there are {" and ".join(_FLAVORS)}')
+    if flavor == "genai" and not decode:
+        raise ExportError('onnxruntime-genai generates text: `flavor="genai"` needs `decode=True`')
+
+
 def _stepwise(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor], path: Path
 ) -> Prepared:
     from attn_compiler.export.decoding import decoding
     from attn_compiler.export.stepwise import stepwise
 
     return decoding(stepwise(model, args, kwargs), policy, tables)
+
+
+def _for_genai(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor], path: Path
+) -> Prepared:
+    """onnxruntime-genai makes room for logits of all tokens and, in each layer, for keys of the whole text."""
+    from attn_compiler.export.decoding import decoding
+    from attn_compiler.export.genai import NAME, genai_config
+    from attn_compiler.export.stepwise import stepwise
+
+    step = stepwise(model, args, kwargs, logits=0)
+    return replace(
+        decoding(step, policy, tables, hold=lambda variant, heads: None), beside={NAME: genai_config(model, step, path)}
+    )
 
 
 def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str) -> ExportReport:
@@ -83,7 +108,7 @@ def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str) -> E
     result = prepared.rewritten
     made = translated(result, strategy)
     prepared.finish(made.model)
-    checks, size = write(made.model, path, lambda at: check(at, result.module, prepared.runs()))
+    checks, size = write(made.model, path, lambda at: check(at, result.module, prepared.runs()), prepared.beside)
     return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches)
 
 

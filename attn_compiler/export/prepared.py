@@ -18,4 +18,5 @@ class Prepared:
     rewritten: Rewritten
     runs: Callable[[], Sequence[Inputs]]  # what the file is compared with its program on
     finish: Callable[[Any], None] = lambda model: None  # gives the inputs and outputs of the ONNX model other names
+    beside: Mapping[str, str] = field(default_factory=dict)  # texts that stand beside the file, by their names
     caches: Mapping[str, str] = field(default_factory=dict)  # what each holds, in words

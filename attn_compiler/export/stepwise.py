@@ -30,8 +30,11 @@ class Stepwise:
     positions: int  # how many tokens a text may have
 
 
-def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Stepwise:
-    """Let the cache of a model be inputs and outputs: those of each layer are called as onnxruntime's own examples do."""
+def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], logits: int = 1) -> Stepwise:
+    """Let the cache of a model be inputs and outputs: those of each layer are called as onnxruntime's own examples do.
+
+    Of so many of the last tokens there are logits; 0 are all.
+    """
     ids = _tokens(model, args, kwargs)
     config: Any = model.config
     rows, length = max(2, ids.shape[0]), max(2, ids.shape[1])
@@ -40,7 +43,7 @@ def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     batch, new, before = map(torch.export.Dim, ("batch", "tokens", "past"))
     sides = [(layer, side) for layer in range(len(past) // 2) for side in ("key", "value")]
     return Stepwise(
-        _Stepwise(model),
+        _Stepwise(model, logits),
         (*tokens, *past),
         ({0: batch, 1: new}, {0: batch, 1: new}, tuple({0: batch, 2: before} for _ in past)),
         (*BEFORE, *(f"past_key_values.{layer}.{side}" for layer, side in sides)),
@@ -51,17 +54,18 @@ def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 class _Stepwise(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, logits: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.logits = model, logits
         self.training = model.training
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """The logits of the last token, and the keys and values of all tokens of each layer."""
+        """The logits of the last tokens, and the keys and values of all tokens of each layer."""
         for x in past:  # torch.export takes each length for one of its own
             private.require(x.shape[2] == past[0].shape[2])
         cache = _cache(past)
-        out = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        more = {"past_key_values": cache, "use_cache": True, "logits_to_keep": self.logits}
+        out = self.model(input_ids=input_ids, position_ids=position_ids, **more)
         return (out.logits, *_held(cache))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attn_compiler.algebra.variant import EmptyRows, Variant
@@ -45,13 +45,20 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     static = isinstance(spec.q_len, int) and isinstance(spec.k_len, int)
     if any(_bounded(spec, variant) for _, variant in groups):
         cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
-        costs |= {"scan": cost} if static or wanted != "auto" else {"either": 0.0}
+        one = static or wanted != "auto" or _few_among_many(spec, [variant for _, variant in groups])
+        costs |= {"scan": cost if static or wanted != "auto" else 0.0} if one else {"either": 0.0}
     if static and wanted in ("auto", "listed") and not all(_needs_all(spec, variant) for _, variant in groups):
         found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
         costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
     if wanted != "auto":
         return wanted if wanted in (*costs, "either") else "dense"
     return min(costs, key=costs.__getitem__)
+
+
+def _few_among_many(spec: Spec, variants: Sequence[Variant]) -> bool:
+    """Whether queries may be few and see few keys of many: those of a cache that holds every token."""
+    open_ended = any(math.isinf(sides(spec.in_positions(variant.mask)).farthest) for variant in variants)
+    return spec.q_len != spec.k_len and spec.call.held is None and not open_ended
 
 
 def _needs_all(spec: Spec, variant: Variant) -> bool:
