@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,14 +20,19 @@ from attn_compiler.export.report import Checked
 from attn_compiler.runtime.exported import attend_eagerly, attend_with_cache
 from attn_compiler.testing.budget import error_of, largest, over_budget
 
+FAILURES = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+
 
 def check(path: Path, module: fx.GraphModule, runs: Sequence[Inputs]) -> tuple[Checked, ...]:
     """Check the file with onnx's own checker, and compare what it computes with the rewritten program."""
     onnx.checker.check_model(path)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return tuple(_compared(session, inputs, module) for inputs in runs)
+    options.log_severity_level = 4  # what fails is raised
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return tuple(_compared(session, inputs, module) for inputs in runs)
+    except FAILURES as failure:
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot run what the model became: {failure}") from failure
 
 
 def _compared(session: onnxruntime.InferenceSession, inputs: Inputs, module: fx.GraphModule) -> Checked:

@@ -31,6 +31,9 @@ def write(
         result = check(unfinished)
         parts = sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name)  # the model last
         size = sum(part.stat().st_size for part in parts)
+        outside = path.with_name(f"{path.name}.data")
+        if path.exists() and not (Path(folder) / outside.name).exists():
+            outside.unlink(missing_ok=True)  # of the file that is written over
         for part in parts:
             part.replace(path.parent / part.name)
     return result, size

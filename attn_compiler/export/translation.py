@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from attn_compiler import torch_private as private
 from attn_compiler.algebra import wire
+from attn_compiler.errors import ExportError
 from attn_compiler.export.constants import known_value
 from attn_compiler.export.program import Rewritten, renamed, results
 from attn_compiler.graph.rewrite import splice
@@ -42,7 +43,11 @@ def translated(rewritten: Rewritten, wanted: str) -> Translated:
     """The model, with a labelled local function for each attention that was rewritten."""
     contents = dict(_contents(rewritten.program))
     specs = dict(_called(rewritten.program))
-    exported = torch.onnx.export(rewritten.program, (), dynamo=True, opset_version=OPSET, verbose=False)
+    try:
+        exported = torch.onnx.export(rewritten.program, (), dynamo=True, opset_version=OPSET, verbose=False)
+    except torch.onnx.OnnxExporterError as failure:
+        reason = str(failure.__cause__ or failure).strip().splitlines()[0]
+        raise ExportError(f"PyTorch's exporter cannot write the model as ONNX: {reason}") from failure
     assert exported is not None
     model: ir.Model = exported.model
     strategies = {}

@@ -152,6 +152,35 @@ def test_large_weights_stand_beside_the_file(tmp_path: Path, monkeypatch: pytest
     assert run(path, input=x)[0].shape == x.shape
 
 
+def test_weights_of_a_file_that_is_written_over_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).eval(), tmp_path / "one.onnx"
+    (tmp_path / "other.onnx.data").write_text("mine")
+    with monkeypatch.context() as changed:
+        changed.setattr(files, "LARGEST", 0)
+        attn.export_onnx(model, (torch.randn(2, 8),), path)
+    attn.export_onnx(model, (torch.randn(2, 8),), path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["one.onnx", "other.onnx.data"]
+
+
+def test_what_onnxruntime_cannot_run_is_one_message(tmp_path: Path) -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16).eval()
+    with pytest.raises(ExportError, match=r"onnxruntime .* cannot run what the model became: .*NOT_IMPLEMENTED"):
+        attn.export_onnx(model, (torch.randn(2, 8, dtype=torch.bfloat16),), tmp_path / "half.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_translation_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"PyTorch's exporter cannot write .*special_airy_ai"):
+        attn.export_onnx(Airy().eval(), (torch.randn(2, 8),), tmp_path / "airy.onnx")
+
+
+class Airy(nn.Module):
+    """Something that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.airy_ai(x)
+
+
 def test_weights_that_are_quantized_later_leave_attention_alone(exported: Path, windowed: nn.Module, tmp_path: Path) -> None:
     quantize_dynamic(exported, tmp_path / "int8.onnx")
     names = [[one.name for one in onnx.load(path).functions] for path in (exported, tmp_path / "int8.onnx")]
