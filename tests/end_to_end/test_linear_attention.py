@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attn_compiler as attn
-from end_to_end.by_hand import ByHand, all_became, check, check_training, everywhere, with_weights
-from end_to_end.models import like_llama, llama, near, tokens
+from attn_compiler.testing import assert_within_budget
+from end_to_end.by_hand import ByHand, all_became, by_hand, check, check_training, everywhere, with_weights
+from end_to_end.models import double, like_llama, llama, near, tokens
 
 pytestmark = pytest.mark.usefixtures("quick")
 LAYERS = ["layers.0.self_attn", "layers.1.self_attn"]
@@ -130,3 +131,13 @@ def test_a_long_llama_with_linear_attention_runs_on_a_kernel_of_its_own() -> Non
     assert [(site["target"], site["form"]) for site in sites] == [
         ("cpp", "a generated kernel, whose state stays in the cache")
     ] * 2
+
+
+def test_lengths_may_change_from_call_to_call() -> None:
+    model = with_weights(llama(max_position_embeddings=512))
+    compiled = torch.compile(model, backend="attn", dynamic=True, options={"policy": policy(feature="elu_one")})
+    with torch.no_grad():
+        for length in (40, 200):
+            run = like_llama(tokens(2, length))
+            exact, plain = (by_hand(run, ALL, Elu)(one) for one in (double(model), model))
+            assert_within_budget(run(compiled), exact, plain)
