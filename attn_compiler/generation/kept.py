@@ -59,7 +59,7 @@ def kept(variant: Variant, heads: int) -> Kept | None:
 
     Left out, they move the first keys nearer: nothing but the mask may tell, and the mask must say the same of them there.
     """
-    parts = [part for _, part in head_groups(variant, heads)]
+    parts = [part for _, of_group in head_groups(variant, heads) for part in of_group.parts()]
     within = [reach(part.mask) for part in parts]
     known = [x for x in within if x is not None]
     if len(known) < len(within):
@@ -69,7 +69,8 @@ def kept(variant: Variant, heads: int) -> Kept | None:
 
 
 def _bears(part: Variant, held: Kept) -> bool:
-    scores = (part.scale, part.score, part.normalizer.weight, part.normalizer.output)
+    mixed = () if part.mix is None else part.mix.weights
+    scores = (part.scale, part.score, part.normalizer.weight, part.normalizer.output, *mixed)
     if held.first > MOST_PINNED or any(node.mentions(q, k) and held.first for node in scores):
         return False
     if any(node.mentions(k_len) for node in (part.mask, *scores)):

@@ -15,6 +15,7 @@ from attn_compiler.generation.kept import Kept, kept, together
 from attn_compiler.runtime.reading import read_variant
 
 ALIBI = "score + alibi()"
+NEAR, FAR = {"mask": "causal & window(3)"}, {"mask": "causal & window(6)", "feature": "elu_one"}
 
 
 def read(variant: str | Mapping[str, object]) -> Variant:
@@ -36,6 +37,13 @@ def read(variant: str | Mapping[str, object]) -> Variant:
         ({"mask": "causal & (window(6) | sinks(2))", "score": ALIBI}, None),
         ({"mask": "causal & window(6)", "scale": "log(k_len)"}, None),
         ({"heads": {"0:2": {"mask": "causal & window(3)"}, "rest": {"mask": "causal & window(6)"}}}, Kept(0, 5)),
+        (FAR, Kept(0, 5)),
+        (FAR | {"state": "decay(0.5)"}, Kept(0, 5)),
+        (FAR | {"state": "gate(scalar)"}, None),
+        ({"mix": {"how": "sum", "branches": {"near": NEAR, "far": FAR}}}, Kept(0, 5)),
+        ({"mix": {"how": "sum", "branches": {"near": NEAR, "far": FAR | {"score": "score * k"}}}}, None),
+        ({"mix": {"how": "sum", "branches": {"near": NEAR, "far": FAR}, "weights": {"far": "1 / (q + 1)"}}}, None),
+        ({"mix": {"how": "lse", "branches": {"near": NEAR, "far": {"mask": "causal & ~window(3)"}}}}, None),
         ({"heads": {"0:2": "exact", "rest": {"mask": "causal & window(6)"}}}, None),
     ],
     ids=str,
