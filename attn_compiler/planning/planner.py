@@ -24,6 +24,8 @@ class Carried:
 
     form: str
     gains: bool
+    instead: Variant | None = None  # what runs, where part of what was asked for would not pay
+    because: str = ""
 
 
 class Target(Protocol):
@@ -64,7 +66,11 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
         carried = target.carry(site, variant)
         if isinstance(carried, Refusal):
             refusals.append(carried)
-        elif carried.gains or not exact:
+            continue
+        if carried.instead is not None:
+            refusals.append(Refusal(target.name, carried.because))
+            variant, exact = carried.instead, is_same(carried.instead, site.computes, site)
+        if carried.gains or not exact:
             return Decision(site, asked.rule, variant, exact, target.name, carried.form, tuple(refusals))
     if exact:
         return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import Variant, passed_over
+from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
@@ -25,6 +29,7 @@ from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result
 
+CARRIED = ("storage",)
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 FEW = 32  # queries up to which a call is so short that its cost counts
@@ -57,6 +62,10 @@ class CppTarget:
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if states.suits(site, variant) and not _machine(site.device, site.dtype):
             return Carried("a generated kernel, whose state stays in the cache", gains=True)
+        lost = pays_not(site, variant)
+        plain = self.carry(site, with_cache_only(variant)) if lost else None
+        if isinstance(plain, Carried):
+            return replace(plain, instead=with_cache_only(variant), because=lost)
         training = site.phase is Phase.TRAIN
         reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
         if training and site.q_hint < LEAST_TRAINED:
@@ -64,9 +73,44 @@ class CppTarget:
         elif not reason and site.q_hint < FEW and _few_gain(site.dtype, *_short(site)) < WORTH:
             reason = f"for {site.q_hint} queries and {_keys(site)} keys scaled_dot_product_attention is as fast on this machine"
         form = form_of(site, variant)
-        if not reason and site.q_hint >= FEW and form in FUSED_WHOLE and _dense_gain(site.dtype, form, training) < WORTH:
+        dense = site.q_hint >= FEW and with_cache_only(variant) == variant
+        if not reason and dense and form in FUSED_WHOLE and _dense_gain(site.dtype, form, training) < WORTH:
             reason = f"{form} is as fast on this machine"
         return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
+
+
+def with_cache_only(variant: Variant) -> Variant:
+    """The variant whose products are those of operands as they come."""
+    groups = tuple((heads, with_cache_only(group)) for heads, group in variant.groups)
+    return replace(variant, storage=replace(variant.storage, qk=None, pv=None), groups=groups)
+
+
+def pays_not(site: Site, variant: Variant) -> str:
+    """Why products of codes would not pay at a site; nothing where they do, or where nobody asks for them."""
+    held = [part.storage for part in variant.parts() if with_cache_only(part) != part]
+    if not held or _machine(site.device, site.dtype) or objection(variant, (True, True), {}):
+        return ""
+    if site.q_hint < FEW:
+        return f"for {site.q_hint} queries it costs more to encode the keys than products of codes save"
+    seen = visits(site, variant).density * site.k_hint
+    keys = 4 ** max(2, min(5, round(math.log(max(seen, 1), 4))))
+    gain = min(_coded_gain(site.dtype, storage, keys) for storage in held)
+    return "" if gain >= WORTH else f"where a query sees about {seen:.0f} keys, products of codes are no faster on this machine"
+
+
+@cache
+def _coded_gain(dtype: str, storage: Storage, keys: int) -> float:
+    """How many times faster a kernel of codes is than the plain one, where a query sees so many keys."""
+    drawn = torch.randn(3, 1, 2, 1024, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    operands = Operands(drawn[0], drawn[1], drawn[2], {}, 0, 0, (0, 1), 2, 2, 0, 1)
+    plain = Variant(mask=(e.k <= e.q) & (e.q - e.k < keys))
+    said = ", ".join(f"{operand} in {how}" for operand, how in storage.held())
+    with torch.no_grad():
+        return faster(
+            f"{dtype}, {said}, windows of {keys}",
+            lambda: attend_generated(operands, plain, "cpp"),
+            lambda: attend_generated(operands, replace(plain, storage=storage), "cpp"),
+        )
 
 
 def _keys(site: Site) -> int:
@@ -135,4 +179,4 @@ def _objection(
     q_counted, k_counted = counted
     placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
     reasons = (refuse(part, dict(stored)) or (gradient.refuse(part) if differentiated else None) for part in placed)
-    return passed_over(variant) or next(filter(None, reasons), None)
+    return passed_over(variant, CARRIED) or next(filter(None, reasons), None)

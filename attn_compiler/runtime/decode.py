@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import kernels
 from attn_compiler.runtime.compiler import load
@@ -34,7 +35,8 @@ def launches(shape: Shape) -> tuple[Launch, ...]:
 
 def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
     """The sources of a call's kernels, whatever its length, and the heads that each is for."""
-    if shape.q_len > MOST_QUERIES or any(part.dropout for part in shape.variant.parts()):
+    parts = shape.variant.parts()
+    if shape.q_len > MOST_QUERIES or any(part.dropout or part.storage != PLAIN for part in parts):
         return kernels.sources(shape)
     return tuple((members, decoding(spec_at(shape, variant))) for members, variant in head_groups(shape.variant, shape.heads))
 

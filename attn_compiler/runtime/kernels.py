@@ -16,13 +16,17 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.storage import PLAIN, Storage
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs
 from attn_compiler.planning.schedule import visits
 from attn_compiler.planning.table_values import TableValues
+from attn_compiler.runtime.coding import coded
 from attn_compiler.runtime.compiler import load, why_not
 from attn_compiler.runtime.machine import pairs_are_faster
+from attn_compiler.targets.cpp.coded import is_bfloat16
+from attn_compiler.targets.cpp.coded import tables as tables_of_codes
 from attn_compiler.targets.cpp.source import source
 from attn_compiler.targets.cpp.spec import (
     FIRST_KEY,
@@ -121,6 +125,7 @@ class Launch:
     numbers: tuple[int, ...]  # the places of its tables among those of the call
     words: tuple[int, ...]
     parallel: int
+    storage: Storage = PLAIN
 
 
 @lru_cache(maxsize=128)
@@ -136,7 +141,8 @@ def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 
 def _forward(shape: Shape, variant: Variant) -> Spec:
-    return spec_at(shape, variant, pairs=by_pairs(shape.dtype))
+    pv = variant.storage.pv
+    return spec_at(shape, variant, pairs=by_pairs("bfloat16" if pv and is_bfloat16(pv) else shape.dtype))
 
 
 def spec_at(shape: Shape, variant: Variant, *, pairs: bool = False) -> Spec:
@@ -154,11 +160,12 @@ def launch(
     library.lanes.restype = _word
     lanes = int(library.lanes())
     visited = _visits(shape, members, mask, spec.variant.mask, lanes, by_key=by_key)
-    numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
+    names = (*shape.names, *tables_of_codes(spec.variant))
+    numbers = tuple(names.index(name) for name, _ in spec.tables)
     work = visited.pairs * lanes * shape.batch * len(members) * (shape.dim + shape.value_dim)
     run = library[entry]
     run.argtypes = [_pointer]
-    return Launch(run, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS))
+    return Launch(run, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS), spec.variant.storage)
 
 
 def by_pairs(dtype: str) -> bool:
@@ -250,11 +257,14 @@ def run(
     for_gradients: bool,
 ) -> None:
     """Fill `out` and `totals`: the log-sum-exp of each query, or what gradients need of it."""
-    pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if totals is None else totals.data_ptr()]
-    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
     given = [table_words(table) for table in tables]
     for one in launches(shape):
-        of_tables = [x for n in one.numbers for x in given[n]]
+        held = coded(q, k, v, one.storage)
+        read = [*given, *(table_words(table) for _, table in held.tables)]
+        of_tables = [x for n in one.numbers for x in read[n]]
+        operands = (held.q, held.k, held.v, out)
+        pointers = [0 if x is None else x.data_ptr() for x in (*operands, held.value_scale, totals)]
+        strides = [stride for x in operands for stride in x.stride()[:3]]
         call(one, [*pointers, int(for_gradients), *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
 
 

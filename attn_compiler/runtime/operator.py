@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import wire
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import decode, gradients, kernels, states, triton_decode, triton_gradients, triton_kernels
@@ -94,8 +95,9 @@ def _attend(
         return out, sums
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
-    _, names, _, _, target = _read(what)
-    if q_len <= MOST_QUERIES and kept != FOR_GRADIENTS and SEED not in names and target in _DECODE:
+    variant, names, _, _, target = _read(what)
+    few = q_len <= MOST_QUERIES and not any(part.storage != PLAIN for part in variant.parts())
+    if few and kept != FOR_GRADIENTS and SEED not in names and target in _DECODE:
         sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
         _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)

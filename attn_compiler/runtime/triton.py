@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
@@ -30,7 +30,7 @@ class TritonTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        reason = where or objection(variant, counted, stored, operands.differentiated)
+        reason = where or passed_over(variant) or objection(variant, counted, stored, operands.differentiated)
         return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
@@ -40,7 +40,7 @@ class TritonTarget:
         training = site.phase is Phase.TRAIN
         dim = max(site.head_dim, site.value_dim)
         reason = _machine(site.device, site.dtype, dim)
-        reason = reason or objection(variant, (True, True), {}, training)
+        reason = reason or passed_over(variant) or objection(variant, (True, True), {}, training)
         if site.device != "cuda":
             reason = f"its kernels are for GPUs; found {site.device}"
         return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.storage import Held, Numbers, Scaling, Shared, Storage
+from attn_compiler.algebra.storage import PLAIN, Held, Numbers, Scaling, Shared, Storage
 from attn_compiler.targets.operands import Operands
 
 LEAST = 2.0**-100  # groups of smaller numbers are scaled as if they held this one: its reciprocal is still a float
@@ -18,7 +18,10 @@ _CHANNELS, _TOKENS = -1, -2  # the axes that products sum over
 
 def held(operands: Operands, storage: Storage) -> Operands:
     """The operands as they come back from their storage, in float32 at least. Gradients pass as if nothing was rounded."""
-    q, k, v = operands.q, operands.k, operands.v
+    if storage == PLAIN:
+        return operands
+    real = torch.promote_types(operands.q.dtype, torch.float32)
+    q, k, v = (x.to(real) for x in (operands.q, operands.k, operands.v))
     if storage.kv_cache:
         k, v = (held_tensor(x, storage.kv_cache) for x in (k, v))
     if storage.qk:
@@ -85,7 +88,9 @@ def _scaled(x: Tensor, numbers: Numbers, per: Shared | None, along: int) -> Tens
         return nearest(x, numbers)
     largest = _largest(x, per, numbers.block, along).clamp_min(LEAST)
     if numbers.scaling is Scaling.REAL:
-        return nearest(x * (numbers.largest / largest), numbers) * (largest / numbers.largest)
+        # A number divided by a tensor would be times its reciprocal, which rounds twice.
+        inverse = torch.full_like(largest, numbers.largest) / largest
+        return nearest(x * inverse, numbers) * (largest / numbers.largest)
     if numbers.scaling is Scaling.POWER:
         # The exponent of the largest number, by its bits; the type's largest has one of its own.
         exponent = (largest.view(torch.int32) >> 23) - math.frexp(numbers.largest)[1] + 1

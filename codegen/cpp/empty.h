@@ -1,7 +1,7 @@
 // What a query gets that sees no key; those that then attend to all keys do not come here, unless there are none.
 
 template <class Call> INLINE void mean_of_values(const Call& call, const Task& task, float* mean) {
-  const Stored* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
+  const auto* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
   const int64_t k_len = call.context.k_len;
   double sum[VALUE_DIM] = {};
   for (int64_t j = 0; j < k_len; j++)

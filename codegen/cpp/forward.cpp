@@ -1,15 +1,20 @@
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
-  const Stored *q, *k, *v;
-  Stored* out;
-  float* totals;      // what is kept of each query, or null
-  int64_t gradients;  // whether that is what gradients need
+  const Stored *q, *k;
+  const Value* v;
+  Output* out;
+  const float* value_scale;  // of each channel, [batch, kv heads, channels], or null
+  float* totals;             // what is kept of each query, or null
+  int64_t gradients;         // whether that is what gradients need
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
-  int64_t parallel;  // whether there is work for threads
+  int64_t parallel;          // whether there is work for threads
   Visits visits;
   Context context;
 
-  Stored* out_row(const Task& task, int64_t i) const {
+  Output* out_row(const Task& task, int64_t i) const {
     return out + task.b * out_stride[0] + task.h * out_stride[1] + i * out_stride[2];
+  }
+  const float* scale_of(const Task& task) const {
+    return value_scale ? value_scale + (task.b * context.kv_heads + task.kv) * VALUE_DIM : nullptr;
   }
   // The log-sum-exp; or, for gradients, the peak (-∞ if no key is seen) and, behind the peaks of all queries, the mass.
   void keep(const Task& task, int64_t i, float total, float peak, float mass) const {
@@ -39,9 +44,10 @@ struct alignas(64) Work {
   vi sees[VECTORS];
   Lanes queries;
   Rows keys[VECTORS][VECTORS + 1];  // collected for the vectors from … to
-  const Stored* values[VECTORS][VECTORS + 1][CHUNK];
-  std::conditional_t<PAIRED, PairedAlong<DIM>, Data<DIM>> k;
-  std::conditional_t<PAIRED, PairedAcross<VALUE_DIM>, Data<VALUE_DIM>> v;
+  const Value* values[VECTORS][VECTORS + 1][CHUNK];
+  vi start[VECTORS];  // of sums of whole numbers
+  Along<DIM> k;
+  Across<VALUE_DIM> v;
 };
 
 // The keys that have been collected for some vectors of queries meet these.
@@ -51,7 +57,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   prepare(task, keys);
   work.k.take(keys.data, count);
   work.v.take(work.values[FROM][TO], count);
-  products<FROM, TO>(work.k.row, count, DIM / STEP, work.q, work.scores);
+  products<FROM, TO>(work.k.row, count, DIM / STEP, work.q, work.scores, work.start);
 
   vf peak[VECTORS], keep[VECTORS], mass[VECTORS] = {};
   UNROLLED for (int n = FROM; n < TO; n++) peak[n] = work.peak[n], keep[n] = splat<vf>(1.0f);
@@ -85,7 +91,8 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
     }
   }
   UNROLLED for (int n = FROM; n < TO; n++) work.mass[n] = work.mass[n] * keep[n] + mass[n];
-  accumulate<VALUE_DIM, FROM, TO>(work.v.row, pair_up<FROM, TO>(work.scores, count), work.scores, work.out, keep);
+  const int steps = VALUE_STEP == 4 ? quad_up<FROM, TO>(work.scores, count) : pair_up<FROM, TO>(work.scores, count);
+  accumulate<VALUE_DIM, FROM, TO>(work.v.row, steps, work.scores, work.out, keep);
   keys.count = 0;
 }
 
@@ -114,9 +121,13 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
       continue;
     }
     places.wanted[m] = false;
-    Stored* row = call.out_row(task, places.of[m]);
-    const float f = factor[m / LANES][m % LANES];
-    for (int d = 0; d < VALUE_DIM; d += LANES) store(row + d, row_of(work.out, m, d) * f, VALUE_DIM - d);
+    Output* row = call.out_row(task, places.of[m]);
+    const float *scale = call.scale_of(task), f = factor[m / LANES][m % LANES] / (VALUE_STEP == 4 ? MOST_WEIGHT : 1.0f);
+    for (int d = 0; d < VALUE_DIM; d += LANES) {
+      vf x = row_of(work.out, m, d) * f;
+      if (scale) x *= part<VALUE_DIM>(scale, d / LANES);
+      store(row + d, x, VALUE_DIM - d);
+    }
     const vf peak = PEAK ? work.peak[m / LANES] : vf{};
     call.keep(task, places.of[m], total[m / LANES][m % LANES], peak[m % LANES], work.mass[m / LANES][m % LANES]);
   }
@@ -127,10 +138,12 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
 INLINE void fill(const Call& call, const Task& task, const Places& places) {
   float filling[VALUE_DIM];
   fill(call, task, filling);
+  const float* scale = call.scale_of(task);
+  for (int d = 0; scale && d < VALUE_DIM; d++) filling[d] *= scale[d];
   for (int m = 0; m < places.count; m++) {
     if (!places.wanted[m]) continue;
-    Stored* row = call.out_row(task, places.of[m]);
-    for (int d = 0; d < VALUE_DIM; d++) row[d] = (Stored)filling[d];
+    Output* row = call.out_row(task, places.of[m]);
+    for (int d = 0; d < VALUE_DIM; d++) row[d] = (Output)filling[d];
     call.keep(task, places.of[m], -INFINITY, -INFINITY, 0.0f);
   }
 }
@@ -138,7 +151,7 @@ INLINE void fill(const Call& call, const Task& task, const Places& places) {
 // Let a tile of queries meet what `each` gives: calls of meet(first vector, last vector + 1, start, stop, mixed).
 template <class F> INLINE void gather(const Call& call, const Task& task, Work& work, F each) {
   const Stored* k = call.k + task.b * call.k_stride[0] + task.kv * call.k_stride[1];
-  const Stored* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
+  const Value* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
   memset(work.out, 0, sizeof(work.out));
   UNROLLED for (int n = 0; n < VECTORS; n++) work.peak[n] = splat<vf>(-INFINITY), work.mass[n] = vf{}, work.sees[n] = vi{};
   auto meet_them = [&](int from, int to) {
@@ -172,6 +185,7 @@ INLINE void attend(const Call& call, const Task& task, Work& work, int64_t membe
     work.queries.data[m] = q + places.of[m] * call.q_stride[2];
   }
   pack<DIM>(work.queries.data, work.q);
+  if (STEP == 4) sign<DIM>(work.q, work.start);
   prepare(task, work.queries);
   gather(call, task, work, [&](auto meet) { call.visits.each(task.b, member, tile, meet); });
   bool left = finish(call, task, work, places);

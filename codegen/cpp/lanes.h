@@ -5,18 +5,24 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #include <immintrin.h>
 #endif
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 2, ROWS = 8;  // 16 of 32 registers hold sums
+constexpr int LANES = 16, ROWS = 8;  // rows at work together: with two vectors 16 of 32 registers hold sums, with three 24
 #elif defined(__AVX__)
-constexpr int LANES = 8, VECTORS = 3, ROWS = 4;   // 12 of 16
+constexpr int LANES = 8, ROWS = 4;   // with three vectors 12 of 16
 #else
-constexpr int LANES = 4, VECTORS = 3, ROWS = 8;   // NEON: 24 of 32
+constexpr int LANES = 4, ROWS = 8;   // NEON: 24 of 32
 #endif
-constexpr int TILE = LANES * VECTORS;  // tokens at work together
+#if defined(__AVX512VNNI__)
+constexpr bool BYTES = true;  // whether four bytes are multiplied at once
+#elif defined(__AVXVNNI__)
+constexpr bool BYTES = LANES == 8;
+#else
+constexpr bool BYTES = false;
+#endif
 
 template <int FROM, int TO> struct Vectors {  // some of the vectors of a tile
   static constexpr int from = FROM, to = TO;
@@ -176,6 +182,12 @@ struct bfloat16 {
   }
 };
 typedef _Float16 float16;
+
+// A whole number from -128 to 127, held 128 higher: without a sign.
+struct biased {
+  uint8_t bits;
+  operator float() const { return (float)bits - 128.0f; }
+};
 
 template <class T> INLINE float norm_of(const T* row, int dim) {
   float sum = 0.0f;

@@ -24,16 +24,16 @@ INLINE vf load(const float16* row) {
 }
 
 // The numbers of a row from `n` vectors on; zeros behind its end.
-template <int WIDTH> INLINE vf part(const Stored* row, int n) {
+template <int WIDTH, class T> INLINE vf part(const T* row, int n) {
   if ((n + 1) * LANES <= WIDTH) return load(row + n * LANES);
-  Stored numbers[LANES] = {};
-  memcpy(numbers, row + n * LANES, sizeof(Stored) * (WIDTH % LANES));
+  T numbers[LANES] = {};
+  memcpy(numbers, row + n * LANES, sizeof(T) * (WIDTH % LANES));
   return load(numbers);
 }
 
 // Ask for a row that will be read soon.
-template <int WIDTH> INLINE void fetch(const Stored* row) {
-  for (int d = 0; d < WIDTH; d += 64 / sizeof(Stored)) __builtin_prefetch(row + d);
+template <int WIDTH, class T> INLINE void fetch(const T* row) {
+  for (int d = 0; d < WIDTH; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
 template <class T> INLINE void store(T* row, vf x) {

@@ -1,8 +1,8 @@
 // Tiles of lanes against rows that are read where they lie: for every row, `lanes` numbers at once.
 //   products:    scores[row][lane] = sum over d of data[row][d] * packed[d][lane]      (data[row][d] is broadcast)
 //   accumulate:  sums[d][lane] += sum over rows of data[row][d] * weights[row][lane]
-// Nothing but the tokens in the lanes is ever transposed. Sums go in steps of one float, or of two bfloat16 where the machine
-// multiplies those faster.
+// Nothing but the tokens in the lanes is ever transposed. Sums go in steps of one float, of two bfloat16 where the machine
+// multiplies those faster, or of four whole numbers of a byte, whose sums are whole numbers, too.
 
 struct __attribute__((packed, aligned(2), may_alias)) Pair {
   uint32_t both;
@@ -16,12 +16,37 @@ INLINE vf fused(vf sum, Pair y, vf x) { return fused_pairs(sum, (vf)splat<vi>(y.
 INLINE vf fused_pairs(vf sum, vf, vf) { return sum; }  // has to be there, and is never called
 #endif
 
+// Four bytes of a row: of K, without a sign, beside signed ones in the lanes; of V, the other way round.
+struct __attribute__((packed, aligned(1), may_alias)) Quad {
+  uint32_t all;
+};
+struct __attribute__((packed, aligned(1), may_alias)) SignedQuad {
+  uint32_t all;
+};
+#if defined(__AVX512VNNI__)
+INLINE vi fused_bytes(vi sum, vi plain, vi with_sign) {
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)plain, (__m512i)with_sign);
+}
+#elif defined(__AVXVNNI__)
+INLINE vi fused_bytes(vi sum, vi plain, vi with_sign) {
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)plain, (__m256i)with_sign);
+}
+#else
+INLINE vi fused_bytes(vi sum, vi, vi) { return sum; }  // never called
+#endif
+INLINE vi fused(vi sum, Quad y, vf x) { return fused_bytes(sum, splat<vi>(y.all), (vi)x); }
+INLINE vi fused(vi sum, SignedQuad y, vf x) { return fused_bytes(sum, (vi)x, splat<vi>(y.all)); }
+template <class Step> constexpr bool WHOLE = std::is_same_v<Step, Quad> || std::is_same_v<Step, SignedQuad>;
+template <class Step> using Sum = std::conditional_t<WHOLE<Step>, vi, vf>;
+
 INLINE vf* at(float* rows, int row, int n) { return (vf*)(rows + row * TILE + n * LANES); }
 INLINE const vf* at(const float* rows, int row, int n) { return (const vf*)(rows + row * TILE + n * LANES); }
 
 template <int COUNT, int FROM, int TO, class Step>
-INLINE void products_of(const Step* const* data, int steps, const float* packed, float* scores) {
-  vf sum[COUNT][VECTORS] = {};
+INLINE void products_of(const Step* const* data, int steps, const float* packed, float* scores, const vi* start = nullptr) {
+  Sum<Step> sum[COUNT][VECTORS] = {};
+  if constexpr (WHOLE<Step>)
+    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = start[n];
   const Step* row[COUNT];
   UNROLLED for (int r = 0; r < COUNT; r++) row[r] = data[r];
 #pragma GCC unroll 2
@@ -33,26 +58,30 @@ INLINE void products_of(const Step* const* data, int steps, const float* packed,
       UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = fused(sum[r][n], y, x[n]);
     }
   }
-  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(scores, r, n) = sum[r][n];
+  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++)
+    *at(scores, r, n) = convert<vf>(sum[r][n]);
 }
 
-// `data` may be read up to the next multiple of ROWS.
+// `data` may be read up to the next multiple of ROWS; sums of quads begin at `start`.
 template <int FROM, int TO, class Step>
-INLINE void products(const Step* const* data, int count, int steps, const float* packed, float* scores) {
-  for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, steps, packed, scores + j * TILE);
+INLINE void products(
+    const Step* const* data, int count, int steps, const float* packed, float* scores, const vi* start = nullptr) {
+  for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, steps, packed, scores + j * TILE, start);
 }
 
 template <int COUNT, int FROM, int TO, class Step>
 INLINE void accumulate_some(const Step* const* data, int steps, int d, const float* weights, float* sums, const vf* keep) {
-  vf sum[COUNT][VECTORS];
-  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = *at(sums, d + r, n) * keep[n];
+  Sum<Step> sum[COUNT][VECTORS] = {};
+  if constexpr (!WHOLE<Step>)
+    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = *at(sums, d + r, n) * keep[n];
   for (int j = 0; j < steps; j++) {
     const Step* row = data[j] + d;
     vf w[VECTORS];
     UNROLLED for (int n = FROM; n < TO; n++) w[n] = *at(weights, j, n);
     UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = fused(sum[r][n], row[r], w[n]);
   }
-  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) *at(sums, d + r, n) = sum[r][n];
+  UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++)
+    *at(sums, d + r, n) = convert<vf>(sum[r][n]) + (WHOLE<Step> ? *at(sums, d + r, n) * keep[n] : vf{});
 }
 
 // What was there before is multiplied by `keep`.
@@ -71,10 +100,10 @@ template <class T> INLINE const float* floats(const T* stored, float* room, int 
 }
 
 // Pointers to rows as floats, with as many more as `products` may read.
-template <int WIDTH> struct Data {
+template <int WIDTH, class T = Stored> struct Data {
   const float* row[CHUNK + ROWS];
-  alignas(64) float room[CONVERTED * WIDTH];
-  INLINE_METHOD void take(const Stored* const* stored, int count) {
+  alignas(64) float room[std::is_same_v<T, float> ? 0 : CHUNK * WIDTH];
+  INLINE_METHOD void take(const T* const* stored, int count) {
     for (int j = 0; j < count; j++) row[j] = floats(stored[j], room + j * WIDTH, WIDTH);
     for (int j = count; j < count + ROWS; j++) row[j] = row[count - 1];
   }
@@ -112,7 +141,36 @@ template <int WIDTH> struct PairedBoth {
   INLINE_METHOD const Pair* const* across() const { return copied.row; }
 };
 
-// The tokens in the lanes, transposed: numbers or pairs of them.
+// In quads, too, K's rows are read where they lie, and V's are put together, from four rows.
+template <int WIDTH> struct QuadsAlong {
+  const Quad* row[CHUNK + ROWS];
+  INLINE_METHOD void take(const biased* const* stored, int count) {
+    for (int j = 0; j < count + ROWS; j++) row[j] = (const Quad*)stored[std::min(j, count - 1)];
+  }
+};
+
+template <int WIDTH> struct QuadsAcross {
+  const SignedQuad* row[CHUNK / 4 + 1];
+  alignas(64) SignedQuad room[(CHUNK / 4 + 1) * WIDTH];
+  INLINE_METHOD void take(const int8_t* const* stored, int count) {
+    static const int8_t nothing[WIDTH] = {};
+    for (int j = 0; j < count; j += 4) {
+      const uint8_t* of[4];
+      UNROLLED for (int r = 0; r < 4; r++) of[r] = (const uint8_t*)(j + r < count ? stored[j + r] : nothing);
+      SignedQuad* to = room + j / 4 * WIDTH;
+      row[j / 4] = to;
+      for (int d = 0; d < WIDTH; d++)
+        to[d].all = of[0][d] | (uint32_t)of[1][d] << 8 | (uint32_t)of[2][d] << 16 | (uint32_t)of[3][d] << 24;
+    }
+  }
+};
+
+template <int WIDTH> using Along =
+    std::conditional_t<STEP == 4, QuadsAlong<WIDTH>, std::conditional_t<STEP == 2, PairedAlong<WIDTH>, Data<WIDTH>>>;
+template <int WIDTH> using Across = std::conditional_t<
+    VALUE_STEP == 4, QuadsAcross<WIDTH>, std::conditional_t<VALUE_STEP == 2, PairedAcross<WIDTH>, Data<WIDTH, Value>>>;
+
+// The tokens in the lanes, transposed: numbers, pairs or quads of them.
 template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
   constexpr int BLOCK = LANES * STEP, WHOLE = WIDTH / BLOCK * BLOCK;
   for (int n = 0; n < VECTORS; n++)
@@ -120,7 +178,7 @@ template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed
       vf x[LANES];
       UNROLLED for (int m = 0; m < LANES; m++) {
         const Stored* row = stored[n * LANES + m] + d;
-        if constexpr (PAIRED) memcpy(&x[m], row, sizeof(vf));
+        if constexpr (STEP > 1) memcpy(&x[m], row, sizeof(vf));
         else x[m] = load(row);
       }
       transpose(x);
@@ -128,7 +186,7 @@ template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed
     }
   for (int m = 0; m < TILE; m++)
     for (int d = WHOLE; d < WIDTH; d += STEP) {
-      if constexpr (PAIRED) memcpy(packed + d / STEP * TILE + m, stored[m] + d, 4);
+      if constexpr (STEP > 1) memcpy(packed + d / STEP * TILE + m, stored[m] + d, 4);
       else packed[d * TILE + m] = (float)stored[m][d];
     }
 }
@@ -146,6 +204,19 @@ template <int WIDTH> INLINE void unpack(float* sums) {
 }
 INLINE vf row_of(const float* sums, int m, int d) { return *at(sums, d + m % LANES, m / LANES); }
 
+// Quads in the lanes get their signs. Where their sums begin: rows are without a sign, 128 too high.
+template <int WIDTH> INLINE void sign(float* packed, vi* start) {
+  for (int n = 0; n < VECTORS; n++) {
+    vi sum = {};
+    for (int d = 0; d < WIDTH / 4; d++) {
+      const vi x = (vi)*at(packed, d, n) ^ (int)0x80808080;
+      *at(packed, d, n) = (vf)x;
+      sum += (x << 24 >> 24) + (x << 16 >> 24) + (x << 8 >> 24) + (x >> 24);
+    }
+    start[n] = sum * -128;
+  }
+}
+
 // Of each lane: the product of two packed tokens.
 template <int WIDTH> INLINE vf product(const float* a, const float* b, int n) {
   vf sum = {};
@@ -158,12 +229,24 @@ template <int WIDTH> INLINE vf product(const float* a, const float* b, int n) {
 
 // Two rows of weights become one of pairs; returns how many there are.
 template <int FROM, int TO> INLINE int pair_up(float* weights, int count) {
-  if constexpr (!PAIRED) return count;
+  if constexpr (VALUE_STEP != 2) return count;
   for (int j = 0; j < count; j += 2) UNROLLED for (int n = FROM; n < TO; n++) {
     const vi low = (vi)*at(weights, j, n) + 0x8000, high = j + 1 < count ? (vi)*at(weights, j + 1, n) + 0x8000 : vi{};
     *at(weights, j / 2, n) = (vf)(((low >> 16) & 0xffff) | (high & (int)0xffff0000));
   }
   return (count + 1) / 2;
+}
+
+// Four rows of weights, none above one, become one of whole numbers up to MOST_WEIGHT.
+template <int FROM, int TO> INLINE int quad_up(float* weights, int count) {
+  const vf rounding = splat<vf>(12582912.0f);  // behind which the last byte is the nearest whole number
+  for (int j = 0; j < count; j += 4) UNROLLED for (int n = FROM; n < TO; n++) {
+    vi x[4];
+    UNROLLED for (int r = 0; r < 4; r++) x[r] = j + r < count ? (vi)(*at(weights, j + r, n) * MOST_WEIGHT + rounding) : vi{};
+    const vi low = (x[0] & 0xff) | (x[1] << 8 & 0xff00), high = (x[2] << 16 & 0xff0000) | x[3] << 24;
+    *at(weights, j / 4, n) = (vf)(low | high);
+  }
+  return (count + 3) / 4;
 }
 
 // Which rows the lanes of a launch meet. A schedule lists, for each vector of lanes, runs of rows.

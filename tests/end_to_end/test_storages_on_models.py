@@ -8,7 +8,7 @@ import transformers
 
 import attn_compiler as attn
 
-HELD = {"qk": {"type": "int8", "smooth": True}, "pv": "int8", "kv_cache": "fp8_e4m3"}
+HELD = {"qk": {"type": "fp8_e4m3", "smooth": True}, "pv": "int8", "kv_cache": "fp8_e4m3"}
 POLICY = {"version": 1, "rules": [{"match": {"layers": "0"}, "attn": {"storage": HELD}}]}
 
 
@@ -30,7 +30,7 @@ def test_a_storage_changes_a_model_a_little_and_the_report_says_so(model: torch.
     assert 1e-5 < error < 0.1
     report = attn.explain(model, (tokens,), policy=POLICY)
     assert [d.outcome for d in report.decisions] == ["approximate", "exact"]
-    assert "held in int8, per token, smoothed" in str(report)
+    assert "held in fp8_e4m3, per token, smoothed" in str(report)
 
 
 def test_a_model_learns_through_what_is_rounded(model: torch.nn.Module) -> None:

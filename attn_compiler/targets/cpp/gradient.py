@@ -9,6 +9,7 @@ from functools import lru_cache
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.derivative import derivative
 from attn_compiler.algebra.expr import Expr, Sort, const
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AlgebraError
 from attn_compiler.targets.cpp import dropout
@@ -83,6 +84,8 @@ class Slopes:
 
 def refuse(variant: Variant) -> str | None:
     """Why there are no gradients of a variant that has a forward kernel; None if there are."""
+    if variant.storage != PLAIN:
+        return "its kernels have no gradients through what is rounded"
     try:
         for _ in _needed(Slopes(Spec(variant, 1, 1, "float32", ()))):
             pass

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from attn_compiler.algebra.expr import const
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.library import folder
 from attn_compiler.targets.cpp import dropout
@@ -69,22 +70,46 @@ def probe() -> str:
     return "\n".join((_skeleton("lanes.h"), *constants, "", *map(_skeleton, ("rows.h", "tiles.h", "probe.cpp"))))
 
 
+@lru_cache
+def encoder(dtype: str, dim: int, largest: float) -> str:
+    """A program that makes codes of operands."""
+    stored = f"typedef {_dialect()['stored'][dtype]} Stored;"
+    constants = (stored, f"constexpr int DIM = {dim};", f"constexpr float LARGEST = {largest:.1f}f;")
+    return "\n".join((_skeleton("lanes.h"), *constants, "", _skeleton("rows.h"), _skeleton("encode.cpp")))
+
+
 def _constants(spec: Spec, chunk: int | str) -> tuple[str, ...]:
-    index = "int64_t" if spec.wide else "int32_t"
+    index, stored = "int64_t" if spec.wide else "int32_t", _dialect()["stored"]
     return (
-        f"typedef {_dialect()['stored'][spec.dtype]} Stored;",
+        f"typedef {stored[spec.operands]} Stored;",
+        f"typedef {stored[spec.values]} Value;",
+        f"typedef {stored[spec.dtype]} Output;",
         f"typedef {index} index_t;",
         f"typedef {'vl' if spec.wide else 'vi'} vindex;",
+        f"constexpr int VECTORS = {_vectors(spec)}, TILE = LANES * VECTORS;  // of tokens at work together",
         f"constexpr int DIM = {spec.dim}, VALUE_DIM = {spec.value_dim}, CHUNK = {chunk};",
-        f"constexpr int CONVERTED = {0 if spec.dtype == 'float32' else chunk};",
-        f"constexpr bool PAIRED = {str(spec.paired).lower()};  // bfloat16 numbers are multiplied two at a time",
-        "constexpr int STEP = PAIRED ? 2 : 1;",
+        f"constexpr int STEP = {_step(spec.operands, spec)};  // numbers of q and k that are multiplied at once",
+        f"constexpr int VALUE_STEP = {_step(spec.values, spec)};  // the same of weights and v",
+        "constexpr bool PAIRED = STEP == 2;",
+        f"constexpr float MOST_WEIGHT = {spec.most_weight:.1f}f;",
         f"constexpr int TABLES = {max(1, len(spec.tables))};{_remark(spec)}",
         "typedef ContextOf<TABLES> Context;",
         f"constexpr bool PEAK = {str(spec.by_peak).lower()};  // weights are relative to a row's largest score",
         "enum { ZERO, MEAN, NOT_A_NUMBER, UNMASKED };",
         f"constexpr int EMPTY_ROWS = {_EMPTY_ROWS[spec.variant.empty_rows]};  // what a query gets that sees no key",
     )
+
+
+def _vectors(spec: Spec) -> str:
+    """What is done for each row counts more the faster it meets a vector."""
+    return "LANES == 16 ? 2 : 3" if spec.variant.storage == PLAIN else "3"
+
+
+def _step(stored: str, spec: Spec) -> str:
+    """How many numbers of a type are multiplied at once."""
+    if stored in ("biased", "int8") and spec.dim % 4 == 0:
+        return "BYTES ? 4 : 1"
+    return "2" if spec.paired and stored == "bfloat16" else "1"
 
 
 def _remark(spec: Spec) -> str:

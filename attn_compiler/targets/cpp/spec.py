@@ -10,6 +10,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.bounds import Box, Interval, bounds
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.targets.cpp import coded
 from attn_compiler.targets.operands import PLACE
 
 FIRST_QUERY, FIRST_KEY = e.symbol("first_query", Sort.INDEX), e.symbol("first_key", Sort.INDEX)
@@ -45,7 +46,24 @@ class Spec:
 
     @property
     def score(self) -> Expr:
-        return self.variant.score.substitute({e.score: e.dot * self.variant.scale})
+        return coded.score(self.variant)
+
+    @property
+    def operands(self) -> str:
+        """How q and k are stored."""
+        return "biased" if self.variant.storage.qk else self.dtype
+
+    @property
+    def values(self) -> str:
+        """How v is stored."""
+        pv = self.variant.storage.pv
+        return self.dtype if pv is None else "bfloat16" if coded.is_bfloat16(pv) else "int8"
+
+    @property
+    def most_weight(self) -> float:
+        """The code of a weight of one."""
+        pv = self.variant.storage.pv
+        return pv.numbers.unsigned if pv and pv.numbers.unsigned else 1.0
 
     @property
     def factor(self) -> Expr | None:
@@ -92,6 +110,9 @@ def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
         return f"the output of `{normalizer.name}` is not proportional to the sum of weight · v"
     if normalizer.weight.mentions(e.k, PLACE):
         return f"the weights of `{normalizer.name}` depend on the key besides its score"
+    held = coded.objection(variant)
+    if held:
+        return held
     wide = [name for name, stored in tables.items() if stored.axes > MOST_AXES]
     return f'the table "{wide[0]}" has more than {MOST_AXES} axes' if wide else None
 
@@ -105,8 +126,9 @@ def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapp
 
     own = replace(variant, derived=(), groups=()).map(lambda expression: expression.transform(at_last))
     read = {name: tables[name] for name in own.tables()} | ({SEED: Stored("int64", 0)} if own.dropout else {})
-    paired = pairs and dtype == "bfloat16" and dim % 2 == 0
-    return Spec(own, dim, value_dim, dtype, tuple((name, read[name]) for name in sorted(read)), paired)
+    read |= dict.fromkeys(coded.tables(own), Stored("float32", 3))
+    spec = Spec(own, dim, value_dim, dtype, tuple((name, read[name]) for name in sorted(read)))
+    return replace(spec, paired=pairs and "bfloat16" in (spec.operands, spec.values) and dim % 2 == 0)
 
 
 def dropped(rate: float) -> int:
