@@ -3,6 +3,7 @@
 from attn_compiler import errors, library, testing
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.backend import reports
+from attn_compiler.calibration import calibrate, choose
 from attn_compiler.explain import explain
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.report import ExportReport
@@ -23,6 +24,8 @@ __all__ = [
     "Variant",
     "attend",
     "cache",
+    "calibrate",
+    "choose",
     "errors",
     "explain",
     "export_onnx",

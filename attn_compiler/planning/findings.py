@@ -86,6 +86,9 @@ class Finding:
             yield Row("positions", f"q = {notation(site.frame.position)}, from {site.frame.because}")
         yield Row("runs", _runs_as(first))
         yield Row("costs", _costs(costs(first)))
+        errors = [d.error for d in self.decisions if d.error is not None]
+        if errors:
+            yield Row("error", f"at most {max(errors):.3g} of its output, as calibration measured it (relative L2)")
         yield from (Row("note", note) for note in site.notes)
 
 

@@ -42,6 +42,7 @@ class Decision:
     form: str = ""  # how the target runs it
     refusals: tuple[Refusal, ...] = ()
     refused: bool = False  # the rule wanted something else, and could not have it
+    error: float | None = None  # of what the rule asks for, as calibration measured it: the relative L2 of the site's output
 
     @property
     def outcome(self) -> Outcome:

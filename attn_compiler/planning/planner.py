@@ -40,17 +40,22 @@ class Target(Protocol):
 def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_misses: Iterable[NearMiss] = ()) -> Plan:
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
     asked = [_kept(asked_of(policy, site), policy, site) for site in sites]
-    decisions = tuple(decide(site, one, targets) for site, one in zip(sites, asked, strict=True))
+    decided = [decide(site, one, targets) for site, one in zip(sites, asked, strict=True)]
+    costs = policy.measured.sites if policy.measured else {}
+    decisions = tuple(replace(d, error=costs[d.site.name].whole.relative) if d.site.name in costs else d for d in decided)
     return Plan(decisions, tuple(near_misses), uses=uses(policy, sites, [one.rules for one in asked]))
 
 
 def _kept(asked: Asked, policy: Policy, site: Site) -> Asked:
-    """What is asked for, unless it promises a tolerance: only what is exact keeps one that nobody measures."""
+    """What is asked for, unless it promises a tolerance that it does not keep, or that nobody has measured."""
     rule = next((rule for rule in policy.rules if rule.tolerance and rule.number in asked.rules), None)
     if rule is None or isinstance(asked.variant, Refusal) or is_same(settled(asked.variant, site), site.computes, site):
         return asked
-    reason = "its `tolerance` is measured by calibration, which is not built yet"
-    return replace(asked, variant=Refusal(rule.title, reason))
+    if policy.measured is None:
+        reason = "its `tolerance` was not measured: run `attn calibrate MODEL POLICY`, or use what `attn.calibrate` returns"
+    else:
+        reason = policy.measured.beyond(site.name, rule.tolerance)
+    return replace(asked, variant=Refusal(rule.title, reason)) if reason else asked
 
 
 def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:

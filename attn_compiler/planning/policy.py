@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Literal
 
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.errors import LanguageError
+from attn_compiler.planning.measured import Measured
 from attn_compiler.planning.site import Kind, Phase, Site
 from attn_compiler.planning.slots import Naming, Slots, read_slots
 from attn_compiler.planning.sources import Source
@@ -112,6 +114,16 @@ class Policy:
     because: str = ""
     parameters: str = ""
     digest: str = ""
+    measured: Measured | None = None  # what calibration found
+
+    def without_measurements(self) -> Policy:
+        """The policy as it is written."""
+        return replace(self, digest=self.measured.digest, measured=None) if self.measured else self
+
+    def with_measurements(self, measured: Measured) -> Policy:
+        """The same policy knowing what it costs, which changes what becomes of its rules."""
+        digest = hashlib.sha256(f"{self.digest}{measured.to_json()}".encode()).hexdigest()
+        return replace(self, digest=digest, measured=measured)
 
     def with_values(self, values: Mapping[str, int | float]) -> Policy:
         """The same policy where the names in geometries have values."""

@@ -17,6 +17,7 @@ from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, EmptyRows
 from attn_compiler.errors import AttnError, LanguageError, PolicyError
 from attn_compiler.planning.entries import check_keys
+from attn_compiler.planning.measured import beside, read_measured
 from attn_compiler.planning.policy import Match, Policy, Rule
 from attn_compiler.planning.site import Kind, Phase
 from attn_compiler.planning.slots import Naming, Slots, read_geometry, read_slots
@@ -60,7 +61,9 @@ def read_policy(source: str | Path | Mapping[str, object], words: Words, words_d
         raise PolicyError(f"the policy file {source} cannot be read: it is no text in UTF-8 (byte {error.start})") from error
     except OSError as error:
         raise PolicyError(f"the policy file {source} cannot be read: {error.strerror}") from error
-    return _policy(read_yaml(written, path.name), path.parent, words, words_digest, path.stem)
+    policy = _policy(read_yaml(written, path.name), path.parent, words, words_digest, path.stem)
+    measured = read_measured(beside(path), policy.digest)
+    return policy if measured is None else policy.with_measurements(measured)
 
 
 class _Problems:

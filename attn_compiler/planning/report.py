@@ -151,6 +151,7 @@ def _record(decision: Decision) -> dict[str, object]:
         "form": decision.form,
         "notes": list(site.notes),
         "costs": asdict(costs(decision)),
+        "error": decision.error,
         "refusals": [{"by": r.by, "reason": r.reason} for r in decision.refusals],
     }
 

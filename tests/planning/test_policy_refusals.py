@@ -60,11 +60,11 @@ def test_a_tolerance_that_nobody_measures_is_refused() -> None:
     decision = planned("rules: [{attn: {mask: window(4)}, tolerance: {site: 0.02}}]").decisions[0]
     assert decision.exact
     assert decision.variant == site().computes
-    assert "calibration, which is not built yet" in decision.refusals[0].reason
+    assert "was not measured: run `attn calibrate" in decision.refusals[0].reason
 
 
 def test_a_tolerance_that_nobody_measures_is_fatal_where_the_rule_says_so() -> None:
-    with pytest.raises(RefusedError, match="calibration, which is not built yet"):
+    with pytest.raises(RefusedError, match="was not measured: run `attn calibrate"):
         planned("rules: [{attn: {mask: window(4)}, tolerance: {logits: 0.02}, fallback: error}]")
 
 

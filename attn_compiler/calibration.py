@@ -1,0 +1,228 @@
+"""`attn.calibrate`: what a policy costs each attention of a model, measured on inputs, and which heads can bear which storage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attn_compiler import library
+from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.graph.analysis import analyze, carry_out
+from attn_compiler.planning.measured import Cost, Measured, SiteCost
+from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
+from attn_compiler.planning.planner import Carried, plan
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.site import Site
+from attn_compiler.runtime.targets import TARGETS, Target
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result, attend_torch, refuse
+
+Inputs = Sequence[Mapping[str, Any] | Sequence[Any]]
+_NOBODY = IntegerSet(())  # a group of no heads: what its variant reads is at hand, and nobody computes it
+
+_library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("compare(Tensor exact, Tensor found, str site, int kv_heads) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class _Totals:
+    """Sums over all that was measured of one attention, head by head."""
+
+    products: Tensor | float = 0.0
+    exact: Tensor | float = 0.0
+    found: Tensor | float = 0.0
+    difference: Tensor | float = 0.0
+    largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    kv_heads: int = 1
+
+    def add(self, exact: Tensor, found: Tensor) -> None:
+        """Add [batch, heads, …]."""
+        a, b = exact.double().transpose(0, 1).flatten(1), found.double().transpose(0, 1).flatten(1)
+        self.products = self.products + (a * b).sum(-1)
+        self.exact, self.found = self.exact + a.square().sum(-1), self.found + b.square().sum(-1)
+        self.difference = self.difference + (a - b).square().sum(-1)
+        self.largest = torch.maximum(self.largest.to(a), (a - b).abs().amax(-1))
+
+    def cost(self) -> SiteCost:
+        products, exact, found, difference = (
+            torch.as_tensor(x) for x in (self.products, self.exact, self.found, self.difference)
+        )
+        whole = [float(x.sum()) for x in (products, exact, found, difference)]
+        heads = zip(*(x.tolist() for x in (products, exact, found, difference, self.largest)), strict=True)
+        of_heads = tuple(_cost(*head) for head in heads)
+        return SiteCost(_cost(whole[0], whole[1], whole[2], whole[3], float(self.largest.max())), of_heads, self.kv_heads)
+
+
+def _cost(products: float, exact: float, found: float, difference: float, largest: float) -> Cost:
+    same = 1.0 if exact == found == 0 else 0.0
+    cosine = products / (exact * found) ** 0.5 if exact * found > 0 else same
+    relative = (difference / exact) ** 0.5 if exact > 0 else (0.0 if difference == 0 else float("inf"))
+    return Cost(relative, cosine, largest)
+
+
+_MEASURING: dict[str, _Totals] = {}  # while a model runs
+
+
+def _compare(exact: Tensor, found: Tensor, site: str, kv_heads: int) -> Tensor:
+    _MEASURING.setdefault(site, _Totals(kv_heads=kv_heads)).add(exact, found)
+    return exact.clone()
+
+
+_library.impl("compare", _compare, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::compare", lambda exact, found, site, kv_heads: torch.empty_like(exact), lib=_library)
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    """A target that computes what a site computes, and measures how far what was decided is from it."""
+
+    site: str = ""
+    name: str = "comparison"
+
+    def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
+        return refuse(variant, lse=lse)
+
+    def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        reason = refuse(variant)
+        return Refusal(self.name, reason) if reason else Carried("both, compared", gains=False)
+
+    def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        computes = next(of_nobody for heads, of_nobody in variant.groups if heads == _NOBODY)
+        decided = replace(variant, groups=tuple(group for group in variant.groups if group[0] != _NOBODY))
+        exact, found = (attend_torch(operands, one)[0] for one in (computes, decided))
+        return torch.ops.attn_compiler.compare(exact, found, self.site, operands.kv_heads), None
+
+
+def calibrate(
+    model: nn.Module,
+    policy: str | Path | Mapping[str, object] | Policy,
+    inputs: Inputs,
+    *,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int] | None = None,
+) -> Policy:
+    """Run a model on inputs, as it is and as a policy makes it, and return the policy with what it costs.
+
+    Each attention is compared on what the model as it is gives it; the model's result, with all of the policy at work. A rule
+    with a `tolerance` is carried out only where the costs were measured and keep it. Of `inputs`, each holds the arguments of
+    one call: a mapping of named ones, or a list.
+    """
+    read = library.load_policy(policy).without_measurements()
+    calls = [((), dict(one)) if isinstance(one, Mapping) else (tuple(one), {}) for one in inputs]
+    if not calls:
+        raise ShapeError("calibration needs at least one input: the arguments of a call of the model")
+    if model.training:
+        raise ShapeError("the model is in training mode; call `model.eval()` before it is calibrated")
+    asked = read.with_values(dict(values or {}))
+    asked = replace(asked, rules=tuple(replace(rule, tolerance={}) for rule in asked.rules))  # what it costs is the question
+    with torch.no_grad():
+        plain = [_result(model(*args, **kwargs)) for args, kwargs in calls]
+        _MEASURING.clear()
+        _run(model, calls, _backend(asked, dict(tables or {}), _compared, lambda decision: _Comparing(decision.site.name)))
+        sites = {site: totals.cost() for site, totals in _MEASURING.items()}
+        torch_target = TARGETS["torch"]
+        found = _run(model, calls, _backend(asked, dict(tables or {}), lambda one: one, lambda _: torch_target))
+    whole = _Totals()
+    for exact, result in zip(plain, found, strict=True):
+        whole.add(exact.reshape(1, 1, -1), result.reshape(1, 1, -1))
+    divergence = sum(map(_divergence, plain, found)) / len(plain)
+    return read.with_measurements(Measured(read.digest, sites, whole.cost().whole, divergence))
+
+
+def choose(model: nn.Module, candidates: Mapping[str, Mapping[str, object]], inputs: Inputs, within: float) -> dict[str, object]:
+    """A policy that gives each head the first of several variants whose error stays `within`; heads that bear none are exact.
+
+    `candidates` are slots by name, the cheapest first. Heads that share their keys get the same one.
+    """
+    of_site: dict[str, dict[str, SiteCost]] = defaultdict(dict)
+    for name, slots in candidates.items():
+        measured = calibrate(model, {"version": 1, "rules": [{"match": {}, "attn": dict(slots)}]}, inputs).measured
+        assert measured is not None
+        for site, cost in measured.sites.items():
+            of_site[site][name] = cost
+    rules = [_rule(site, costs, within) for site, costs in of_site.items()]
+    said = f"Each head has the cheapest of {', '.join(candidates)} whose error was within {within:g}."
+    return {"version": 1, "because": said, "variants": {k: dict(v) for k, v in candidates.items()}, "rules": rules}
+
+
+def _rule(site: str, costs: Mapping[str, SiteCost], within: float) -> dict[str, object]:
+    some = next(iter(costs.values()))
+    sharing = len(some.heads) // some.kv_heads
+    groups: dict[str, list[str]] = defaultdict(list)
+    for first in range(0, len(some.heads), sharing):
+        mine = range(first, first + sharing)
+        chosen = (name for name, cost in costs.items() if all(cost.heads[head].relative <= within for head in mine))
+        groups[next(chosen, "exact")] += map(str, mine)
+    match = {"module": site}
+    if len(groups) == 1:
+        return {"match": match, "attn": next(iter(groups))}
+    return {"match": match, "attn": {"heads": {", ".join(heads): name for name, heads in groups.items()}}}
+
+
+def _backend(
+    policy: Policy, tables: Mapping[str, Tensor], change: Callable[[Decision], Decision], target: Callable[[Decision], Target]
+) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A backend of torch.compile that runs what was rewritten as it is."""
+
+    def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
+            found = plan(sites, policy, (_Comparing(),), near_misses)
+            return replace(found, decisions=tuple(map(change, found.decisions)))
+
+        analysis = analyze(gm, example_inputs, decide)
+        extra = carry_out(analysis, policy.tables, tables, target)
+        return gm.forward if extra is None else lambda *inputs: analysis.graph(*inputs, *extra)
+
+    return compiled
+
+
+def _compared(decision: Decision) -> Decision:
+    """The decision, whose variant also holds what the site itself computes."""
+    variant = decision.variant
+    if decision.target is None:
+        return decision
+    return replace(decision, variant=replace(variant, groups=(*variant.groups, (_NOBODY, decision.site.computes))))
+
+
+def _run(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], backend: Any) -> list[Tensor]:
+    torch.compiler.reset()
+    try:
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        return [_result(compiled(*args, **kwargs)) for args, kwargs in calls]
+    finally:
+        torch.compiler.reset()
+
+
+def _result(out: object) -> Tensor:
+    """What a model says: its logits, or the first tensor of its output."""
+    if isinstance(out, Mapping):
+        out = out["logits"] if "logits" in out else tuple(out.values())
+    if isinstance(out, Sequence):
+        out = next((x for x in out if isinstance(x, Tensor)), None)
+    if not isinstance(out, Tensor):
+        raise ShapeError(f"a model that is calibrated returns a tensor, or first of all one; found {type(out).__name__}")
+    return out
+
+
+def _divergence(exact: Tensor, found: Tensor) -> float:
+    """Of the second from the first, as logits, in nats for each row."""
+    a, b = (x.double().log_softmax(-1).reshape(-1, x.shape[-1]) for x in (exact, found))
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def write(measured: Measured, path: Path) -> None:
+    """Write what was measured: whole, or not at all."""
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        unfinished.write_text(measured.to_json() + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
