@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,18 @@ def main() -> None:
 
 
 def correctness(device: str, seeds: int) -> dict[str, Any]:
-    """Random variants against the float64 reference, forward and backward."""
+    """Random variants against the float64 reference, forward and backward, and their last queries as while decoding."""
     carried, wrong = 0, []
-    for seed in range(seeds):
+    for seed, few in product(range(seeds), (False, True)):
+        case = on_device(random_case(seed), device)
         try:
             carried += 1
-            assert_case(on_device(random_case(seed), device), DTYPES[seed % 3], "triton")
+            with torch.set_grad_enabled(not few):
+                assert_case(case.last(1 + seed % 16) if few else case, DTYPES[seed % 3], "triton")
         except ShapeError:
             carried -= 1
         except AssertionError as failure:
-            wrong.append(f"seed {seed}: {failure}")
+            wrong.append(f"seed {seed}{', few queries' if few else ''}: {failure}")
     return {"carried": carried, "right": carried - len(wrong), "wrong": wrong}
 
 

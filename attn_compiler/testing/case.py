@@ -32,6 +32,13 @@ class Case:
         q, k, v = (x.to(dtype).detach().requires_grad_() for x in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v, tables={**self.tables, **real})
 
+    def last(self, most: int) -> Case:
+        """The same call for its last queries."""
+        gone, positions = max(0, self.q.shape[2] - most), self.q_positions
+        if positions is not None:
+            positions = positions[gone:] if isinstance(positions, Tensor) else positions + gone
+        return replace(self, q=self.q[:, :, gone:], q_positions=positions)
+
     def names(self) -> list[str]:
         """What gradients are taken of."""
         return ["q", "k", "v", *sorted(name for name, t in self.tables.items() if t.dtype.is_floating_point)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
@@ -26,17 +25,6 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def shortened(case: Case, most: int) -> Case:
-    """The same call for its last queries."""
-    q_len = case.q.shape[2]
-    positions = case.q_positions
-    if isinstance(positions, Tensor):
-        positions = positions[max(0, q_len - most) :]
-    elif positions is not None:
-        positions += max(0, q_len - most)
-    return replace(case, q=case.q[:, :, max(0, q_len - most) :], q_positions=positions)
-
-
 def carried(case: Case, dtype: torch.dtype, target: str) -> bool:
     with torch.no_grad():
         try:
@@ -47,7 +35,7 @@ def carried(case: Case, dtype: torch.dtype, target: str) -> bool:
 
 
 def sweep(seeds: range, target: str) -> None:
-    short = ((shortened(random_case(n), random.Random(n).randint(1, 16)), WANTED[n % 3]) for n in seeds)
+    short = ((random_case(n).last(random.Random(n).randint(1, 16)), WANTED[n % 3]) for n in seeds)
     count = sum(carried(case, dtype, target) for case, dtype in short)
     assert 10 * count > 9 * len(seeds)
 
