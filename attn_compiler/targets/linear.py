@@ -30,10 +30,14 @@ class Linear:
     fades: Expr | None
 
 
-@lru_cache(maxsize=256)
 def linear(variant: Variant) -> Linear | None:
     """What makes a variant without groups and branches linear; None where it is not."""
-    if variant.normalizer.weight != e.score or variant.storage.pv or variant.empty_rows is not EmptyRows.ZERO:
+    return _linear(variant) if variant.normalizer.weight == e.score else None  # most calls of attention stop here
+
+
+@lru_cache(maxsize=256)
+def _linear(variant: Variant) -> Linear | None:
+    if variant.storage.pv or variant.empty_rows is not EmptyRows.ZERO:
         return None
     if variant.scale.mentions(e.k, PLACE, e.dot, e.q_norm, e.k_norm):
         return None
