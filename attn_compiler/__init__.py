@@ -1,6 +1,8 @@
 """attn-compiler: finds every attention in a PyTorch model and rewrites it as a policy says."""
 
 from attn_compiler import errors, library, testing
+from attn_compiler.adaptation.adapted import Adapted, adapt
+from attn_compiler.adaptation.distill import Distilled, distill
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.backend import reports
 from attn_compiler.calibration import calibrate, choose
@@ -17,15 +19,19 @@ from attn_compiler.runtime.kernel_source import kernel_source
 from attn_compiler.runtime.schedule import schedule
 
 __all__ = [
+    "Adapted",
+    "Distilled",
     "ExportReport",
     "Policy",
     "Report",
     "Tables",
     "Variant",
+    "adapt",
     "attend",
     "cache",
     "calibrate",
     "choose",
+    "distill",
     "errors",
     "explain",
     "export_onnx",

@@ -83,6 +83,18 @@ def attn(
     return (lambda *inputs: compiled(*inputs, *extra)) if extra else compiled
 
 
+def attn_eagerly(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The same without Inductor: what is rewritten runs operator by operator, with whatever gradients are asked for."""
+    graph, extra = _rewritten(gm, example_inputs, read_settings(options or {}, mode))
+    return lambda *inputs: graph(*inputs, *extra)
+
+
 def read_settings(options: Mapping[str, Any], mode: str | None) -> Settings:
     """Sort the options into ours and Inductor's; the policy is read now, when compiling."""
     inductor = private.inductor_options(mode, {key: value for key, value in options.items() if key not in OURS})

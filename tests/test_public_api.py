@@ -14,9 +14,9 @@ import attn_compiler
 from attn_compiler import errors
 
 PROMISED = {"attend", "errors", "explain", "library", "load_policy", "reference", "testing"}
-LATER = {"cache", "calibrate", "choose", "export_onnx", "kernel_source", "schedule"}
+LATER = {"adapt", "cache", "calibrate", "choose", "distill", "export_onnx", "kernel_source", "schedule"}
 # What the functions take and return, what was decided.
-CONVENIENT = {"ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
+CONVENIENT = {"Adapted", "Distilled", "ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
 
 ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if issubclass(error, Exception)]
 

@@ -16,6 +16,7 @@ from attn_compiler.graph.match import match
 from attn_compiler.graph.rewrite import Replacement, rewrite
 from attn_compiler.graph.sideways import turn_softmaxes
 from attn_compiler.graph.supply import Supply
+from attn_compiler.planning.parameters import starts
 from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.sources import Source
@@ -82,7 +83,7 @@ def carry_out(
     target: Callable[[Decision], Target] = compiling,
 ) -> tuple[Tensor, ...] | None:
     """Rewrite the captured graph as its plan says; the tensors that it reads besides its inputs, or None if nothing changed."""
-    supply = Supply(analysis.graph, sources, given)
+    supply = Supply(analysis.graph, {**sources, **starts(analysis.plan.decisions, sources)}, given)
     wanted: dict[int, list[Replacement]] = defaultdict(list)
     for one, home, decision in zip(analysis.described, analysis.homes, analysis.plan.decisions, strict=True):
         if decision.target is not None:

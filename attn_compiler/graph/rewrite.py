@@ -41,14 +41,19 @@ class Replacement:
 def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     """Replace sites in place; what nobody reads any more, masks above all, disappears."""
     for replacement in replacements:
-        tables = _tables(replacement)
-        found = replacement.described.found
-        inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
-        inputs += _sizes(gm.graph, found, inputs)
-        splice(gm.graph, found.out.node, _record(replacement, list(tables), inputs), inputs)
+        compute, inputs = computation(gm.graph, replacement)
+        splice(gm.graph, replacement.described.found.out.node, _record(compute, inputs), inputs)
     drop_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
+
+
+def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[..., Tensor], list[fx.Node]]:
+    """What computes a site's output in place of its code, and the nodes whose values it is given."""
+    tables, found = _tables(replacement), replacement.described.found
+    inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
+    inputs += _sizes(graph, found, inputs)
+    return _computation(replacement, list(tables)), inputs
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
@@ -84,10 +89,10 @@ def _let_views_copy(out: fx.Node) -> None:
             node.target = torch.ops.aten.reshape.default
 
 
-def _record(replacement: Replacement, names: Sequence[str], inputs: Sequence[Argument]) -> fx.GraphModule:
+def _record(compute: Callable[..., Tensor], inputs: Sequence[Argument]) -> fx.GraphModule:
     """The graph that computes a site's output from its operands and tables."""
     values = [private.known_value(x) if isinstance(x, fx.Node) else x for x in inputs]
-    return private.retrace(_computation(replacement, names), values)
+    return private.retrace(compute, values)
 
 
 def _tables(replacement: Replacement) -> dict[str, fx.Node]:

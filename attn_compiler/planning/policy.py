@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from attn_compiler.algebra.integers import IntegerSet
@@ -115,6 +116,9 @@ class Policy:
     parameters: str = ""
     digest: str = ""
     measured: Measured | None = None  # what calibration found
+    folder: Path = Path()  # what the paths of its file are relative to
+    learned: frozenset[str] = frozenset()  # the tables that its file of parameters holds
+    trained: bool = True  # whether somebody trained these
 
     def without_measurements(self) -> Policy:
         """The policy as it is written."""

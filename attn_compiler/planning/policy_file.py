@@ -18,6 +18,7 @@ from attn_compiler.algebra.variant import DerivedTable, EmptyRows
 from attn_compiler.errors import AttnError, LanguageError, PolicyError
 from attn_compiler.planning.entries import check_keys
 from attn_compiler.planning.measured import beside, read_measured
+from attn_compiler.planning.parameter_file import steps_of
 from attn_compiler.planning.policy import Match, Policy, Rule
 from attn_compiler.planning.site import Kind, Phase
 from attn_compiler.planning.slots import Naming, Slots, read_geometry, read_slots
@@ -91,14 +92,15 @@ def _policy(entry: Entry, folder: Path, words: Words, words_digest: str, name: s
     problems = _Problems()
     problems.attempt(check_keys, entry, FILE_KEYS, "key")
     problems.attempt(_check_version, entry)
-    naming, tables = _naming(file, folder, words, problems)
+    naming, tables, learned = _naming(file, folder, words, problems)
     rules = problems.attempt(_rules, file.get("rules", entry_of([])), naming, problems) or ()
     for variant in naming.variants.values():
         problems.attempt(read_slots, variant, naming)
     parameters = problems.attempt(_text, file["parameters"]) if "parameters" in file else None
     because = problems.attempt(_text, file["because"]) if "because" in file else None
     problems.finish()
-    read = Policy(rules, naming, tables, name, because or "", parameters or "")
+    trained = not (parameters and steps_of(folder / parameters) == 0)
+    read = Policy(rules, naming, tables, name, because or "", parameters or "", folder=folder, learned=learned, trained=trained)
     digest = _digest(read, folder, words_digest)
     return replace(read, digest=digest, naming=replace(naming, values={}))
 
@@ -113,8 +115,10 @@ def _check_version(entry: Entry) -> None:
         raise PolicyError(f"{version.place}: this release reads policies of version 1, found {version.kind}{hint}")
 
 
-def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Problems) -> tuple[Naming, dict[str, Source]]:
-    """All names of the file, and the tables behind them."""
+def _naming(
+    file: Mapping[str, Entry], folder: Path, words: Words, problems: _Problems
+) -> tuple[Naming, dict[str, Source], frozenset[str]]:
+    """All names of the file, the tables behind them, and which of these are parameters."""
     sections = {key: _section(file, key, problems) for key in ("geometries", "roles", "labels", "data", "variants")}
     _check_names(sections, problems)
     tables: dict[str, Source] = {}
@@ -139,10 +143,11 @@ def _naming(file: Mapping[str, Entry], folder: Path, words: Words, problems: _Pr
     naming = Naming(
         words=words, geometries=sections["geometries"], roles=roles, labels={name: name for name in sections["labels"]},
         data=frozenset(tables), variants=sections["variants"], values=AnySize(),
+        strict=parameters != {},  # while nobody has written the file, any name may be that of a parameter
     )  # fmt: skip
     for entry in naming.geometries.values():
         problems.attempt(read_geometry, entry, naming.values)
-    return naming, tables
+    return naming, tables, frozenset(parameters or {})
 
 
 def _parameters(entry: Entry, folder: Path) -> dict[str, Array]:

@@ -11,7 +11,8 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
-from attn_compiler.errors import LanguageError, UnknownLengthError
+from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
+from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
@@ -83,23 +84,43 @@ def _added(
     except (LanguageError, UnknownLengthError) as error:
         return Refusal(rule.title, str(error)), taken
     if isinstance(resolved, Variant):
-        resolved = _with_all_tables(resolved, policy, site) or resolved
+        resolved = _untrained(resolved, policy, rule, site) or resolved
     if isinstance(resolved, Refusal):
         resolved = replace(resolved, by=rule.title)
     return resolved, taken | slots.set_slots()
 
 
-def _with_all_tables(variant: Variant, policy: Policy, site: Site) -> Refusal | None:
-    """Why a variant lacks parameters; None if all that it reads is there."""
-    derived = {table.name for part in variant.parts() for table in part.derived}
-    known = {*policy.tables, *site.tables, *derived, *site.computes.tables()}
-    if site.frame:
-        known |= site.frame.position.tables() | (site.frame.first_key.tables() if site.frame.first_key is not None else set())
-    missing = sorted(variant.tables() - known)
-    if not missing:
-        return None
-    where = f"{policy.parameters} does not hold" if policy.parameters else "no `parameters:` of the policy hold"
-    return Refusal("rule", f"it has parameters, {', '.join(missing)}, which {where}")
+def _untrained(variant: Variant, policy: Policy, rule: Rule, site: Site) -> Refusal | None:
+    """Why nobody should run a variant before its parameters are trained; None if they are, or if the rule allows it."""
+    missing = sorted(lacking(variant, site, policy.tables))
+    learned = variant.tables() & policy.learned
+    for name in sorted(learned):
+        misfit = _misshapen(name, variant, policy, site)
+        if misfit:
+            return Refusal("rule", f"of its parameters in {policy.parameters}, {misfit}")
+    raw = [] if policy.trained else sorted(learned)
+    if rule.untrained == "allow":
+        try:
+            tuple(parameters_of(variant, site, missing))
+        except PolicyError as error:
+            return Refusal("rule", str(error))
+    elif missing:
+        where = f"{policy.parameters} does not hold" if policy.parameters else "no `parameters:` of the policy hold"
+        return Refusal("rule", f"it has parameters, {', '.join(missing)}, which {where}")
+    elif raw:
+        said = f"it has parameters, {', '.join(raw)}, that nobody trained since {policy.parameters} was made"
+        return Refusal("rule", f"{said}: attn.distill trains them, `untrained: allow` does without")
+    return None
+
+
+def _misshapen(name: str, variant: Variant, policy: Policy, site: Site) -> str:
+    """Why a parameter of the policy's file is not the one that this model needs; nothing if it is."""
+    held = policy.tables[name].array
+    try:
+        wanted = tuple(parameters_of(variant, site, [name]))
+    except PolicyError:  # read by tokens or rows: a table like any other, whose shape says nothing
+        return ""
+    return "" if held is None else next(filter(None, (one.misfit(held.shape) for one in wanted)), "")
 
 
 def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant | Refusal:

@@ -1,0 +1,1 @@
+"""Models under policies that add parameters to them: made, saved, loaded, and trained to match what the model was."""

@@ -1,0 +1,136 @@
+"""`attn.distill`: trains the parameters that a policy adds, and nothing else, until each attention gives what it gave before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_compiler.adaptation.adapted import Adapted, PolicyLike, adapt
+from attn_compiler.adaptation.lessons import Student, teaching
+from attn_compiler.adaptation.progress import Progress, read_progress
+from attn_compiler.backend import read_settings
+from attn_compiler.errors import ShapeError
+
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]  # what a model is called with once
+Tell = Callable[[int, float], None]  # the number of a step, and its loss
+LOGITS = "logits"  # the name of the loss of the whole model
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """An adapted model, and the loss of each of its attentions at every step: of its output's squares, the part that is wrong."""
+
+    model: Adapted
+    curve: Mapping[str, tuple[float, ...]]
+
+
+def distill(
+    model: nn.Module,
+    policy: PolicyLike,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    logits: int = 0,
+    rate: float = 0.01,
+    state: str | Path | None = None,
+    save_every: int = 50,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int] | None = None,
+    tell: Tell | None = None,
+) -> Distilled:
+    """Train for `steps` batches, each attention on what it reads in the unchanged model; then for `logits` more on its logits.
+
+    With a `state` file, training that was broken off goes on where it was: the batches that it has seen are passed over.
+    The rate falls to zero along a cosine, in each of the two parts.
+    """
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise ShapeError("there is nothing to learn from: `batches` is empty")
+    was_training = model.training
+    model.eval()
+    try:
+        adapted = adapt(model, policy, *called_with(first), tables=tables, values=values)
+        training = _Training(adapted, Path(state) if state else None)
+        training.run(chain([first], given), steps, logits, rate, save_every, tell)
+    finally:
+        model.train(was_training)
+    return Distilled(adapted, {name: tuple(losses) for name, losses in training.progress.curve.items()})
+
+
+def called_with(batch: Batch) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of one call."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+class _Training:
+    """What one call of `distill` works on."""
+
+    def __init__(self, adapted: Adapted, state: Path | None) -> None:
+        self.adapted, self.state = adapted, state
+        self.optimizer = torch.optim.Adam(adapted.learned.values())
+        self.progress = read_progress(state, adapted.learned, self.optimizer) if state else Progress()
+        settings = read_settings(adapted.options, None)
+        self._watched = torch.compile(adapted.model, backend=teaching(settings, adapted.learned.keys(), self._teach))
+
+    def run(self, batches: Iterator[Batch], steps: int, logits: int, rate: float, save_every: int, tell: Tell | None) -> None:
+        done, total = self.progress.step, steps + logits
+        for number, batch in enumerate(islice(batches, done, total), done):
+            part = number / steps if number < steps else (number - steps) / logits
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * (1 + math.cos(math.pi * part)) / 2
+            self.optimizer.zero_grad()
+            args, kwargs = called_with(batch)
+            loss = self._sites(args, kwargs) if number < steps else self._whole(args, kwargs)
+            self.optimizer.step()
+            self.progress.step = number + 1
+            if self.state and ((number + 1) % save_every == 0 or number + 1 == total):
+                self.progress.write(self.state, self.adapted.learned, self.optimizer)
+            if tell:
+                tell(number + 1, loss)
+        self.adapted.steps += self.progress.step
+
+    def _sites(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """One step in which every attention learns from its own output: their parts of the parameters have nothing in common."""
+        self._now: list[float] = []
+        with torch.no_grad():
+            self._watched(*args, **kwargs)
+        return sum(self._now) / len(self._now)
+
+    def _teach(self, name: str, student: Student, right: Tensor) -> None:
+        with torch.enable_grad():
+            wrong = (student().float() - right.float()).square().sum() / right.float().square().sum()
+            wrong.backward()  # type: ignore[no-untyped-call]
+        self._now.append(wrong.item())
+        self.progress.curve.setdefault(name, []).append(self._now[-1])
+
+    def _whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """One step on what the whole model says."""
+        with torch.no_grad():
+            right = logits_of(self.adapted.model(*args, **kwargs)).log_softmax(-1)
+        said = logits_of(self.adapted(*args, **kwargs)).log_softmax(-1)
+        loss = (right.exp() * (right - said)).sum(-1).mean()
+        gradients = torch.autograd.grad(loss, list(self.adapted.learned.values()))
+        for value, gradient in zip(self.adapted.learned.values(), gradients, strict=True):
+            value.grad = gradient
+        self.progress.curve.setdefault(LOGITS, []).append(loss.item())
+        return loss.item()
+
+
+def logits_of(out: Any) -> Tensor:
+    """What a model says of the next token: its output, or what it calls logits."""
+    found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ShapeError(
+            f"training on logits needs a model that returns them, as a tensor or as `.logits`; found {type(out).__name__}"
+        )
+    return found.float()

@@ -1,0 +1,53 @@
+"""How far a training has come, as a file: written whole or not at all, so that it may be broken off at any time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attn_compiler.errors import PolicyError
+
+
+@dataclass
+class Progress:
+    """The steps that are done, and the loss of each attention at every one of them."""
+
+    step: int = 0
+    curve: dict[str, list[float]] = field(default_factory=dict)
+
+    def write(self, path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> None:
+        """Write all that going on takes."""
+        held = {
+            "step": self.step,
+            "curve": self.curve,
+            "learned": dict(learned.state_dict()),
+            "optimizer": optimizer.state_dict(),
+        }
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            torch.save(held, unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def read_progress(path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> Progress:
+    """Go on where a file says that training was: fills parameters and optimizer. Without a file, from the beginning."""
+    if not path.is_file():
+        return Progress()
+    held = torch.load(path, weights_only=True)
+    shapes, wanted = _shapes(held["learned"]), _shapes(learned.state_dict())
+    if shapes != wanted:
+        raise PolicyError(f"{path} is the training of other parameters, {shapes}, where this model has {wanted}: remove it")
+    learned.load_state_dict(held["learned"])
+    optimizer.load_state_dict(held["optimizer"])
+    return Progress(held["step"], held["curve"])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,109 @@
+"""Distilling: only the policy's parameters learn, from what each attention read and gave in the unchanged model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attn_compiler as attn
+from adaptation.small import HEADS, VOCABULARY, WIDTH, Model
+from attn_compiler.errors import PolicyError, ShapeError
+from attn_compiler.planning.parameter_file import write_parameters
+
+HEDGEHOG = {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": {"feature": "hedgehog"}}]}
+
+
+def batches(seed: int = 0) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(0, VOCABULARY, (2, 12), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet() -> None:
+    torch.compiler.reset()
+
+
+def test_every_attention_learns_and_the_model_stays_what_it_was() -> None:
+    model = Model().train()
+    before = copy.deepcopy(model.state_dict())
+    distilled = attn.distill(model, HEDGEHOG, batches(), steps=20)
+    assert list(distilled.curve) == ["layers.0", "layers.1"]
+    assert all(len(losses) == 20 and losses[-1] < losses[0] for losses in distilled.curve.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert distilled.model.steps == 20
+
+
+def test_the_first_loss_is_what_the_start_of_the_maps_gets_wrong() -> None:
+    model, tokens = Model(), next(batches())
+    losses = attn.distill(model, HEDGEHOG, [tokens], steps=1).curve
+    tables = {name: torch.eye(WIDTH // HEADS) for name in ("hedgehog_q", "hedgehog_k")}
+    x = model.embedding(tokens)
+    for number, layer in enumerate(model.layers):
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
+        right = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        found = attn.reference(q, k, v, {"feature": "hedgehog", "mask": "causal"}, tables=tables)
+        expected = (found - right).square().sum() / right.square().sum()
+        torch.testing.assert_close(losses[f"layers.{number}"][0], expected.item())
+        x = layer(x)
+
+
+def test_what_can_be_learned_is_learned(tmp_path: Path) -> None:
+    """A factor that was 1 and is 0.5 comes back."""
+    write_parameters(tmp_path / "share.safetensors", {"share": torch.full((2, HEADS), 0.5).numpy()}, 0)
+    path = tmp_path / "p.yaml"
+    path.write_text('version: 1\nparameters: share.safetensors\nrules: [{match: {kind: self}, attn: {score: "score * share"}}]')
+    distilled = attn.distill(Model(), path, [next(batches())] * 60, steps=60, rate=0.05)
+    assert all(losses[-1] < losses[0] / 10 for losses in distilled.curve.values())
+
+
+def test_training_that_was_broken_off_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    whole = attn.distill(Model(), HEDGEHOG, batches(), steps=6, logits=3)
+
+    def breaking_off() -> Iterator[Tensor]:
+        yield from islice(batches(), 7)
+        raise KeyboardInterrupt
+
+    for broken in (True, False):
+        given = breaking_off() if broken else batches()
+        try:
+            again = attn.distill(Model(), HEDGEHOG, given, steps=6, logits=3, state=state, save_every=2)
+        except KeyboardInterrupt:
+            assert broken
+    assert again.curve == whole.curve
+    assert all(torch.equal(value, again.model.learned[name]) for name, value in whole.model.learned.items())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["training.pt"]
+
+
+def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    attn.distill(Model(), HEDGEHOG, batches(), steps=1, state=state)
+    other = {"version": 1, "parameters": "other.safetensors", "rules": [{"attn": {"normalizer": "softmax(sink=sink)"}}]}
+    with pytest.raises(PolicyError, match=r"training\.pt is the training of other parameters"):
+        attn.distill(Model(), other, batches(), steps=1, state=state)
+
+
+def test_the_logits_of_the_whole_model_are_learned_behind_that() -> None:
+    told: list[tuple[int, float]] = []
+    model = Model()
+    distilled = attn.distill(model, HEDGEHOG, [next(batches())] * 21, steps=1, logits=20, tell=lambda *said: told.append(said))
+    losses = distilled.curve["logits"]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    assert [number for number, _ in told] == list(range(1, 22))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_to_learn_from_is_said() -> None:
+    with pytest.raises(ShapeError, match="`batches` is empty"):
+        attn.distill(Model(), HEDGEHOG, [], steps=1)
