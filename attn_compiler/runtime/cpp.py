@@ -88,7 +88,8 @@ def with_cache_only(variant: Variant) -> Variant:
 def pays_not(site: Site, variant: Variant) -> str:
     """Why products of codes would not pay at a site; nothing where they do, or where nobody asks for them."""
     held = [part.storage for part in variant.parts() if with_cache_only(part) != part]
-    if not held or _machine(site.device, site.dtype) or objection(variant, (True, True), {}):
+    trained = site.phase is Phase.TRAIN  # to bear what is rounded, whatever that costs
+    if not held or trained or _machine(site.device, site.dtype) or objection(variant, (True, True), {}):
         return ""
     if site.q_hint < FEW:
         return f"for {site.q_hint} queries it costs more to encode the keys than products of codes save"

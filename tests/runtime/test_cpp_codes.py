@@ -136,6 +136,13 @@ def site(variant: Variant, tokens: int = 4096) -> Site:
     )  # fmt: skip
 
 
+def test_training_meets_what_is_rounded_whether_that_pays_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "_coded_gain", lambda *_: 1.0)
+    asked = Variant(mask=e.k <= e.q, storage=storage_of(INT8))
+    refused = cpp.CppTarget().carry(replace(site(asked), phase=Phase.TRAIN), asked)
+    assert refused == Refusal("cpp", "its kernels have no gradients through what is rounded")
+
+
 @pytest.mark.parametrize("gain", [1.0, 2.0])
 def test_codes_that_do_not_pay_give_way_to_operands_as_they_come(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "_coded_gain", lambda *_: gain)
