@@ -38,7 +38,6 @@ def text(name: str, options: Mapping[str, object], *, head: str = "ForCausalLM")
 CASES = (
     text("Llama", GROUPED),
     text("Mistral", {**GROUPED, "sliding_window": 256}),
-    text("Mixtral", {**GROUPED, "num_local_experts": 2, "intermediate_size": 512, "sliding_window": None}),
     text("Qwen2", GROUPED),
     text("Qwen3", {**GROUPED, "head_dim": 64}),
     text("Gemma", {**GROUPED, "head_dim": 64}),
