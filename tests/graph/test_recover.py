@@ -113,14 +113,18 @@ def real_table(x: Table, values: dict[fx.Node, Any]) -> Tensor:
 
 
 class Run(fx.Interpreter):
-    """Keeps a copy of every value where a site reads it."""
+    """Keeps a copy of every value as it was when it was read last: what is made empty is written to in between."""
 
     def run_node(self, n: fx.Node) -> Any:
+        for read in n.all_input_nodes:
+            self.keep(read, self.env[read])
         result = super().run_node(n)
-        self.kept[n] = (
-            result.clone() if isinstance(result, Tensor) and type(result) is Tensor and n.meta.get("val") is not None else result
-        )
+        self.keep(n, result)
         return result
+
+    def keep(self, n: fx.Node, result: Any) -> None:
+        copied = type(result) is Tensor and n.meta.get("val") is not None
+        self.kept[n] = result.clone() if copied else result
 
     kept: dict[fx.Node, Any]
 
