@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,7 +221,7 @@ def _divergence(exact: Tensor, found: Tensor) -> float:
 
 def write(measured: Measured, path: Path) -> None:
     """Write what was measured: whole, or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_text(measured.to_json() + "\n", encoding="utf-8")
         unfinished.replace(path)

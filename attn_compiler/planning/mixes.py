@@ -42,6 +42,9 @@ def read_mix(entry: Entry, branch: Callable[[Entry], Slots | None], number: Call
         if slots is not None and (slots.heads or slots.mix):
             raise PolicyError(f"{branches.value[name].place}: a branch has no heads and no branches of its own")
     weights = _weights(given["weights"], names, number) if "weights" in given else {}
+    negative = [x.value for x in weights.values() if isinstance(x.value, int | float) and x.value < 0]
+    if how == "lse" and negative:
+        raise PolicyError(f"{given['weights'].place}: a weight of `lse` is at least 0, found {negative[0]}")
     if how in _TWO:
         weights = _both(how, weights, names, given.get("weights", entry))
     kind = How.SUM if how in _TWO else How(how)

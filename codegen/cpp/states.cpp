@@ -162,7 +162,7 @@ INLINE void attend(const Call& call, const Task& task, Work& work) {
     const int64_t start = std::max<int64_t>(first + call.offset, 0), stop = std::min(first + call.offset + TILE, k_len);
     pack_queries(call, task, work, first, count);
     meet_state(work);
-    const int skipped = start - (first + call.offset);  // places without keys, since those begin later
+    const int skipped = std::min<int64_t>(start - (first + call.offset), TILE);  // places without keys, since those begin later
     const int keys = start < stop ? take(call, task, work, start, stop) : 0;
     meet_keys(work, keys, skipped);
     finish(call, task, work, first, count, lead);

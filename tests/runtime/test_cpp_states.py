@@ -53,6 +53,14 @@ def test_the_state_says_what_all_scores_would(name: str, q_len: int, k_len: int,
     check(name, q_len, k_len, kv_heads, torch.float32)
 
 
+def test_queries_long_before_the_first_key_see_nothing_of_another_head() -> None:
+    q, k, v = torch.randn(1, 2, 2100, 6), torch.randn(1, 2, 100, 6), torch.randn(1, 2, 100, 40)
+    v[:, 0] = torch.nan
+    run = [attend(q, k, v, {"feature": "elu_one", "mask": "causal"}, target=name)[:, 1] for name in ("cpp", "reference", "torch")]
+    found, exact, other = (x for x in run if isinstance(x, torch.Tensor))
+    assert_all_within_budget([found], [exact], lambda: [other], ["the second head"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_are_floats_whatever_operands_are_stored_as(dtype: torch.dtype) -> None:
     check("causal", 130, 130, 2, dtype)

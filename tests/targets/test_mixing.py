@@ -141,6 +141,7 @@ def test_mixes_and_features_survive_being_written_down(name: str) -> None:
     ("variant", "said"),
     [
         ({"how": "lse", "branches": {"a": {"feature": "relu", "normalizer": "linear(none)"}}}, "not normalized"),
+        ({"how": "lse", "branches": BRANCHES, "weights": -0.5}, "at least 0"),
         ({"how": "sum", "branches": {}}, "expected branches by name"),
         ({"how": "lerp", "branches": BRANCHES}, "two branches, one of which has a weight"),
         ({"how": "gate", "branches": BRANCHES, "weights": 0.5}, "two branches, one of which has a weight"),
