@@ -21,6 +21,7 @@ from attn_compiler.errors import ShapeError
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]  # what a model is called with once
 Tell = Callable[[int, float], None]  # the number of a step, and its loss
 LOGITS = "logits"  # the name of the loss of the whole model
+_LEAST = 1e-12  # what an attention gives at least, for errors relative to it
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class _Training:
             if tell:
                 tell(number + 1, loss)
         self.adapted.steps += self.progress.step
+        if self.progress.step < total:
+            if self.state:
+                self.progress.write(self.state, self.adapted.learned, self.optimizer)
+            raise ShapeError(f"`batches` ended after {self.progress.step} of {total} steps: give as many, or an endless iterator")
 
     def _sites(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """One step in which every attention learns from its own output: their parts of the parameters have nothing in common."""
@@ -108,7 +113,7 @@ class _Training:
 
     def _teach(self, name: str, student: Student, right: Tensor) -> None:
         with torch.enable_grad():
-            wrong = (student().float() - right.float()).square().sum() / right.float().square().sum()
+            wrong = (student().float() - right.float()).square().sum() / right.float().square().sum().clamp(min=_LEAST)
             wrong.backward()  # type: ignore[no-untyped-call]
         self._now.append(wrong.item())
         self.progress.curve.setdefault(name, []).append(self._now[-1])

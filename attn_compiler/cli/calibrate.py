@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from attn_compiler.calibration import calibrate as calibrated
 from attn_compiler.calibration import write
-from attn_compiler.cli.model_source import Asked, Built, build
+from attn_compiler.cli.model_source import Asked, build
 from attn_compiler.errors import PolicyError
 from attn_compiler.planning.measured import Measured, beside
 
@@ -32,22 +31,12 @@ def calibrate(
     if not policy.is_file():
         raise PolicyError(f"there is no policy file {policy}, beside which costs could be written")
     built = build(model, Asked(length, batch, weights=True))
-    found = calibrated(built.model, policy, [_drawn(built).kwargs or built.args]).measured
+    found = calibrated(built.model, policy, [built.kwargs or built.args]).measured
     assert found is not None
     write(found, beside(policy))
     typer.echo(found.to_json() if as_json else "\n".join(_lines(found)))
     if not as_json:
         typer.echo(f"\nwritten to {beside(policy)}")
-
-
-def _drawn(built: Built) -> Built:
-    """The same with tokens that differ, where the inputs are all alike."""
-    tokens, config = built.kwargs.get("input_ids"), getattr(built.model, "config", None)
-    if tokens is None or config is None or bool(tokens.any()):
-        return built
-    vocabulary = config.get_text_config().vocab_size
-    drawn = torch.randint(vocabulary, tokens.shape, generator=torch.Generator().manual_seed(0))
-    return Built(built.model, built.args, {**built.kwargs, "input_ids": drawn})
 
 
 def _lines(found: Measured) -> list[str]:

@@ -175,6 +175,12 @@ def _split(text: str) -> Iterator[str]:
         yield text[start:]
 
 
+def _vocabulary(config: Any) -> int:
+    """How many tokens there are."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", None) or 2)
+
+
 def _inputs(model: nn.Module, asked: Asked) -> dict[str, Any]:
     """Inputs of the kind a transformers model says it reads."""
     config = getattr(model, "config", None)
@@ -182,16 +188,17 @@ def _inputs(model: nn.Module, asked: Asked) -> dict[str, Any]:
         raise ModelError(f"{type(model).__name__} says nothing about its inputs: let the factory return (model, inputs)")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     main = getattr(model, "main_input_name", "input_ids")
+    drawn = torch.Generator().manual_seed(0)
     if main == "pixel_values":
-        return {main: torch.empty(asked.batch, *_image(config), device=device)}
-    tokens = torch.zeros(asked.batch, asked.length, dtype=torch.long, device=device)
+        return {main: torch.randn(asked.batch, *_image(config), generator=drawn).to(device)}
+    tokens, others = torch.randint(_vocabulary(config), (2, asked.batch, asked.length), generator=drawn).to(device)
     if main != "input_ids":
         raise ModelError(f"{type(model).__name__} reads `{main}`; write a factory that returns (model, inputs)")
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and asked.length > limit:
         raise ShapeError(f"this model has {limit} positions; give --length {limit} or less, or max_position_embeddings=…")
     if getattr(config, "is_encoder_decoder", False):
-        return {main: tokens, "decoder_input_ids": tokens, "use_cache": False}
+        return {main: tokens, "decoder_input_ids": others, "use_cache": False}
     return {main: tokens} | ({"use_cache": False} if hasattr(config, "use_cache") else {})
 
 
