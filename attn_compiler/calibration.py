@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from attn_compiler.planning.site import Site
 from attn_compiler.runtime.targets import TARGETS, Target
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, attend_torch, refuse
+from attn_compiler.whole_file import whole_file
 
 Inputs = Sequence[Mapping[str, Any] | Sequence[Any]]
 _NOBODY = IntegerSet(())  # a group of no heads: what its variant reads is at hand, and nobody computes it
@@ -221,9 +221,5 @@ def _divergence(exact: Tensor, found: Tensor) -> float:
 
 def write(measured: Measured, path: Path) -> None:
     """Write what was measured: whole, or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(measured.to_json() + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write_text(measured.to_json() + "\n", encoding="utf-8")

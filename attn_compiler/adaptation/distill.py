@@ -94,14 +94,14 @@ class _Training:
             loss = self._sites(args, kwargs) if number < steps else self._whole(args, kwargs)
             self.optimizer.step()
             self.progress.step = number + 1
-            if self.state and ((number + 1) % save_every == 0 or number + 1 == total):
+            if self.state and (number + 1) % save_every == 0:
                 self.progress.write(self.state, self.adapted.learned, self.optimizer)
             if tell:
                 tell(number + 1, loss)
         self.adapted.steps += self.progress.step
+        if self.state:
+            self.progress.write(self.state, self.adapted.learned, self.optimizer)
         if self.progress.step < total:
-            if self.state:
-                self.progress.write(self.state, self.adapted.learned, self.optimizer)
             raise ShapeError(f"`batches` ended after {self.progress.step} of {total} steps: give as many, or an endless iterator")
 
     def _sites(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_compiler.errors import PolicyError
+from attn_compiler.whole_file import whole_file
 
 
 @dataclass
@@ -28,12 +28,8 @@ class Progress:
             "learned": dict(learned.state_dict()),
             "optimizer": optimizer.state_dict(),
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            torch.save(held, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            torch.save(held, file)
 
 
 def read_progress(path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> Progress:

@@ -151,6 +151,12 @@ def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
     return None if slot is None else f"it does not carry `{slot}`"
 
 
+def without_total(variant: Variant) -> str | None:
+    """Why the rows of a variant, or of one of its groups, have no log-sum-exp; None if all have."""
+    names = [part.normalizer.name for part in variant.parts() if part.mix is None and part.normalizer.total is None]
+    return f"the rows of `{names[0]}` are not normalized, so they have no log-sum-exp" if names else None
+
+
 @lru_cache(maxsize=1024)
 def reads(variant: Variant) -> tuple[Expr, ...]:
     """All that a variant and its groups read of run-time tables."""

@@ -12,6 +12,7 @@ from rich.syntax import Syntax
 
 from attn_compiler.cli.axes import axes, tokens
 from attn_compiler.runtime.kernel_source import kernel_source
+from attn_compiler.whole_file import whole_file
 
 _LEXERS = {"cpp": "cpp", "triton": "python"}
 
@@ -41,7 +42,8 @@ def kernel(
     )  # fmt: skip
     console = Console()
     if save:
-        save.write_text(text, encoding="utf-8")
+        with whole_file(save) as file:
+            file.write_text(text, encoding="utf-8")
     elif as_json:
         typer.echo(json.dumps({"target": target, "dtype": dtype, "source": text}))
     elif console.is_terminal:

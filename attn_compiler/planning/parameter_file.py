@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from attn_compiler.errors import MissingPackageError, PolicyError
 from attn_compiler.planning.sources import Array
+from attn_compiler.whole_file import whole_file
 
 STEPS = "attn.steps"  # in the file's metadata; files that others wrote do not say it, and count as trained
 
@@ -19,13 +19,9 @@ def write_parameters(path: Path, values: Mapping[str, Array], steps: int) -> Non
     """Write the file whole, or not at all."""
     if path.suffix != ".safetensors":
         raise PolicyError(f"{path.name}: parameters are written as .safetensors; let the policy's `parameters:` name such a file")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        packed = {name: np.ascontiguousarray(value) for name, value in values.items()}
-        _safetensors().numpy.save_file(packed, unfinished, metadata={STEPS: str(steps)})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    packed = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    with whole_file(path) as file:
+        _safetensors().numpy.save_file(packed, file, metadata={STEPS: str(steps)})
 
 
 def steps_of(path: Path) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from attn_compiler.planning.page import page
 from attn_compiler.planning.plan import Decision, NearMiss, Outcome, Plan, Refusal
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
+from attn_compiler.whole_file import whole_file
 
 JSON_VERSION = 1
 WIDTH = 100
@@ -74,13 +74,8 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write a page of its own: whole, or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            unfinished.write_text(page(self.title, self.because, findings(self.plan.decisions), self.plan), encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(Path(path)) as file:
+            file.write_text(page(self.title, self.because, findings(self.plan.decisions), self.plan), encoding="utf-8")
 
     @property
     def title(self) -> str:

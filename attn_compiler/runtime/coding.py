@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.storage import Held, Storage
-from attn_compiler.runtime.compiler import load
+from attn_compiler.runtime.compiler import call, load
 from attn_compiler.targets.cpp.coded import K_MEAN, K_SCALE, Q_SCALE, is_bfloat16
 from attn_compiler.targets.cpp.source import encoder
 from attn_compiler.targets.rounded import held_tensor
@@ -68,8 +67,7 @@ def _encoded(
     pointers = [0 if t is None else t.data_ptr() for t in (x, codes, scales, means, others, dots)]
     other_heads = heads if others is None else others.shape[1]
     words = [batch, heads, tokens, *x.stride()[:3], max(1, group), by_channel, other_heads, biased, x.numel() >= WORTH_THREADS]
-    fields = array("q", [*pointers, *map(int, words)])  # has to live until the kernel is done
-    _kernel(str(x.dtype).removeprefix("torch."), dim, how.numbers.largest)(fields.buffer_info()[0])
+    call(_kernel(str(x.dtype).removeprefix("torch."), dim, how.numbers.largest), [*pointers, *map(int, words)])
     return codes, scales, extra
 
 

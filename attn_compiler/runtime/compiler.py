@@ -13,12 +13,14 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 
 from attn_compiler.errors import CompilerError
+from attn_compiler.whole_file import whole_file
 
 # No -ffast-math: it would fold the rounding by which exponentials find their integer part.
 FLAGS = (
@@ -68,12 +70,17 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join((*texts, _identity(), *flags())).encode()).hexdigest()[:32]
 
 
+def call(run: Callable[[int], object], words: Iterable[int]) -> None:
+    """Run a kernel on the fields of its call."""
+    fields = array("q", words)  # has to live until the kernel is done
+    run(fields.buffer_info()[0])
+
+
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whoever else does the same."""
+    """Write a file whole or not at all, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def module(text: str) -> Path:

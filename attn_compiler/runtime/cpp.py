@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.storage import Storage
-from attn_compiler.algebra.variant import Variant, passed_over
+from attn_compiler.algebra.variant import Variant, passed_over, without_total
 from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
@@ -21,7 +21,7 @@ from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime import states
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_generated, dtype_name, without_total
+from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.choice import FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.decode import MOST_QUERIES

@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import kernels
-from attn_compiler.runtime.compiler import load
+from attn_compiler.runtime.compiler import call, load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
 from attn_compiler.targets.cpp.decode import MOST_QUERIES, decoding, reach_of
 from attn_compiler.targets.operands import head_groups
@@ -61,8 +61,7 @@ def run(
     for one in launched:
         of_tables = [x for n in one.numbers for x in table_words(tables[n])]
         sizes = (batch, heads, kv_heads, q_len, k_len, *layer, *first)
-        words = array("q", (*pointers, *strides, parallel, *one.words, *sizes, *of_tables))
-        one.run(words.buffer_info()[0])
+        call(one.run, (*pointers, *strides, parallel, *one.words, *sizes, *of_tables))
 
 
 def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:

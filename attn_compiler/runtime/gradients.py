@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.runtime.compiler import load
-from attn_compiler.runtime.kernels import Launch, Shape, by_pairs, call, launch, spec_at, table_words
+from attn_compiler.runtime.compiler import call, load
+from attn_compiler.runtime.kernels import Launch, Shape, by_pairs, launch, spec_at, table_words
 from attn_compiler.targets.cpp.gradient import by_key, by_query, is_owned
 from attn_compiler.targets.operands import head_groups
 
@@ -50,7 +50,7 @@ def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tenso
             rest = [] if one.numbers else _NOWHERE  # a kernel without tables has room for one
             shared = [int(one.parallel and n not in pair.owned) for n in one.numbers]
             exchange = [given.kept.data_ptr(), numbers.data_ptr(), int(adds), one.parallel]
-            call(one, [*operands, *results, *exchange, *one.words, *shape.sizes(), *read, *rest, *added, *rest, *shared])
+            call(one.run, [*operands, *results, *exchange, *one.words, *shape.sizes(), *read, *rest, *added, *rest, *shared])
     if adds:
         of_k, of_v = of_k.copy_(sum_k), of_v.copy_(sum_v)
     return of_q, of_k, of_v, [x if x is None else x.to(t.dtype) for x, t in zip(sums, given.tables, strict=True)]

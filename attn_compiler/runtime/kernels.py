@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from attn_compiler.planning.runs import Integers, Runs
 from attn_compiler.planning.schedule import visits
 from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.coding import coded
-from attn_compiler.runtime.compiler import load, why_not
+from attn_compiler.runtime.compiler import call, load, why_not
 from attn_compiler.runtime.machine import pairs_are_faster
 from attn_compiler.targets.cpp.coded import is_bfloat16
 from attn_compiler.targets.cpp.coded import tables as tables_of_codes
@@ -265,13 +264,7 @@ def run(
         operands = (held.q, held.k, held.v, out)
         pointers = [0 if x is None else x.data_ptr() for x in (*operands, held.value_scale, totals)]
         strides = [stride for x in operands for stride in x.stride()[:3]]
-        call(one, [*pointers, int(for_gradients), *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
-
-
-def call(launch: Launch, words: Sequence[int]) -> None:
-    """Run a kernel on the fields of its call."""
-    fields = array("q", words)  # has to live until the kernel is done
-    launch.run(fields.buffer_info()[0])
+        call(one.run, [*pointers, int(for_gradients), *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
 
 
 def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]) -> tuple[Contents | None, ...]:

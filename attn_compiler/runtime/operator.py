@@ -34,12 +34,6 @@ _library.define(  # type: ignore[no-untyped-call]
 NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
 
 
-def without_total(variant: Variant) -> str | None:
-    """Why a variant has no log-sum-exp to return; None if it has one."""
-    unnormalized = [part.normalizer.name for part in variant.parts() if part.normalizer.total is None]
-    return f"the rows of `{unnormalized[0]}` are not normalized, so they have no log-sum-exp" if unnormalized else None
-
-
 def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: bool = False) -> Result:
     """Attend by the kernels of a target that has nothing against `operands` and `variant`."""
     variant = variant if operands.training else _without_dropout(variant)

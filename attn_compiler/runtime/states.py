@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +14,7 @@ from attn_compiler.algebra.expr import b, i
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant, passed_over
 from attn_compiler.planning.site import UNKNOWN_LENGTH, Phase, Site
-from attn_compiler.runtime.compiler import load
+from attn_compiler.runtime.compiler import call, load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
 from attn_compiler.targets.chunked import pays
 from attn_compiler.targets.cpp.states import inlined, serves, stated, states
@@ -108,5 +107,4 @@ def run(
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
     parallel = int(q.numel() * shape.value_dim >= WORTH_THREADS)
     of_tables = [x for n in launch.numbers for x in table_words(tables[n])]
-    words = array("q", [*pointers, *strides, parallel, offset, behind, *shape.sizes(), *of_tables])
-    launch.run(words.buffer_info()[0])
+    call(launch.run, [*pointers, *strides, parallel, offset, behind, *shape.sizes(), *of_tables])

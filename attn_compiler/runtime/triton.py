@@ -6,13 +6,13 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from attn_compiler.algebra.variant import Variant, passed_over
+from attn_compiler.algebra.variant import Variant, passed_over, without_total
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime import interpreter
 from attn_compiler.runtime.cpp import DTYPES, objection
-from attn_compiler.runtime.operator import attend_generated, dtype_name, without_total
+from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.expr import Sort, score
-from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over
+from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over, without_total
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
 from attn_compiler.targets.chunked import chunks, gather_by_states
@@ -34,9 +34,7 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
             reason = refuse_mix(one.mix, lse=lse)
             if reason:
                 return reason
-        elif lse and one.normalizer.total is None:
-            return f"the rows of `{one.normalizer.name}` are not normalized, so they have no log-sum-exp"
-    return passed_over(variant, CARRIED)
+    return (without_total(variant) if lse else None) or passed_over(variant, CARRIED)
 
 
 def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:

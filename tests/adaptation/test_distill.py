@@ -107,3 +107,11 @@ def test_the_logits_of_the_whole_model_are_learned_behind_that() -> None:
 def test_nothing_to_learn_from_is_said() -> None:
     with pytest.raises(ShapeError, match="`batches` is empty"):
         attn.distill(Model(), HEDGEHOG, [], steps=1)
+
+
+def test_batches_that_end_early_are_said_and_what_was_learned_is_kept(tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    with pytest.raises(ShapeError, match=r"`batches` ended after 2 of 5 steps: give as many, or an endless iterator"):
+        attn.distill(Model(), HEDGEHOG, islice(batches(), 2), steps=5, state=state)
+    whole = attn.distill(Model(), HEDGEHOG, batches(), steps=5, state=state)
+    assert len(whole.curve[next(iter(whole.curve))]) == 5
