@@ -370,13 +370,22 @@ def inductor_options(mode: str | None, options: Mapping[str, Traced]) -> dict[st
 
 
 class EveryResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While this is entered, every tensor that an operator makes anew is what `change(operator, tensor)` makes of it."""
+    """While this is entered, every tensor that an operator makes anew is what `change(operator, tensor)` makes of it.
+
+    A softmax and its gradient are taken apart for it: the sum of a row, which their result hides, is made anew as well.
+    """
 
     def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        from torch._decomp import get_decompositions
+
         super().__init__()  # type: ignore[no-untyped-call]
         self._change = change
+        self._apart = get_decompositions([torch.ops.aten._softmax, torch.ops.aten._softmax_backward_data])
 
     def __torch_dispatch__(self, func: Operator, types: Traced, args: Traced = (), kwargs: Traced = None) -> Traced:
+        if func in self._apart:
+            with self:
+                return self._apart[func](*args, **(kwargs or {}))
         found = func(*args, **(kwargs or {}))
         if any(result.alias_info for result in func._schema.returns):
             return found

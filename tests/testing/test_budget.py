@@ -82,3 +82,18 @@ def test_a_fill_absorbs_what_is_added_to_it_in_whatever_order() -> None:
     hidden = torch.full((4,), torch.finfo(torch.float32).min)
     with rounding_otherwise(0):
         torch.testing.assert_close(torch.softmax(A[:4].float() + hidden, -1), torch.full((4,), 0.25), rtol=4 * EPS, atol=0)
+
+
+def test_the_sum_inside_of_a_gradient_of_softmax_is_rounded_otherwise_too() -> None:
+    scores = torch.zeros(4, 32).requires_grad_()
+
+    def gradient() -> Tensor:
+        """Zero, since a sum of weights that add up to one never changes; unless it is computed with an error."""
+        (found,) = torch.autograd.grad(torch.softmax(scores, -1).sum(), scores)
+        return found
+
+    assert (gradient() == 0).all()
+    with rounding_otherwise(0):
+        other = gradient()
+    assert (other != 0).any()
+    assert other.abs().max() <= 8 * EPS / 32
