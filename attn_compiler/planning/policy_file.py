@@ -95,7 +95,7 @@ def _policy(entry: Entry, folder: Path, words: Words, words_digest: str, name: s
     naming, tables, learned = _naming(file, folder, words, problems)
     rules = problems.attempt(_rules, file.get("rules", entry_of([])), naming, problems) or ()
     for variant in naming.variants.values():
-        problems.attempt(read_slots, variant, naming)
+        _check_slots(variant, naming, problems)
     parameters = problems.attempt(_text, file["parameters"]) if "parameters" in file else None
     because = problems.attempt(_text, file["because"]) if "because" in file else None
     problems.finish()
@@ -194,22 +194,22 @@ def _section(file: Mapping[str, Entry], key: str, problems: _Problems) -> Mappin
 def _rules(entry: Entry, naming: Naming, problems: _Problems) -> tuple[Rule, ...]:
     if not isinstance(entry.value, tuple):
         raise PolicyError(f"{entry.place}: `rules` is a list, found {entry.kind}")
-    read = (problems.attempt(_rule, n, one, naming) for n, one in enumerate(entry.value, 1))
+    read = (problems.attempt(_rule, n, one, naming, problems) for n, one in enumerate(entry.value, 1))
     return tuple(rule for rule in read if rule is not None)
 
 
-def _rule(number: int, entry: Entry, naming: Naming) -> Rule:
+def _rule(number: int, entry: Entry, naming: Naming, problems: _Problems) -> Rule:
     if not isinstance(entry.value, Mapping):
         raise PolicyError(f"{entry.place}: a rule is a mapping with `match` and `attn`, found {entry.kind}")
     given = entry.value
-    check_keys(entry, RULE_KEYS, "key of a rule")
+    problems.attempt(check_keys, entry, RULE_KEYS, "key of a rule")
     if "attn" not in given:
         raise PolicyError(f"{entry.place}: rule {number} has no `attn`: `exact`, the name of a variant, or slots")
-    read_slots(given["attn"], naming)
+    _check_slots(given["attn"], naming, problems)
     tolerance = {key: _number(inner) for key, inner in _mapping(given, "tolerance", ("site", "logits")).items()}
     return Rule(
         number,
-        _match(given["match"]) if "match" in given else Match(),
+        (problems.attempt(_match, given["match"]) if "match" in given else None) or Match(),
         given["attn"],
         name=_text(given["name"]) if "name" in given else "",
         because=_text(given["because"]) if "because" in given else "",
@@ -219,6 +219,18 @@ def _rule(number: int, entry: Entry, naming: Naming) -> Rule:
         tolerance=tolerance,
         untrained="allow" if _choice(given, "untrained", ("refuse", "allow")) == "allow" else "refuse",
     )
+
+
+def _check_slots(entry: Entry, naming: Naming, problems: _Problems) -> None:
+    """Read the slots together, and where that fails one by one, so that no fault hides another."""
+    whole = len(problems.found)
+    problems.attempt(read_slots, entry, naming)
+    if len(problems.found) == whole or not isinstance(entry.value, Mapping):
+        return
+    places = {slot: inner for slot, inner in entry.value.items() if slot in ("geometry", "order")}  # others may speak of these
+    for slot, inner in entry.value.items():
+        if slot not in ("heads", "mix"):  # what stands beside these holds in them
+            problems.attempt(read_slots, replace(entry, value={**places, slot: inner}), naming)
 
 
 def _match(entry: Entry) -> Match:

@@ -41,3 +41,23 @@ def test_a_wrong_policy_exits_with_one_and_says_where(tmp_path: Path) -> None:
     assert (shown.exit_code, read.exit_code) == (1, 1)
     assert "wrong.attn.yaml:3" in shown.stderr
     assert json.loads(read.stdout)["ok"] is False
+
+
+def test_one_check_says_every_fault_of_a_rule(tmp_path: Path) -> None:
+    policy = tmp_path / "wrong.attn.yaml"
+    lines = [
+        "version: 1",
+        "rules:",
+        "  - matches: {}",
+        "    match: {kind: slef}",
+        "    attn:",
+        "      geometry: [4, 4]",
+        "      mask: neighborhod(3)",
+        "      score: softcp(score, 3)",
+        "      nomralizer: softmax",
+        "  - attn: {mask: causl}",
+    ]
+    policy.write_text("\n".join(lines), encoding="utf-8")
+    shown = runner.invoke(app, ["check", str(policy)])
+    assert all(f"wrong.attn.yaml:{number}:" in shown.stderr for number in (3, 4, 7, 8, 9, 10))
+    assert not any(f"wrong.attn.yaml:{number}:" in shown.stderr for number in (1, 2, 5, 6))
