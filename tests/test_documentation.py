@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -20,7 +21,7 @@ def _blocks(document: Path, language: str) -> list[str]:
 @every_document
 def test_a_link_leads_to_a_file(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
 @every_document
@@ -47,3 +48,19 @@ def test_every_folder_of_the_readme_exists() -> None:
     folders = re.findall(r"^\| `([a-z_]+)/` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert folders
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+def test_the_page_of_words_is_what_the_command_prints() -> None:
+    from attn_compiler.cli.variants import page
+    from attn_compiler.library import words
+
+    assert (ROOT / "docs" / "words.md").read_text() == page(words()), "run `attn variants --markdown > docs/words.md`"
+
+
+@pytest.mark.parametrize("keys", ["FILE_KEYS", "RULE_KEYS", "MATCH_KEYS", "SLOTS"])
+def test_the_page_of_policies_names_every_key(keys: str) -> None:
+    from attn_compiler.planning import policy_file, slots
+
+    page = (ROOT / "docs" / "policy.md").read_text()
+    known = getattr(policy_file, keys, None) or getattr(slots, keys)
+    assert [key for key in known if f"`{key}" not in page] == []

@@ -84,6 +84,11 @@ class Word:
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether it means something already, and is not only checked."""
+        return self.hints.get("return") is not Declared
+
 
 Words = Mapping[str, Mapping[str, Word]]
 EPS = symbol("eps", Sort.REAL)  # stands in what a denominator divides by for the number that its normalizer adds
