@@ -42,8 +42,8 @@ def operands_of(
         q_positions=None if q_positions is None else _positions(q_positions, batch, q_len, "q_positions"),
         k_positions=_positions(0 if k_positions is None else k_positions, batch, k.shape[-2], "k_positions"),
         head_numbers=tuple(range(heads)),
-        heads=heads,
-        kv_heads=k.shape[1],
+        heads=int(heads),  # counted while tracing, too: only lengths and rows may be symbols
+        kv_heads=int(k.shape[1]),
         layer=layer,
         layers=layers,
         training=training,

@@ -18,8 +18,9 @@ from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
-from attn_compiler.runtime import states
+from attn_compiler.runtime import linear, states
 from attn_compiler.runtime.compiler import why_not
+from attn_compiler.runtime.gather import BY_KERNEL
 from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.choice import FUSED_WHOLE, form_of
@@ -27,7 +28,7 @@ from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.torch_target import Result
+from attn_compiler.targets.torch_target import Result, attend_torch
 
 CARRIED = ("storage",)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +45,7 @@ class CppTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q = operands.q
-        if not lse and states.can_run(operands, variant):
+        if not lse and (states.can_run(operands, variant) or linear.gathers(operands, variant)):
             return _machine(q.device.type, dtype_name(q.dtype))
         if operands.differentiated and lse:
             return "its kernels know no gradients of the log-sum-exp"
@@ -54,14 +55,18 @@ class CppTarget:
         return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        if lse or not states.can_run(operands, variant):
-            return attend_generated(operands, variant, self.name, lse=lse)
-        out, _ = attend_generated(*states.prepared(operands, variant), "states")
-        return out.to(operands.q.dtype), None
+        if not lse and states.can_run(operands, variant):
+            mapped, plain, told = states.prepared(operands, variant)
+            out, _ = attend_generated(mapped, plain, "states", told)
+            return out.to(operands.q.dtype), None
+        if not lse and linear.gathers(operands, variant):
+            return attend_torch(operands, variant, states=BY_KERNEL)
+        return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        if states.suits(site, variant) and not _machine(site.device, site.dtype):
-            return Carried("a generated kernel, whose state stays in the cache", gains=True)
+        by_states = None if _machine(site.device, site.dtype) else linear.carried(site, variant)
+        if by_states is not None:
+            return by_states
         lost = pays_not(site, variant)
         plain = self.carry(site, with_cache_only(variant)) if lost else None
         if isinstance(plain, Carried):

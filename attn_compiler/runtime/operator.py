@@ -33,9 +33,13 @@ _library.define(  # type: ignore[no-untyped-call]
 # What is kept of each query besides its output. A cached graph holds these words: another layout needs other ones.
 NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
 
+NOTHING_TOLD: Mapping[str, Tensor] = {}
 
-def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: bool = False) -> Result:
-    """Attend by the kernels of a target that has nothing against `operands` and `variant`."""
+
+def attend_generated(
+    operands: Operands, variant: Variant, target: str, told: Mapping[str, Tensor] = NOTHING_TOLD, *, lse: bool = False
+) -> Result:
+    """Attend by the kernels of a target that has nothing against `operands` and `variant`, and which may be `told` more."""
     variant = variant if operands.training else _without_dropout(variant)
     names = sorted(name for name in variant.tables())
     tables = [operands.tables[name] for name in names]
@@ -54,6 +58,8 @@ def attend_generated(operands: Operands, variant: Variant, target: str, *, lse: 
     if any(part.dropout for part in variant.parts()):  # drawn by a step of the graph, repeated where that is recomputed
         names.append(SEED)
         tables.append(torch.randint(1 << 62, (), dtype=torch.int64, device=operands.q.device))
+    names += told
+    tables += told.values()
     what = _written(variant, tuple(names), operands.layer, operands.layers, target)
     kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
     out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)

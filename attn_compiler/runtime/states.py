@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.expr import b, i
-from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant, passed_over
-from attn_compiler.planning.site import UNKNOWN_LENGTH, Phase, Site
+from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.runtime.compiler import call, load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
-from attn_compiler.targets.chunked import pays
-from attn_compiler.targets.cpp.states import inlined, serves, stated, states
+from attn_compiler.targets.cpp.spec import spec_of
+from attn_compiler.targets.cpp.states import GATHERED, inlined, serves, stated, states
 from attn_compiler.targets.featured import featured
+from attn_compiler.targets.gathered import Logs, logs_of, pays, shown_of
 from attn_compiler.targets.operands import Operands
 from attn_compiler.torch_private import likely
 
 WIDEST = 512  # features of a state that stays in the cache
+LOG_AT_Q, LOG_AT_K, SHOWN = "attn.log_at_q", "attn.log_at_k", "attn.shown"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,20 @@ class Launch:
     numbers: tuple[int, ...]  # the places of its tables among those of the call
 
 
-def prepared(operands: Operands, variant: Variant) -> tuple[Operands, Variant]:
-    """A call whose feature map the kernel applies itself; other maps are applied before."""
-    if inlined(variant):
-        return operands, variant
-    mapped, plain = featured(operands, variant, torch.promote_types(operands.q.dtype, torch.float32))
-    return mapped, plain
+def prepared(operands: Operands, variant: Variant) -> tuple[Operands, Variant, Mapping[str, Tensor]]:
+    """A call as the kernel takes it: maps that it cannot apply are applied, and of each token it is told what is left of it."""
+    found = serves(variant)
+    assert found is not None
+    if not inlined(variant):
+        operands, variant = featured(operands, variant, torch.promote_types(operands.q.dtype, torch.float32))
+    arrays, told = operands.arrays(torch.float32), dict[str, Tensor]()
+    logs, shown = logs_of(operands, found, arrays), shown_of(operands, found, arrays)
+    if logs is not None:
+        told |= {LOG_AT_Q: logs[0], LOG_AT_K: logs[1]}
+    if shown is not None:
+        told |= {SHOWN: shown}
+    mask = e.true if found.behind is None else e.k <= e.q - found.behind
+    return operands, replace(variant, mask=mask, score=e.score), told
 
 
 def can_run(operands: Operands, variant: Variant) -> bool:
@@ -50,16 +59,6 @@ def can_run(operands: Operands, variant: Variant) -> bool:
         return False
     q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
     return bool(passed_over(variant)) or pays(found, q_len, k_len, operands.q.shape[-1], operands.v.shape[-1])
-
-
-def suits(site: Site, variant: Variant) -> bool:
-    """Whether the kernel is for a site: its queries follow each other, and states save half of the work there."""
-    found = serves(variant)
-    if found is None or site.frame is None or site.phase is Phase.TRAIN or variant.feature.width(site.head_dim) > WIDEST:
-        return False
-    first = simplify(site.frame.position - i)
-    counted = not first.mentions(i, b) and not first.tables()
-    return counted and pays(found, site.q_hint, site.k_hint, variant.feature.width(site.head_dim), site.value_dim)
 
 
 def is_alone(variant: Variant) -> bool:
@@ -78,9 +77,13 @@ def _launch(shape: Shape) -> Launch:
     found = serves(shape.variant)
     assert found is not None
     spec = spec_at(shape, stated(shape.variant))
-    run = load(states(spec)).states
+    return Launch(_entry(states(spec)), found.behind, tuple(shape.names.index(name) for name, _ in spec.tables))
+
+
+def _entry(source: str) -> Callable[[int], object]:
+    run = load(source).states
     run.argtypes = [ctypes.c_void_p]
-    return Launch(run, found.behind, tuple(shape.names.index(name) for name, _ in spec.tables))
+    return run
 
 
 def run(
@@ -98,13 +101,61 @@ def run(
     assert totals is None
     assert not for_gradients
     launch = _launch(replace(shape, batch=0, q_len=0, k_len=0, first_query=0, first_key=0, contents=()))
-    offset, behind = shape.k_len, 0
-    if launch.behind is not None:
-        ahead = shape.first_query - shape.first_key - launch.behind
-        offset = min(ahead, shape.k_len)
-        behind = launch.behind + ahead - offset
-    pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
-    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
-    parallel = int(q.numel() * shape.value_dim >= WORTH_THREADS)
+    behind = launch.behind
+    offset = shape.k_len if behind is None else shape.first_query - shape.first_key - behind
+    named = dict(zip(shape.names, tables, strict=True))
+    logs = (named[LOG_AT_Q], named[LOG_AT_K]) if LOG_AT_Q in named else None
     of_tables = [x for n in launch.numbers for x in table_words(tables[n])]
-    call(launch.run, [*pointers, *strides, parallel, offset, behind, *shape.sizes(), *of_tables])
+    told = Call(q, k, v, out, None, logs, named.get(SHOWN), offset)
+    call(launch.run, [*told.words(), *shape.sizes(), *of_tables])
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The operands of one run of the kernel; heads of an operand that there are fewer of are shared.
+
+    In `reverse`, query i meets the keys from i + offset on, and logs are those of a decay towards the past.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    mass: Tensor | None
+    logs: Logs | None
+    shown: Tensor | None
+    offset: int
+    reverse: bool = False
+
+    def words(self) -> list[int]:
+        """The fields in the order of the kernel's structure, up to the sizes. Backwards, tokens are counted from the last."""
+        q_len, k_len, heads = self.q.shape[2], self.k.shape[2], self.out.shape[1]
+        operands = [self._placed(x) for x in (self.q, self.k, self.v, self.out)]
+        pointers = [*(pointer for pointer, _ in operands), 0 if self.mass is None else self.mass.data_ptr()]
+        strides = [stride for _, of_tokens in operands for stride in of_tokens]
+        sharing = [heads // x.shape[1] for x in (self.q, self.k, self.v)]
+        logs = [self._placed(x) for x in self.logs] if self.logs else [(0, (0, 0, 0))] * 2
+        told = [word for pointer, of_tokens in logs for word in (pointer, *of_tokens)]
+        shown, of_keys = (0, (0, 0, 0)) if self.shown is None else self._placed(self.shown)
+        parallel = int(self.out.shape[0] * heads * q_len * self.q.shape[3] * self.v.shape[3] >= WORTH_THREADS)
+        offset = k_len - q_len - self.offset if self.reverse else self.offset
+        return [*pointers, *strides, *sharing, *told, -1 if self.reverse else 1, shown, *of_keys, parallel, offset]
+
+    def _placed(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Where the first token to be met lies, and how far from each other rows of the batch, heads and tokens are."""
+        batch, heads, token = x.stride()[:3]
+        if not self.reverse:
+            return x.data_ptr(), (batch, heads, token)
+        return x.data_ptr() + (x.shape[2] - 1) * token * x.element_size(), (batch, heads, -token)
+
+
+def gather(told: Call) -> None:
+    """Fill `out` and `mass` with the sums of a call, all of whose operands have one dtype."""
+    run = _gathering(told.q.shape[3], told.v.shape[3], str(told.q.dtype).removeprefix("torch."))
+    batch, heads = told.out.shape[:2]
+    call(run, [*told.words(), batch, heads, heads, told.q.shape[2], told.k.shape[2], 0, 1, 0, 0])
+
+
+@lru_cache(maxsize=128)
+def _gathering(dim: int, value_dim: int, dtype: str) -> Callable[[int], object]:
+    return _entry(states(spec_of(GATHERED, dim, value_dim, dtype, {})))

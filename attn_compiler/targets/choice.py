@@ -12,8 +12,8 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Site
 from attn_compiler.targets.blocks import pays
-from attn_compiler.targets.chunked import pays as states_pay
 from attn_compiler.targets.fused import bias_of, swallows
+from attn_compiler.targets.gathered import pays as states_pay
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.reach import is_causal, reach, shows_itself

@@ -28,7 +28,7 @@ def featured(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[O
     of_q = _Mapping(operands, operands.head_numbers, real)
     kv = kv_owners(operands.head_numbers, operands.heads // operands.kv_heads)
     of_k = of_q if k.shape[1] == q.shape[1] else _Mapping(operands, kv, real, of_keys=True)
-    known = {e.dim: e.const(q.shape[-1])}
+    known = {e.dim: e.const(int(q.shape[-1]))}
     plain = replace(variant.map(lambda x: x.substitute(known)), feature=IDENTITY)
     return replace(operands, q=of_q.mapped(q, variant.feature.of_q), k=of_k.mapped(k, variant.feature.of_k), v=v), plain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over, without_total
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
-from attn_compiler.targets.chunked import chunks, gather_by_states
+from attn_compiler.targets.chunked import BY_CHUNKS
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
+from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
@@ -37,9 +39,9 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     return (without_total(variant) if lse else None) or passed_over(variant, CARRIED)
 
 
-def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-    """Attend, in the form that the variant and what is statically known of the operands allow."""
-    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse))
+def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False, states: Gather = BY_CHUNKS) -> Result:
+    """Attend, in the form that the variant and what is statically known of the operands allow; what is linear, by `states`."""
+    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse, states))
 
 
 def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, Variant], Result]) -> Result:
@@ -84,23 +86,24 @@ def _prepared(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[
     return featured(held(operands, variant.storage), variant, real)
 
 
-def _attend(operands: Operands, variant: Variant, lse: bool) -> Result:
+def _attend(operands: Operands, variant: Variant, lse: bool, states: Gather) -> Result:
     dtype = operands.q.dtype
     if variant.mix is None:
-        out, totals = _attend_alone(operands, variant, lse)
+        out, totals = _attend_alone(operands, variant, lse, states=states)
     else:
         real = torch.promote_types(dtype, torch.float32)
-        out, totals = mixed(operands, variant.mix, _attend_alone, _gather_alone, real, lse=lse)
+        attend, gather = partial(_attend_alone, states=states), partial(_gather_alone, states=states)
+        out, totals = mixed(operands, variant.mix, attend, gather, real, lse=lse)
     return out.to(dtype), totals
 
 
-def _attend_alone(operands: Operands, variant: Variant, lse: bool) -> Result:
+def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, states: Gather) -> Result:
     """Attend without branches."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real)
-    states = _by_states(operands, variant, real)
-    if states is not None:
-        return _finished(states, in_real(whole(operands, real), real), variant, lse)
+    sums = _by_states(operands, variant, real, states)
+    if sums is not None:
+        return _finished(sums, in_real(whole(operands, real), real), variant, lse)
     near = worthwhile(operands, variant)
     arrangement = blocked(operands, real, *near) if near else whole(operands, real)
     rule = EmptyRows.ZERO if every_query_sees_itself(operands, variant) else variant.empty_rows
@@ -121,26 +124,26 @@ def _attend_alone(operands: Operands, variant: Variant, lse: bool) -> Result:
     return unblocked(out, operands.q_len), None if totals is None else unblocked(totals[..., None], operands.q_len)[..., 0]
 
 
-def _gather_alone(operands: Operands, variant: Variant) -> Sums:
+def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Sums:
     """What a branch accumulates for a denominator that it shares."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real)
-    states = _by_states(operands, variant, real)
-    if states is not None:
-        return states
+    sums = _by_states(operands, variant, real, states)
+    if sums is not None:
+        return sums
     near = worthwhile(operands, variant)
     arrangement = in_real(blocked(operands, real, *near) if near else whole(operands, real), real)
     sums = _gathered(arrangement, variant, operands.training)
     return sums.map(lambda x: unblocked(x, operands.q_len)) if near else sums
 
 
-def _by_states(operands: Operands, variant: Variant, real: torch.dtype) -> Sums | None:
+def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
-    found = chunks(operands, variant)
+    found = gatherable(operands, variant, states)
     if found is None:
         return None
     operands = replace(operands, q=operands.q.to(real), k=operands.k.to(real), v=operands.v.to(real))
-    return gather_by_states(operands, variant, found, operands.arrays(real))
+    return gather_by_states(operands, variant, found, operands.arrays(real), states)
 
 
 def _gathered(arrangement: Arrangement, variant: Variant, training: bool) -> Sums:

@@ -22,22 +22,28 @@ INLINE vf scale_of(const Task& task) {
   // <scale>
 }
 
-// What is added to the log of a weight for every token between query and key.
-INLINE vf rate_of(const Task& task) {
-  // <rate>
-}
-
 // What every sum of weight * v is multiplied with in the end.
 INLINE vf factor_of(const Task& task, vf mass) {
   // <factor>
 }
 
+struct Log {  // running, of a decay; null where nothing decays
+  const double* data;
+  int64_t stride[3];  // of batch, heads and tokens
+};
+
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
   const Stored *q, *k, *v;
   Stored* out;
+  float* mass;  // [batch][heads][q_len]; null where nobody asks
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  int64_t sharing[3];       // heads that share one of q, of k, of v
+  Log at_query, at_key;
+  int64_t sign;             // of the logs
+  const uint8_t* shown;     // keys that exist; null: all
+  int64_t shown_stride[3];
   int64_t parallel;         // whether there is work for threads
-  int64_t offset, behind;   // query i sees keys up to i + offset, which stand at least so many tokens behind it
+  int64_t offset;           // query i sees keys up to i + offset
   Context context;
 };
 
@@ -47,19 +53,43 @@ struct alignas(64) Work {  // whole vectors come before pointers
   float state[PANELS][DIM * TILE], sums[padded(DIM)];  // of features * v, and of features
   float q[DIM * TILE], scores[(CHUNK + ROWS) * TILE], out[PANELS * TILE * TILE];
   float keys[CHUNK][padded(DIM)], values[PANELS][CHUNK * TILE];
-  float fading[3 * TILE];  // what is left after m - TILE tokens; nothing where that is the future
+  float past[3 * TILE];  // 0 for what is ahead, then 1
   vf mass[VECTORS];
+  double since, of_query[TILE], of_key[CHUNK];  // logs, of which the first is that of the state
   const float *key_rows[CHUNK + ROWS], *state_rows[DIM];
 };
 static_assert(CHUNK == TILE, "queries of a tile meet the keys beside them");
 
+INLINE double log_at(const Call& call, const Task& task, const Log& log, int64_t n) {
+  if (!log.data) return 0.0;
+  return call.sign * log.data[task.b * log.stride[0] + task.h * log.stride[1] + n * log.stride[2]];
+}
+INLINE bool exists(const Call& call, const Task& task, int64_t key) {
+  const int64_t* stride = call.shown_stride;
+  return !call.shown || call.shown[task.b * stride[0] + task.h * stride[1] + key * stride[2]];
+}
+
+// What is left after a log went from `before` to `now`: never more than there was.
+INLINE float left_of(double now, double before) { return std::exp(std::min((float)(now - before), 0.0f)); }
+INLINE vf left_of(const double* now, double before) {
+  vd x;
+  memcpy(&x, now, sizeof(x));
+  return weight_of(least(convert<vf>(x - before), vf{}));
+}
+
 // Up to CHUNK keys from `first` on: their features, and their values in panels.
 INLINE int take(const Call& call, const Task& task, Work& work, int64_t first, int64_t stop) {
-  const Stored* k = call.k + task.b * call.k_stride[0] + task.kv * call.k_stride[1];
-  const Stored* v = call.v + task.b * call.v_stride[0] + task.kv * call.v_stride[1];
+  const Stored* k = call.k + task.b * call.k_stride[0] + task.h / call.sharing[1] * call.k_stride[1];
+  const Stored* v = call.v + task.b * call.v_stride[0] + task.h / call.sharing[2] * call.v_stride[1];
   const int count = std::min<int64_t>(CHUNK, stop - first);
   for (int j = 0; j < count; j++) {
     const Stored *key = k + (first + j) * call.k_stride[2], *value = v + (first + j) * call.v_stride[2];
+    work.of_key[j] = log_at(call, task, call.at_key, first + j);
+    if (!exists(call, task, first + j)) {
+      memset(work.keys[j], 0, sizeof(work.keys[j]));
+      for (int p = 0; p < PANELS; p++) memset(work.values[p] + j * TILE, 0, TILE * sizeof(float));
+      continue;
+    }
     float room[padded(DIM)] = {};
     for (int d = 0; d < DIM; d++) room[d] = (float)key[d];
     for (int d = 0; d < DIM; d += LANES) {
@@ -75,26 +105,33 @@ INLINE int take(const Call& call, const Task& task, Work& work, int64_t first, i
   return count;
 }
 
-// What has been taken joins the state, after which the next token is `passed` tokens behind the first of them.
-INLINE void remember(Work& work, int count, int passed) {
-  const float* left = work.fading + TILE;
+// What has been taken joins the state, which then is that of the last of these keys.
+INLINE void remember(const Call& call, Work& work, int count) {
+  if (!count) return;
+  const double now = work.of_key[count - 1];
+  const float kept = left_of(now, work.since);
   vf keep[VECTORS];
-  UNROLLED for (int n = 0; n < VECTORS; n++) keep[n] = splat<vf>(left[passed]);
-  for (int d = 0; d < DIM; d++) work.sums[d] *= left[passed];
+  UNROLLED for (int n = 0; n < VECTORS; n++) keep[n] = splat<vf>(kept);
+  for (int d = 0; d < DIM; d++) work.sums[d] *= kept;
   for (int j = 0; j < count; j++) {
-    const float fade = left[passed - j];
+    const float fade = call.at_key.data ? left_of(now, work.of_key[j]) : 1.0f;
     for (int d = 0; d < DIM; d++) work.sums[d] += work.keys[j][d] * fade;
     if (fade != 1.0f)
       for (int p = 0; p < PANELS; p++)
         for (int d = 0; d < TILE; d++) work.values[p][j * TILE + d] *= fade;
   }
   for (int p = 0; p < PANELS; p++) accumulate<DIM, 0, VECTORS>(work.key_rows, count, work.values[p], work.state[p], keep);
+  work.since = now;
 }
 
 INLINE void pack_queries(const Call& call, const Task& task, Work& work, int64_t first, int count) {
-  const Stored* q = call.q + task.b * call.q_stride[0] + task.h * call.q_stride[1];
+  const Stored* q = call.q + task.b * call.q_stride[0] + task.h / call.sharing[0] * call.q_stride[1];
   const Stored* rows[TILE];
-  for (int m = 0; m < TILE; m++) rows[m] = q + (first + std::min(m, count - 1)) * call.q_stride[2];
+  for (int m = 0; m < TILE; m++) {
+    const int64_t query = first + std::min(m, count - 1);
+    rows[m] = q + query * call.q_stride[2];
+    work.of_query[m] = log_at(call, task, call.at_query, query);
+  }
   pack<DIM>(rows, work.q);
   const vf scale = scale_of(task);
   for (int d = 0; d < DIM; d++) UNROLLED for (int n = 0; n < VECTORS; n++) {
@@ -114,15 +151,18 @@ INLINE void meet_state(Work& work) {
   for (int d = 0; d < DIM; d++) UNROLLED for (int n = 0; n < VECTORS; n++) work.mass[n] += work.sums[d] * *at(work.q, d, n);
 }
 
-// And the keys beside them, the first of which stands `behind` tokens behind the first query. The future is faded to nothing.
-INLINE void meet_keys(Work& work, int count, int skipped) {
+// And the keys beside them, the first of which stands `skipped` tokens ahead of the first query.
+INLINE void meet_keys(const Call& call, Work& work, int count, int skipped) {
   products<0, VECTORS>(work.key_rows, count, DIM, work.q, work.scores);
   vf keep[VECTORS];
-  UNROLLED for (int n = 0; n < VECTORS; n++) memcpy(&keep[n], work.fading + TILE + n * LANES, sizeof(vf));
-  UNROLLED for (int n = 0; n < VECTORS; n++) work.mass[n] *= keep[n];
+  UNROLLED for (int n = 0; n < VECTORS; n++) {
+    keep[n] = call.at_key.data ? left_of(work.of_query + n * LANES, work.since) : splat<vf>(1.0f);
+    work.mass[n] *= keep[n];
+  }
   for (int j = 0; j < count; j++) UNROLLED for (int n = 0; n < VECTORS; n++) {
     vf left;
-    memcpy(&left, work.fading + TILE + n * LANES - j - skipped, sizeof(vf));
+    memcpy(&left, work.past + TILE + n * LANES - j - skipped, sizeof(vf));
+    if (call.at_key.data) left *= left_of(work.of_query + n * LANES, work.of_key[j]);
     vf* score = at(work.scores, j, n);
     *score *= left;
     work.mass[n] += *score;
@@ -134,29 +174,29 @@ INLINE void meet_keys(Work& work, int count, int skipped) {
   }
 }
 
-INLINE void finish(const Call& call, const Task& task, Work& work, int64_t first, int count, float lead) {
-  UNROLLED for (int n = 0; n < VECTORS; n++) work.mass[n] = factor_of(task, work.mass[n] * lead) * lead;
+INLINE void finish(const Call& call, const Task& task, Work& work, int64_t first, int count, int64_t first_key) {
   unpack<PANELS * TILE>(work.out);
+  float* mass = call.mass ? call.mass + ((int64_t)task.b * call.context.heads + task.h) * call.context.q_len + first : nullptr;
+  vf factors[VECTORS];
+  UNROLLED for (int n = 0; n < VECTORS; n++) factors[n] = factor_of(task, work.mass[n]);
   for (int m = 0; m < count; m++) {
+    const bool sees = std::min(first + m + call.offset, call.context.k_len - 1) >= first_key;
+    if (mass) mass[m] = sees ? work.mass[m / LANES][m % LANES] : 0.0f;
     Stored* row = call.out + task.b * call.out_stride[0] + task.h * call.out_stride[1] + (first + m) * call.out_stride[2];
-    const bool sees = first + m + call.offset >= 0 && call.context.k_len > 0;
-    const float f = work.mass[m / LANES][m % LANES];
+    const float f = factors[m / LANES][m % LANES];
     for (int d = 0; d < VALUE_DIM; d += LANES) store(row + d, sees ? row_of(work.out, m, d) * f : vf{}, VALUE_DIM - d);
   }
 }
 
-// The state is always that of the query at the start of a tile: `fading` counts from there.
 INLINE void attend(const Call& call, const Task& task, Work& work) {
   const int64_t q_len = call.context.q_len, k_len = call.context.k_len;
-  const float rate = rate_of(task)[0];
-  for (int m = 0; m < 3 * TILE; m++) work.fading[m] = m < TILE ? 0.0f : std::exp(rate * (m - TILE));
-  const float lead = call.behind ? std::exp(rate * call.behind) : 1.0f;
+  for (int m = 0; m < 3 * TILE; m++) work.past[m] = m < TILE ? 0.0f : 1.0f;
   memset(work.state, 0, sizeof(work.state)), memset(work.sums, 0, sizeof(work.sums));
+  int64_t first_key = 0;
+  while (first_key < k_len && !exists(call, task, first_key)) first_key++;
+  work.since = k_len ? log_at(call, task, call.at_key, 0) : 0.0;
   const int64_t before = std::clamp<int64_t>(call.offset, 0, k_len);
-  for (int64_t key = 0; key < before; key += CHUNK) {
-    const int count = take(call, task, work, key, before);
-    remember(work, count, count);
-  }
+  for (int64_t key = 0; key < before; key += CHUNK) remember(call, work, take(call, task, work, key, before));
   for (int64_t first = 0; first < q_len; first += TILE) {
     const int count = std::min<int64_t>(TILE, q_len - first);
     const int64_t start = std::max<int64_t>(first + call.offset, 0), stop = std::min(first + call.offset + TILE, k_len);
@@ -164,9 +204,9 @@ INLINE void attend(const Call& call, const Task& task, Work& work) {
     meet_state(work);
     const int skipped = std::min<int64_t>(start - (first + call.offset), TILE);  // places without keys, since those begin later
     const int keys = start < stop ? take(call, task, work, start, stop) : 0;
-    meet_keys(work, keys, skipped);
-    finish(call, task, work, first, count, lead);
-    if (first + TILE < q_len) remember(work, keys, TILE - skipped);
+    meet_keys(call, work, keys, skipped);
+    finish(call, task, work, first, count, first_key);
+    if (first + TILE < q_len) remember(call, work, keys);
   }
 }
 

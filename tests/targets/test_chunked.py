@@ -12,7 +12,7 @@ from attn_compiler import attend
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.reading import read_variant
-from attn_compiler.targets import chunked
+from attn_compiler.targets import gathered
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.testing import Case, assert_case
 
@@ -62,7 +62,7 @@ def case_of(name: str, q_len: int, k_len: int, kv_heads: int) -> Case:
 @pytest.fixture
 def by_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are always taken where they may be."""
-    monkeypatch.setattr(chunked, "pays", lambda *_: True)
+    monkeypatch.setattr(gathered, "pays", lambda *_: True)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -90,7 +90,7 @@ def test_a_window_beside_the_past_leaves_a_shorter_past() -> None:
 @pytest.mark.parametrize(("length", "taken"), [(64, 0), (2048, 1)])
 def test_states_are_taken_where_they_save_work(length: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    gather = chunked.gather_by_states
+    gather = gathered.gather_by_states
     monkeypatch.setattr(
         "attn_compiler.targets.torch_target.gather_by_states", lambda *given: calls.append(1) or gather(*given)
     )  # fmt: skip

@@ -160,14 +160,15 @@ def test_a_sum_has_no_log_sum_exp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "said"),
+    ("target", "slots", "said"),
     [
-        ({"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
-        ({"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
-        ({"feature": "identity", "normalizer": "linear(subtract)"}, "count the keys that a query sees"),
+        ("cpp", {"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
+        ("cpp", {"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
+        ("flex", {"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
+        ("flex", {"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
+        ("flex", {"feature": "identity", "normalizer": "linear(subtract)"}, "count the keys that a query sees"),
     ],
 )
-@pytest.mark.parametrize("target", ["cpp", "flex"])
-def test_kernels_that_carry_no_features_and_mixes_say_so(slots: Mapping[str, object], said: str, target: str) -> None:
+def test_kernels_that_carry_no_features_and_mixes_say_so(target: str, slots: Mapping[str, object], said: str) -> None:
     with pytest.raises(ShapeError, match=f"the target {target}: it does not {said}"):
         attend(Q.float(), K.float(), V.float(), slots, target=target)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from attn_compiler.algebra import feature as f
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.feature import Block
 from attn_compiler.algebra.storage import PLAIN
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Normalizer, Variant
 from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level
 from attn_compiler.targets.cpp.source import assembled, printer_of
 from attn_compiler.targets.cpp.spec import Spec
@@ -28,14 +28,13 @@ _TOKENS = (e.i, e.q, e.k, PLACE)
 
 
 def serves(variant: Variant) -> Linear | None:
-    """What makes a variant linear, if this kernel is for it: all keys are there, decays know nothing of tokens."""
+    """What makes a variant linear, if this kernel gives its output: the sums that it finds are all that is asked of it."""
     found = linear(variant)
     if found is None or variant.groups or variant.mix or variant.storage != PLAIN or variant.dropout or variant.normalizer.counts:
         return None
     factor = Spec(variant, 1, 1, "float32", ()).factor
-    if factor is None or factor.mentions(e.peak, *_TOKENS) or variant.scale.mentions(*_TOKENS) or found.shown != e.true:
-        return None
-    return found if found.fades is None or _rate(found) is not None else None
+    known = factor is not None and not factor.mentions(e.peak, *_TOKENS) and not variant.scale.mentions(*_TOKENS)
+    return found if known else None
 
 
 def inlined(variant: Variant) -> bool:
@@ -48,20 +47,13 @@ def _by_component(block: Block) -> bool:
     return plain and block.each.symbols() <= {f.x, e.dim} and not block.each.tables()
 
 
-def _rate(found: Linear) -> Expr | None:
-    """What is added to the log of a weight for every token in between, where that is a number of the head."""
-    assert found.fades is not None
-    if found.fades.op != "mul" or found.fades.args[1] != e.real(e.k) or found.fades.args[0].mentions(*_TOKENS):
-        return None
-    return found.fades.args[0]
-
-
 def stated(variant: Variant) -> Variant:
-    """What the kernel computes of a variant: in the place of the score stands the rate of its decay, and nothing hides a key."""
-    found = linear(variant)
-    assert found is not None
-    rate = None if found.fades is None else _rate(found)
-    return replace(variant, mask=e.true, score=const(0.0) if rate is None else rate)
+    """What the source says of a variant: which keys exist and what is left of them, the kernel is told with a call."""
+    return replace(variant, mask=e.true, score=e.score)
+
+
+# The sums themselves: features are made before, and what divides comes after.
+GATHERED = Variant(scale=const(1.0), normalizer=Normalizer("gathered", weight=e.score, output=e.acc))
 
 
 @lru_cache(maxsize=256)
@@ -73,7 +65,6 @@ def states(spec: Spec) -> str:
         "feature of a query": printer.function(_of_one(spec.variant.feature.of_q)),
         "feature of a key": printer.function(_of_one(spec.variant.feature.of_k)),
         "scale": printer.function(spec.variant.scale),
-        "rate": printer.function(spec.variant.score),
         "factor": printer.function(spec.factor),
     }
     return assembled(spec, printer, holes, ("rows.h", "tiles.h", "states.cpp"), "TILE")

@@ -1,0 +1,100 @@
+"""Where the kernel of linear attention is worth its while: alone for a whole variant, or for the linear parts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import b, i
+from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.planner import Carried
+from attn_compiler.planning.site import UNKNOWN_LENGTH, Phase, Site
+from attn_compiler.runtime.gather import BY_KERNEL
+from attn_compiler.runtime.machine import faster
+from attn_compiler.runtime.states import WIDEST
+from attn_compiler.targets.chunked import BY_CHUNKS
+from attn_compiler.targets.cpp.states import serves
+from attn_compiler.targets.gathered import Gather, offset_of, pays
+from attn_compiler.targets.linear import Linear, linear
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import refuse
+from attn_compiler.torch_private import likely
+
+WORTH = 1.05  # how many times faster than PyTorch's operators the kernel has to be
+
+
+def gathers(operands: Operands, variant: Variant) -> bool:
+    """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators."""
+    return refuse(variant) is None and any(_gathers(operands, part) for part in variant.parts() if part.mix is None)
+
+
+def _gathers(operands: Operands, variant: Variant) -> bool:
+    found, dim = linear(variant), operands.q.shape[-1]
+    features = variant.feature.width(dim)
+    if found is None or features > WIDEST or (variant.dropout and operands.training):
+        return False
+    if operands.differentiated and not _differentiable(found):
+        return False
+    if found.behind is not None and offset_of(operands, found) is None:
+        return False
+    q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
+    return pays(found, q_len, k_len, features, operands.v.shape[-1])
+
+
+def carried(site: Site, variant: Variant) -> Carried | None:
+    """How the kernel runs at a site where queries follow each other and states save half of the work; None if it should not."""
+    parts = [part for part in variant.parts() if part.mix is None and (part is not variant or not part.groups)]
+    gathered = [part for part in parts if _suits(site, part)]
+    training = site.phase is Phase.TRAIN
+    if not gathered or refuse(variant) is not None:
+        return None
+    if not training and serves(variant) is not None:
+        return Carried("a generated kernel, whose state stays in the cache", gains=True)
+    fades = any(part.score != e.score for part in gathered)
+    if gain(training=training, fades=fades) < WORTH:
+        return None
+    rest = "" if len(gathered) == len(parts) else ", and PyTorch's operators for what is not linear"
+    return Carried(f"a generated kernel that adds keys up to states{rest}", gains=True)
+
+
+def _suits(site: Site, variant: Variant) -> bool:
+    found = linear(variant)
+    features = variant.feature.width(site.head_dim)
+    if found is None or site.frame is None or features > WIDEST:
+        return False
+    if site.phase is Phase.TRAIN and (variant.dropout or not _differentiable(found)):
+        return False
+    first = simplify(site.frame.position - i)
+    counted = not first.mentions(i, b) and not first.tables()
+    return counted and pays(found, site.q_hint, site.k_hint, features, site.value_dim)
+
+
+def _differentiable(found: Linear) -> bool:
+    """Whether no rate of a decay is trained: in the sum over tokens that is its gradient, all but rounding errors cancels."""
+    nodes = () if found.fades is None else found.fades.walk()
+    return all(node.mentions(e.k) for node in nodes if node.op == "table" and node.sort is e.Sort.REAL)
+
+
+@cache
+def gain(*, training: bool, fades: bool) -> float:
+    """How many times faster the kernel gathers than PyTorch's operators do, with the gradients where one trains."""
+    drawn = torch.randn(3, 1, 2, 1024, 64, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.requires_grad_(training) for x in drawn)
+    log = torch.linspace(0, -9, 1024, dtype=torch.float64).expand(1, 2, 1024)
+    logs = (log, log) if fades else None
+
+    def step(gather: Gather) -> Callable[[], object]:
+        def run() -> tuple[Tensor, ...]:
+            acc, mass = gather.run(q, k, v, logs, 0)
+            return torch.autograd.grad(acc.sum() + mass.sum(), (q, k, v)) if training else (acc, mass)
+
+        return run
+
+    said = f"gathering{', with a decay' if fades else ''}{', training' if training else ''} of torch {torch.__version__}"
+    with torch.set_grad_enabled(training):
+        return faster(said, step(BY_CHUNKS), step(BY_KERNEL))

@@ -1,0 +1,112 @@
+"""Linear attention without scores: where keys may be added up before a query meets them, and what queries gather then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.site import UNKNOWN_LENGTH
+from attn_compiler.targets.arrays import Arrays
+from attn_compiler.targets.explicit import Sums
+from attn_compiler.targets.linear import Linear, linear
+from attn_compiler.targets.operands import Operands
+from attn_compiler.torch_private import likely
+
+NEAR = 64  # tokens that meet each other directly
+Count = int | torch.SymInt
+Logs = tuple[Tensor, Tensor]  # of a decay, running, at the queries and at the keys: [batch, heads, tokens] in float64
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One way to gather by states: from q, k, v and logs, the sums of weight * v and those of weights, [..., queries, 1].
+
+    Query i gathers from keys up to i + offset, or from all of them: None. `dynamic`: whether offsets may be symbols.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None], tuple[Tensor, Tensor]]
+    dynamic: bool
+
+
+def gatherable(operands: Operands, variant: Variant, gather: Gather) -> Linear | None:
+    """What makes a call of mapped operands linear, where gathering by states saves at least half of the work, else None."""
+    found = linear(variant)
+    if found is None or (variant.dropout and operands.training):
+        return None
+    if found.behind is not None and not isinstance(offset_of(operands, found), Count if gather.dynamic else int):
+        return None
+    q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
+    return found if pays(found, q_len, k_len, operands.q.shape[-1], operands.v.shape[-1]) else None
+
+
+def pays(found: Linear, q_len: int, k_len: int, features: int, value_dim: int) -> bool:
+    """Whether states save at least half of the multiplications."""
+    near = 0 if found.behind is None else min(q_len, NEAR)
+    by_states = (q_len + k_len) * features * value_dim + q_len * near * (features + value_dim)
+    return 2 * by_states <= q_len * k_len * (features + value_dim)
+
+
+def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays: Arrays, gather: Gather) -> Sums:
+    """Gather as the written-out formula would, with [batch, heads, tokens, dim] operands of the dtype `arrays.real`."""
+    q, k, v = operands.q * arrays.tensor(arrays.read(variant.scale), Sort.REAL), operands.k, operands.v
+    exists = _exists(operands, found, arrays)
+    if exists is not None:
+        k, v = (torch.where(exists, x, 0.0) for x in (k, v))
+    offset = offset_of(operands, found)
+    acc, mass = gather.run(q, k, v, logs_of(operands, found, arrays), offset)
+    ones = k.new_ones((*k.shape[:-1], 1)) if exists is None else exists.to(k.dtype).expand(*k.shape[:-1], 1)
+    counted = torch.cat([v, ones], dim=-1) if variant.normalizer.counts else ones
+    seen = counted.sum(dim=-2, keepdim=True) if offset is None else _running(counted, offset, operands.q_len)
+    seen = seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1)
+    sees = (seen[..., -1:] > 0).expand(*acc.shape[:-1], 1)
+    mass = torch.where(sees, mass, 1.0)
+    sums = Sums(acc, mass, torch.zeros_like(mass), sees)
+    if not variant.normalizer.counts:
+        return sums
+    return replace(sums, seen=torch.where(sees, seen[..., -1:], 1.0), values=seen[..., :-1])
+
+
+def offset_of(operands: Operands, found: Linear) -> Count | None:
+    """How far ahead of a query's own place in the call its latest visible key stands; None where it sees all, or nobody knows."""
+    first_query, first_key = operands.first_query, operands.k_positions
+    if first_query is None or isinstance(first_key, Tensor) or found.behind is None:
+        return None
+    return first_query - first_key - found.behind
+
+
+def logs_of(operands: Operands, found: Linear, arrays: Arrays) -> Logs | None:
+    """The running logs of a decay: they grow with the length, and only their differences count."""
+    if found.fades is None:
+        return None
+    exactly = replace(arrays, real=torch.float64)
+    at_k = exactly.tensor(exactly.read(found.fades), Sort.REAL)
+    at_q = exactly.tensor(exactly.read(found.fades.substitute({e.k: e.q})), Sort.REAL)
+    lead = operands.q.shape[:2]
+    return at_q.expand(*lead, operands.q_len, 1)[..., 0], at_k.expand(*lead, 1, operands.k_len)[:, :, 0]
+
+
+def _exists(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
+    """Which keys exist, as [batch, kv heads, keys, 1]; None where all do."""
+    shown = shown_of(operands, found, arrays)
+    return None if shown is None else shown[:, :: operands.q.shape[1] // operands.k.shape[1], :, None]
+
+
+def shown_of(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
+    """Which keys exist, as [batch, heads, keys]; None where all do."""
+    if found.shown == e.true:
+        return None
+    shown = arrays.tensor(arrays.read(found.shown), Sort.BOOL)
+    return shown.expand(operands.q.shape[0], operands.q.shape[1], 1, operands.k_len)[:, :, 0]
+
+
+def _running(counted: Tensor, offset: Count, q_len: int) -> Tensor:
+    """The sums of what each query sees."""
+    places: Tensor = torch.arange(q_len, device=counted.device).add(offset)
+    sums = counted.cumsum(dim=-2).index_select(-2, places.clamp(0, counted.shape[-2] - 1))
+    return torch.where((places >= 0)[:, None], sums, 0.0)
