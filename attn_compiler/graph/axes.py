@@ -162,6 +162,8 @@ _MOVES: Mapping[str, Callable[[Call, Axes], Axes]] = {
 def rearranges(node: fx.Node) -> bool:
     """Whether `node` only changes how its input is laid out."""
     read = call(node)
+    if read.op == "copy":
+        return _overwrites(read["self"], read["src"])
     if read.writes or not is_tensor(node):
         return False
     if read.op in _RESHAPES:
@@ -173,6 +175,13 @@ def rearranges(node: fx.Node) -> bool:
     return read.op in _MOVES or (read.op == "cast" and dtype(node) == dtype(source(node)))
 
 
+def _overwrites(into: fx.Node, written: fx.Node) -> bool:
+    """Whether a copy leaves nothing of what was there, and changes nothing of what it writes."""
+    if not is_tensor(written) or dtype(into) != dtype(written):
+        return False
+    return len(shape(into)) == len(shape(written)) and all(map(equal, shape(into), shape(written)))
+
+
 def repeats(node: fx.Node) -> bool:
     """Whether `node` only repeats its input along some axes."""
     read = call(node)
@@ -180,10 +189,10 @@ def repeats(node: fx.Node) -> bool:
 
 
 def source(node: fx.Node) -> fx.Node:
-    """The tensor that a view is taken of."""
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
+    """The tensor that a view is taken of, or a copy made."""
+    read = node.args[1 if call(node).op == "copy" else 0]
+    assert isinstance(read, fx.Node)
+    return read
 
 
 def quotient(a: Size, b: Size) -> Size:

@@ -37,19 +37,22 @@ class Path:
 
 @dataclass
 class Walk:
-    """A search through one graph; `blocked` keeps the first node it could not pass."""
+    """A search through one graph; `blocked` keeps the first node it could not pass, and why."""
 
     versions: Versions
     axis: int  # of the softmax, counted from the end
     visited: int = 0
-    blocked: fx.Node | None = None
+    blocked: tuple[fx.Node, str] | None = None
 
     def backwards(self, value: fx.Node, at: fx.Node, depth: int = 0) -> Iterator[Path]:
         """Yield the paths on which `value`, as `at` reads it, comes from a product."""
         self.visited += 1
         node = self.versions.read(value, at)
-        if node is None or node.op != "call_function" or depth > _LONGEST or self.visited > _MOST_VISITED:
-            self.blocked = self.blocked or value
+        if node is None:
+            self._stop(value, "it is written through another view of its memory before the softmax reads it")
+            return
+        if node.op != "call_function" or depth > _LONGEST or self.visited > _MOST_VISITED:
+            self._stop(value)
             return
         product = contraction(node)
         if product is not None:
@@ -70,7 +73,10 @@ class Walk:
             found = True
             yield from self._extend(value, node, (step,), cost + 2 * (read.op == "cat"), depth)
         if not found:
-            self.blocked = self.blocked or node
+            self._stop(node)
+
+    def _stop(self, node: fx.Node, reason: str = "no product of two tensors leads to the softmax") -> None:
+        self.blocked = self.blocked or (node, reason)
 
     def _extend(self, value: fx.Node, at: fx.Node, links: tuple[Link, ...], cost: int, depth: int) -> Iterator[Path]:
         for path in self.backwards(value, at, depth + 1):
@@ -108,8 +114,8 @@ class Walk:
     def _readers(self, value: fx.Node) -> list[fx.Node]:
         """All calls that see this value, also under the name of a tensor that it was written into."""
         names = [value]
-        while call(names[-1]).writes:
-            names.append(source(names[-1]))
+        while call(names[-1]).writes and isinstance(into := names[-1].args[0], fx.Node):
+            names.append(into)
         users = [user for name in names for user in name.users if user.op == "call_function"]
         seen = [(user, {self.versions.read(name, user) for name in names if user in name.users}) for user in users]
         return [user for user, values in seen if value in values]

@@ -90,7 +90,7 @@ def _bound(anchor: Anchor, versions: Versions) -> GraphSite:
     walk = Walk(versions, anchor.dim)
     before = sorted(walk.backwards(anchor.score, anchor.node), key=lambda path: (path.cost, len(path.links)))
     if not before:
-        raise DisagreementError(walk.blocked or anchor.node, "no product of two tensors leads to the softmax")
+        raise DisagreementError(*(walk.blocked or (anchor.node, "no product of two tensors leads to the softmax")))
     behind = list(walk.forwards(anchor.weights))
     if not behind:
         raise DisagreementError(anchor.weights, "the weights enter no product")

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from attn_compiler import torch_private as private
+from attn_compiler.graph.axes import rearranges, source
+from attn_compiler.graph.calls import call
 
 
 class Versions:
@@ -22,7 +24,7 @@ class Versions:
             if base is not None:
                 self._root[node] = self._family(base)
             for tensor in _written(node):
-                self._writes[self._family(tensor)].append((tensor, node))
+                self._writes[self._family(tensor)].append((_whole(tensor), node))
 
     def _family(self, node: fx.Node) -> fx.Node:
         return self._root.get(node, node)
@@ -45,6 +47,13 @@ class Versions:
 
     def precedes(self, a: fx.Node, b: fx.Node) -> bool:
         return self._position[a] < self._position[b]
+
+
+def _whole(tensor: fx.Node) -> fx.Node:
+    """The tensor that a slice takes all of: `x[:] = y` writes `x`."""
+    while call(tensor).op == "slice" and rearranges(tensor):
+        tensor = source(tensor)
+    return tensor
 
 
 def _shares_memory_with(node: fx.Node) -> fx.Node | None:

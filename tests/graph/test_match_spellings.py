@@ -278,6 +278,21 @@ def fill_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling()
+def written_over(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = q @ k.mT * DIM**-0.5
+    a[:] = a + torch.triu(torch.full(a.shape[-2:], -1e9), 1)
+    return a.softmax(-1) @ v
+
+
+@spelling()
+def copied_before_it_is_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.clone()
+    kept = torch.empty_like(k).copy_(k)
+    k.mul_(3.0)
+    return (q @ kept.mT * DIM**-0.5).softmax(-1) @ v
+
+
+@spelling()
 def written_after_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, copy = q.clone(), v.clone()
     o = (q @ k.mT * DIM**-0.5).softmax(-1) @ copy
@@ -391,8 +406,8 @@ def test_gradients_flow_through_a_record(name: str) -> None:
         ("slots", "sum over the axis of the softmax"),
         ("talking_heads", "the softmax does not run over an axis that only one factor"),
         ("written_between", "written between its use and the product with v"),
-        ("written_through_a_view", "no product of two tensors leads to the softmax"),
-        ("set_through_indexing", "no product of two tensors leads to the softmax"),
+        ("written_through_a_view", "it is written through another view of its memory before the softmax reads it"),
+        ("set_through_indexing", "it is written through another view of its memory before the softmax reads it"),
     ],
 )
 def test_a_near_miss_says_what_disagreed(name: str, reason: str) -> None:
