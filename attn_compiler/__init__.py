@@ -8,6 +8,7 @@ from attn_compiler.backend import reports
 from attn_compiler.calibration import calibrate, choose
 from attn_compiler.explain import explain
 from attn_compiler.export.front import export_onnx
+from attn_compiler.export.mlir.front import export_mlir
 from attn_compiler.export.report import ExportReport
 from attn_compiler.generation.front import cache
 from attn_compiler.graph.tables import Tables
@@ -34,6 +35,7 @@ __all__ = [
     "distill",
     "errors",
     "explain",
+    "export_mlir",
     "export_onnx",
     "kernel_source",
     "library",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import SymBool, SymInt, fx
+from torch._decomp import get_decompositions
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.frontend_utils import process_inputs
@@ -183,6 +184,12 @@ def guarded(condition: bool | SymBool) -> bool | None:
 def require(condition: bool | SymBool) -> None:
     """Let a trace know that something holds of sizes."""
     torch._check(condition)  # type: ignore[no-untyped-call]
+
+
+def decomposed(*operators: Operator) -> dict[Any, Callable[..., Any]]:
+    """How torch itself writes operators in simpler ones."""
+    found: dict[Any, Callable[..., Any]] = get_decompositions(operators)
+    return found
 
 
 def is_fake(x: Traced) -> bool:

@@ -88,7 +88,7 @@ def _from_factory(source: str, asked: Asked) -> Built:
         raise ModelError(f'"{source}" returned {type(model).__name__}; expected a module, or (module, inputs)')
     model.train(asked.train)
     if inputs is None:
-        return Built(model, (), _inputs(model, asked))
+        return Built(model, (), inputs_of(model, asked))
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     kwargs = inputs if isinstance(inputs, Mapping) else {}
     try:
@@ -115,7 +115,7 @@ def _from_transformers(source: str, asked: Asked) -> Built:
     with torch.device("cpu" if asked.weights else "meta"):
         model = make(config)
     model.train(asked.train)
-    return Built(model, (), _inputs(model, asked))
+    return Built(model, (), inputs_of(model, asked))
 
 
 def _config(source: str, make: Callable[..., Any], settings: Mapping[str, object]) -> Any:
@@ -181,7 +181,7 @@ def _vocabulary(config: Any) -> int:
     return int(getattr(text, "vocab_size", None) or 2)
 
 
-def _inputs(model: nn.Module, asked: Asked) -> dict[str, Any]:
+def inputs_of(model: nn.Module, asked: Asked) -> dict[str, Any]:
     """Inputs of the kind a transformers model says it reads."""
     config = getattr(model, "config", None)
     if config is None:

@@ -20,6 +20,7 @@ from attn_compiler.generation.kept import Kept, kept
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Phase, Site
+from attn_compiler.runtime.exported import OnnxTarget
 
 _LENGTHS = (2, 1 << 28)  # the shortest and the longest text that a policy is asked about
 _SHARED = "its cache, or how long that is, is read elsewhere too"
@@ -32,7 +33,7 @@ Hold = Callable[[Variant, int], Kept | None]  # what must be kept for a variant 
 def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept) -> Prepared:
     """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
     program = traced(step.module, step.args, {}, step.dynamic_shapes)
-    result = rewritten(program, policy, given, partial(_at_any_length, policy))
+    result = rewritten(program, policy, given, OnnxTarget, partial(_at_any_length, policy))
     needs = {
         name: need
         for name, decision in zip(result.names, result.plan.decisions, strict=True)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from attn_compiler import library
 from attn_compiler.errors import ExportError, MissingPackageError, did_you_mean
+from attn_compiler.export.files import check_folder
 from attn_compiler.export.prepared import Prepared
 from attn_compiler.export.program import rewritten, traced
 from attn_compiler.export.report import ExportReport
 from attn_compiler.export.trials import runs
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
+from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.targets.onnx.choice import check_strategy
 
 _FLAVORS = ("plain", "genai")
@@ -54,8 +56,7 @@ def export_onnx(
     if decode and dynamic_shapes is not None:
         raise ExportError("a file that decodes takes any number of rows and tokens: leave out `dynamic_shapes`")
     check_strategy(strategy)
-    if not Path(path).parent.is_dir():
-        raise ExportError(f"there is no folder {Path(path).parent}, where {Path(path).name} should be written")
+    check_folder(Path(path))
     _need_packages()
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     with torch.no_grad():
@@ -64,7 +65,7 @@ def export_onnx(
             prepared = write_step(model, args, kwargs or {}, read, dict(tables or {}), Path(path))
         else:
             program = traced(model, args, kwargs or {}, dynamic_shapes)
-            result = rewritten(program, read, dict(tables or {}))
+            result = rewritten(program, read, dict(tables or {}), OnnxTarget)
             prepared = Prepared(result, lambda: runs(program, result.module, args, kwargs or {}))
         return _written(prepared, read, Path(path), strategy)
 
@@ -102,7 +103,7 @@ def _for_genai(
 
 def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str) -> ExportReport:
     from attn_compiler.export.check import check
-    from attn_compiler.export.files import write
+    from attn_compiler.export.onnx_files import write
     from attn_compiler.export.translation import translated
 
     result = prepared.rewritten

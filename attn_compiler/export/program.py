@@ -19,32 +19,36 @@ from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
-from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.runtime.targets import Target
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A program whose attentions are single operators, how PyTorch runs it, and what was decided for each."""
+    """A program whose attentions a policy has rewritten, how PyTorch runs it, and what was decided for each."""
 
     program: ExportedProgram
     module: fx.GraphModule
     plan: Plan
-    names: tuple[str, ...]  # of the functions, one for each decision
+    names: tuple[str, ...]  # of the attentions, one for each decision
 
 
 def rewritten(
-    program: ExportedProgram, policy: Policy, given: Mapping[str, Tensor], seen: Callable[[Site], Site] = lambda site: site
+    program: ExportedProgram,
+    policy: Policy,
+    given: Mapping[str, Tensor],
+    target: Callable[[str], Target],
+    seen: Callable[[Site], Site] = lambda site: site,
 ) -> Rewritten:
-    """Rewrite the graph of a program in place; rules are asked about each site as it is `seen`."""
+    """Rewrite a program's graph in place, each site by the `target` of its name; rules are asked about it as it is `seen`."""
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan([seen(site) for site in sites], policy, (OnnxTarget(),), near_misses)
+        return plan([seen(site) for site in sites], policy, (target(""),), near_misses)
 
     before = results(program)
     analysis = analyze(program.graph_module, None, decide)
     names = _names(analysis.plan.decisions)
-    extra = carry_out(analysis, policy.tables, given, _targets(analysis.plan.decisions, names))
+    own = {id(decision): target(name) for decision, name in zip(analysis.plan.decisions, names, strict=True)}
+    extra = carry_out(analysis, policy.tables, given, lambda decision: own[id(decision)])
     renamed(program, before)
     _hold(program, extra or ())
     return Rewritten(program, module_of(program), analysis.plan, names)
@@ -88,11 +92,6 @@ def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
         calls = (f"{name}.call{number}" for number in count(2))
         names[next(one for one in chain([name], calls) if one not in names and (one == name or one not in own))] = None
     return tuple(names)
-
-
-def _targets(decisions: Sequence[Decision], names: Sequence[str]) -> Callable[[Decision], Target]:
-    own = {id(decision): OnnxTarget(name) for decision, name in zip(decisions, names, strict=True)}
-    return lambda decision: own[id(decision)]
 
 
 def _hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:

@@ -14,8 +14,9 @@ from attn_compiler.targets.onnx.choice import STRATEGIES
 
 @dataclass(frozen=True)
 class Checked:
-    """One comparison of the file in onnxruntime with the rewritten model in PyTorch."""
+    """One comparison of the file with the rewritten model in PyTorch."""
 
+    by: str  # who ran the file
     shapes: str  # of the inputs
     error: float  # the largest difference
     largest: float  # the largest magnitude among the results
@@ -34,6 +35,7 @@ class ExportReport:
     checks: tuple[Checked, ...]
     bytes: int
     caches: Mapping[str, str] = field(default_factory=dict)  # what decoding holds on to, by the name of the cache
+    notes: tuple[str, ...] = ()  # what else is to be known of the file
 
     def record(self) -> dict[str, object]:
         """All of it for programs."""
@@ -43,6 +45,7 @@ class ExportReport:
             "strategies": dict(self.strategies),
             "caches": dict(self.caches),
             "checks": [vars(check) for check in self.checks],
+            "notes": list(self.notes),
             "report": json.loads(self.report.to_json()),
         }
 
@@ -51,5 +54,5 @@ class ExportReport:
         counted = Counter(self.strategies.values())
         bodies = (f"{count} of its functions: {STRATEGIES[name]}" for name, count in counted.items())
         held = (f"{count} of its caches hold {what}" for what, count in Counter(self.caches.values()).items())
-        checks = (f"checked in onnxruntime, {check}" for check in self.checks)
-        return "\n".join([str(self.report), "", written, *bodies, *held, *checks])
+        checks = (f"checked in {check.by}, {check}" for check in self.checks)
+        return "\n".join([str(self.report), "", written, *bodies, *held, *checks, *self.notes])

@@ -42,3 +42,40 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     result = CliRunner().invoke(app, ["export", TINY, "--out", str(tmp_path / "llama.onnx")])
     assert result.exit_code == 2
     assert 'pip install "attn-compiler[onnx]"' in result.output
+
+
+def test_the_ending_of_a_file_says_its_format(tmp_path: Path) -> None:
+    pytest.importorskip("torch_mlir", reason="torch-mlir has no wheel for this platform")
+    out = tmp_path / "llama.mlir"
+    asked = [
+        "export",
+        TINY,
+        "--out",
+        str(out),
+        "--length",
+        "16",
+        "--lengths",
+        "8",
+        "--policy",
+        "streaming",
+        "--no-vmfb",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    checks = json.loads(result.stdout[result.stdout.index("{") :])["checks"]
+    assert [check["by"] for check in checks] == ["torch-mlir, main", "torch-mlir, tokens_8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--dialect", "torch"], "--dialect is for files of the format mlir; this one is to be onnx"),
+        (["--format", "mlir", "--decode"], "--decode is for files of the format onnx; this one is to be mlir"),
+        (["--format", "mlir", "--lengths", "12,many"], '--lengths takes numbers of tokens, as in 128,512; found "many"'),
+    ],
+)
+def test_options_that_do_not_fit_are_one_message(given: list[str], says: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export", TINY, "--out", str(tmp_path / "llama"), "--length", "16", *given])
+    assert result.exit_code == 2
+    assert says in result.output

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler.errors import ExportError, RefusedError
-from attn_compiler.export import files
+from attn_compiler.export import onnx_files
 from attn_compiler.testing import assert_all_within_budget
 from end_to_end.by_hand import with_weights
 from end_to_end.models import double, like_llama, llama, tokens
@@ -98,16 +98,16 @@ def test_a_table_of_the_policy_becomes_a_constant(tmp_path: Path) -> None:
 
 
 def test_a_result_that_differs_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = files.ir.save
+    save = onnx_files.ir.save
 
-    def spoil(model: files.ir.Model, *args: object, **more: object) -> None:
+    def spoil(model: onnx_files.ir.Model, *args: object, **more: object) -> None:
         function = next(iter(model.functions.values()))
-        doubled = files.ir.Node("", "Add", [function.outputs[0]] * 2)
+        doubled = onnx_files.ir.Node("", "Add", [function.outputs[0]] * 2)
         function.append(doubled)
         function.outputs[0] = doubled.outputs[0]
         save(model, *args, **more)
 
-    monkeypatch.setattr(files.ir, "save", spoil)
+    monkeypatch.setattr(onnx_files.ir, "save", spoil)
     with pytest.raises(ExportError, match="onnxruntime computes something else"):
         write(tmp_path / "one.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -144,7 +144,7 @@ def test_a_precision_that_onnxruntime_does_not_compute_in_is_refused(tmp_path: P
 
 
 def test_large_weights_stand_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LARGEST", 0)
+    monkeypatch.setattr(onnx_files, "LARGEST", 0)
     model, path = nn.Sequential(nn.Linear(8, 64), Attention(), nn.Linear(64, 8)).eval(), tmp_path / "one.onnx"
     x = torch.randn(1, 2, 40, 8)
     attn.export_onnx(model, (x,), path, WINDOW)
@@ -156,7 +156,7 @@ def test_weights_of_a_file_that_is_written_over_go_with_it(tmp_path: Path, monke
     model, path = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).eval(), tmp_path / "one.onnx"
     (tmp_path / "other.onnx.data").write_text("mine")
     with monkeypatch.context() as changed:
-        changed.setattr(files, "LARGEST", 0)
+        changed.setattr(onnx_files, "LARGEST", 0)
         attn.export_onnx(model, (torch.randn(2, 8),), path)
     attn.export_onnx(model, (torch.randn(2, 8),), path)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["one.onnx", "other.onnx.data"]
