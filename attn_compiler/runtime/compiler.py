@@ -44,6 +44,14 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, *shlex.split(os.environ.get("ATTN_CXXFLAGS", "")))
 
 
+@cache
+def macros() -> frozenset[str]:
+    """What the compiler defines: above all, the instructions of the machine that it builds for."""
+    command = [*(compiler() or ()), *flags(), "-dM", "-E", "-x", "c++", os.devnull]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return frozenset(line.split()[1] for line in lines)
+
+
 def why_not() -> str | None:
     """Why nothing can be built on this machine; None if it can."""
     return None if compiler() else "there is no C++ compiler: install g++, or name one in the environment variable CXX"

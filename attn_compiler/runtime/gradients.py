@@ -11,8 +11,9 @@ from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.compiler import call, load
-from attn_compiler.runtime.kernels import Launch, Shape, by_pairs, launch, spec_at, table_words
+from attn_compiler.runtime.kernels import Launch, Shape, launch, spec_at, table_words, unit_for
 from attn_compiler.targets.cpp.gradient import by_key, by_query, is_owned
+from attn_compiler.targets.cpp.spec import Unit
 from attn_compiler.targets.operands import head_groups
 
 _NUMBERS = 4  # that the kernels exchange of each query
@@ -83,7 +84,7 @@ def launches(shape: Shape, sizes: Sizes) -> tuple[Pair, ...]:
 
 
 def _pair(shape: Shape, members: Sequence[int], variant: Variant, sizes: Sizes) -> Pair:
-    spec = spec_at(shape, variant, pairs=by_pairs(shape.dtype) and shape.value_dim % 2 == 0)
+    spec = spec_at(shape, variant, unit_for(shape.dtype) if shape.value_dim % 2 == 0 else Unit.FLOATS)
     read = [name for name, _ in spec.tables]
     numbers = [n for n, (name, size) in enumerate(zip(shape.names, sizes, strict=True)) if size is not None and name in read]
     wanted = tuple(shape.names[n] for n in numbers)

@@ -23,7 +23,7 @@ from attn_compiler.planning.schedule import visits
 from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.coding import coded
 from attn_compiler.runtime.compiler import call, load, why_not
-from attn_compiler.runtime.machine import pairs_are_faster
+from attn_compiler.runtime.machine import fastest
 from attn_compiler.targets.cpp.coded import is_bfloat16
 from attn_compiler.targets.cpp.coded import tables as tables_of_codes
 from attn_compiler.targets.cpp.source import source
@@ -34,6 +34,7 @@ from attn_compiler.targets.cpp.spec import (
     Q_POSITIONS,
     Spec,
     Stored,
+    Unit,
     in_places,
     spec_of,
 )
@@ -141,15 +142,16 @@ def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 def _forward(shape: Shape, variant: Variant) -> Spec:
     pv = variant.storage.pv
-    return spec_at(shape, variant, pairs=by_pairs("bfloat16" if pv and is_bfloat16(pv) else shape.dtype))
+    unit = unit_for("bfloat16" if pv and is_bfloat16(pv) else shape.dtype, codes=variant.storage != PLAIN)
+    return spec_at(shape, variant, unit)
 
 
-def spec_at(shape: Shape, variant: Variant, *, pairs: bool = False) -> Spec:
+def spec_at(shape: Shape, variant: Variant, unit: Unit = Unit.FLOATS) -> Spec:
     """The kernel of a variant without groups."""
     tables = dict(zip(shape.names, shape.stored, strict=True))
     known = variant.map(lambda x: simplify(x.substitute({e.heads: const(shape.heads)})) if x.mentions(e.heads) else x)
     placed = in_places(known, q_counted=shape.q_counted, k_counted=shape.k_counted)
-    return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, pairs=pairs)
+    return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, unit)
 
 
 def launch(
@@ -167,9 +169,11 @@ def launch(
     return Launch(run, visited, numbers, tuple(visited.words()), int(work >= WORTH_THREADS), spec.variant.storage)
 
 
-def by_pairs(dtype: str) -> bool:
-    """Whether numbers are multiplied two at a time."""
-    return dtype == "bfloat16" and why_not() is None and pairs_are_faster()
+def unit_for(dtype: str, *, codes: bool = False) -> Unit:
+    """What multiplies numbers of a type; some of the operands may be codes, which tiles do not hold."""
+    if dtype != "bfloat16" or why_not():
+        return Unit.FLOATS
+    return fastest((Unit.FLOATS, Unit.PAIRS) if codes else tuple(Unit))
 
 
 def _visits(shape: Shape, members: Sequence[int], in_positions: Expr, mask: Expr, lanes: int, *, by_key: bool) -> Visits:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -12,16 +15,41 @@ from pathlib import Path
 
 import torch
 
-from attn_compiler.runtime.compiler import digest, folder, load, write
+from attn_compiler.runtime.compiler import digest, folder, load, macros, write
 from attn_compiler.targets.cpp.source import probe
+from attn_compiler.targets.cpp.spec import Unit
 
 _ROUNDS = 7
+_REQUEST_FOR_TILES = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
 
 @cache
-def pairs_are_faster() -> bool:
-    """Whether bfloat16 numbers are multiplied faster two at a time than one by one as floats."""
-    return bool(known("pairs", lambda: float(load(probe()).pairs_are_faster())))
+def fastest(units: Sequence[Unit]) -> Unit:
+    """Which of some units multiplies bfloat16 fastest on this machine; the first of them always can."""
+    return min(filter(_is_there, units), key=_seconds_of)
+
+
+def _is_there(unit: Unit) -> bool:
+    return set(unit.value) <= macros() and (unit is not Unit.TILES or may_use_tiles())
+
+
+def _seconds_of(unit: Unit) -> float:
+    """How long a unit takes for the products of one token. A unit is worth the copies that it needs, so they count."""
+    probing = load(probe(unit)).seconds
+    probing.restype = ctypes.c_double
+    return known(f"bfloat16 by {unit.name.lower()}", lambda: float(probing()))
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Whether this process may use AMX: Linux keeps tiles of a process only once it has asked for that."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return {"amx_tile", "amx_bf16"} <= set(flags) and not ctypes.CDLL(None).syscall(*_REQUEST_FOR_TILES)
 
 
 def faster(name: str, theirs: Callable[[], object], ours: Callable[[], object]) -> float:

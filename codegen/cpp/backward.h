@@ -106,7 +106,7 @@ struct Queue {  // rows that wait for the vectors from … to
 };
 
 struct alignas(64) Work {
-  float x[DIM * TILE], y[VALUE_DIM * TILE];  // packed lanes: q and above, or k and v
+  float x[deep(DIM) * TILE], y[deep(VALUE_DIM) * TILE];  // packed lanes: q and above, or k and v
   float of_x[padded(DIM) * TILE], of_y[padded(VALUE_DIM) * TILE];
   float scores[(CHUNK + ROWS) * TILE], along[(CHUNK + ROWS) * TILE];
   vf of_norm[VECTORS];
@@ -116,9 +116,15 @@ struct alignas(64) Work {
   bool everything;    // queries that see no key meet all of them
   Lanes lanes;
   Queue queues[VECTORS][VECTORS + 1];
-  std::conditional_t<PAIRED, PairedBoth<DIM>, Data<DIM>> row_x;
-  std::conditional_t<PAIRED, PairedBoth<VALUE_DIM>, Data<VALUE_DIM>> row_y;
+  Both<DIM> row_x;
+  std::conditional_t<BY_QUERY, Along<VALUE_DIM>, Both<VALUE_DIM>> row_y;
 };
+
+// What only keys have: the gradient of v is a sum over queries.
+template <int FROM, int TO, class R> INLINE void add_up(const R& above, int count, Work& work, const vf* keep) {
+  const int steps = pair_up<FROM, TO>(work.along, count);
+  accumulate<VALUE_DIM, FROM, TO>(above.across(), steps, work.along, work.of_y, keep);
+}
 
 template <int FROM, int TO> static void meet(const Call& call, const Task& task, Work& work) {
   Queue& queue = work.queues[FROM][TO];
@@ -167,10 +173,7 @@ template <int FROM, int TO> static void meet(const Call& call, const Task& task,
   UNROLLED for (int n = FROM; n < TO; n++) keep[n] = splat<vf>(1.0f), work.of_norm[n] += of_norm[n];
   const int steps = pair_up<FROM, TO>(work.scores, count);
   accumulate<DIM, FROM, TO>(work.row_x.across(), steps, work.scores, work.of_x, keep);
-  if (!BY_QUERY) {
-    pair_up<FROM, TO>(work.along, count);
-    accumulate<VALUE_DIM, FROM, TO>(work.row_y.across(), steps, work.along, work.of_y, keep);
-  }
+  if constexpr (!BY_QUERY) add_up<FROM, TO>(work.row_y, count, work, keep);
   rows.count = 0;
 }
 

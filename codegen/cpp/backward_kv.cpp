@@ -44,6 +44,7 @@ extern "C" void backward(const Call* given) {
   const int64_t tiles = (sizes.k_len + TILE - 1) / TILE;
 #pragma omp parallel if (call.parallel)
   {
+    Unit unit;
     Work* work = new Work;
     // Rows of the batch may add to the same numbers of a table: then one task takes all of them.
     const int64_t together = SUMS ? sizes.batch : 1;

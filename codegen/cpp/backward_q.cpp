@@ -63,6 +63,7 @@ extern "C" void backward(const Call* given) {
   const int64_t tiles = (sizes.q_len + TILE - 1) / TILE, members = call.visits.members;
 #pragma omp parallel if (call.parallel)
   {
+    Unit unit;
     Work* work = new Work;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < sizes.batch * members * tiles; n++) {

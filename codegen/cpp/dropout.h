@@ -1,8 +1,6 @@
 // Dropout: whether a weight is dropped follows from the call's seed and from the pair of tokens alone. So the kernels of the
 // backward pass, which meet the pairs in another order, drop the same ones, and nothing has to be kept of them.
 
-typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
-
 // A number of which every bit depends on all bits of x (splitmix64).
 INLINE uint64_t mixed(uint64_t x) {
   x += 0x9e3779b97f4a7c15;

@@ -39,7 +39,7 @@ INLINE vf total_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak
 }
 
 struct alignas(64) Work {
-  float q[DIM * TILE], out[padded(VALUE_DIM) * TILE], scores[(CHUNK + ROWS) * TILE];
+  float q[deep(DIM) * TILE], out[padded(VALUE_DIM) * TILE], scores[(CHUNK + ROWS) * TILE];
   vf peak[VECTORS], mass[VECTORS];
   vi sees[VECTORS];
   Lanes queries;
@@ -57,7 +57,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   prepare(task, keys);
   work.k.take(keys.data, count);
   work.v.take(work.values[FROM][TO], count);
-  products<FROM, TO>(work.k.row, count, DIM / STEP, work.q, work.scores, work.start);
+  products<FROM, TO>(work.k.along(), count, DIM / STEP, work.q, work.scores, work.start);
 
   vf peak[VECTORS], keep[VECTORS], mass[VECTORS] = {};
   UNROLLED for (int n = FROM; n < TO; n++) peak[n] = work.peak[n], keep[n] = splat<vf>(1.0f);
@@ -92,7 +92,7 @@ template <int FROM, int TO> static void meet(const Task& task, Work& work) {
   }
   UNROLLED for (int n = FROM; n < TO; n++) work.mass[n] = work.mass[n] * keep[n] + mass[n];
   const int steps = VALUE_STEP == 4 ? quad_up<FROM, TO>(work.scores, count) : pair_up<FROM, TO>(work.scores, count);
-  accumulate<VALUE_DIM, FROM, TO>(work.v.row, steps, work.scores, work.out, keep);
+  accumulate<VALUE_DIM, FROM, TO>(work.v.across(), steps, work.scores, work.out, keep);
   keys.count = 0;
 }
 
@@ -205,6 +205,7 @@ extern "C" void forward(const Call* given) {
   const int64_t tasks = sizes.batch * members * tiles;
 #pragma omp parallel if (call.parallel)
   {
+    Unit unit;
     Work* work = new Work;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < tasks; n++) {

@@ -1,29 +1,32 @@
-// Measures whether this machine multiplies pairs of bfloat16 faster than single floats.
+// Measures how long this unit takes for the two products of attention, with all that has to be copied for it, for one token.
 #include <chrono>
 
-#if defined(__AVX512BF16__)
-template <class Step> static double seconds(const Step* const* rows, int steps, const float* packed, float* scores) {
-  const auto start = std::chrono::steady_clock::now();
-  for (int again = 0; again < 200; again++) products_of<ROWS, 0, VECTORS>(rows, steps, packed, scores);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-#endif
+struct alignas(64) Work {
+  float packed[deep(DIM) * TILE], scores[(CHUNK + ROWS) * TILE], out[padded(VALUE_DIM) * TILE];
+  Along<DIM> k;
+  Across<VALUE_DIM> v;
+  bfloat16 rows[CHUNK][DIM];
+};
 
-extern "C" int64_t pairs_are_faster() {
-#if defined(__AVX512BF16__)
-  alignas(64) static float packed[DIM * TILE], scores[ROWS * TILE];
-  static bfloat16 paired[ROWS][DIM];
-  static float single[ROWS][DIM];
-  const Pair* pairs[ROWS];
-  const float* floats[ROWS];
-  for (int r = 0; r < ROWS; r++) pairs[r] = (const Pair*)paired[r], floats[r] = single[r];
-  double by_pairs = INFINITY, by_floats = INFINITY;
+static void meet(Work& work, const bfloat16* const* rows) {
+  vf keep[VECTORS];
+  UNROLLED for (int n = 0; n < VECTORS; n++) keep[n] = splat<vf>(1.0f);
+  work.k.take(rows, CHUNK);
+  work.v.take(rows, CHUNK);
+  products<0, VECTORS>(work.k.along(), CHUNK, DIM / STEP, work.packed, work.scores);
+  accumulate<VALUE_DIM, 0, VECTORS>(work.v.across(), pair_up<0, VECTORS>(work.scores, CHUNK), work.scores, work.out, keep);
+}
+
+extern "C" double seconds() {
+  Unit unit;
+  static Work work;
+  const bfloat16* rows[CHUNK];
+  for (int j = 0; j < CHUNK; j++) rows[j] = work.rows[j];
+  double best = INFINITY;
   for (int again = 0; again < 20; again++) {
-    by_pairs = std::min(by_pairs, seconds(pairs, DIM / 2, packed, scores));
-    by_floats = std::min(by_floats, seconds(floats, DIM, packed, scores));
+    const auto start = std::chrono::steady_clock::now();
+    for (int n = 0; n < 100; n++) meet(work, rows);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
-  return by_pairs < 0.9 * by_floats;
-#else
-  return 0;
-#endif
+  return best / (100.0 * CHUNK * TILE);
 }

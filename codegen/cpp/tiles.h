@@ -39,6 +39,9 @@ INLINE vi fused(vi sum, SignedQuad y, vf x) { return fused_bytes(sum, (vi)x, spl
 template <class Step> constexpr bool WHOLE = std::is_same_v<Step, Quad> || std::is_same_v<Step, SignedQuad>;
 template <class Step> using Sum = std::conditional_t<WHOLE<Step>, vi, vf>;
 
+// As many rows of lanes as are multiplied: whole tiles of them where a matrix unit does.
+constexpr int deep(int rows) { return (rows + DEPTH - 1) / DEPTH * DEPTH; }
+
 INLINE vf* at(float* rows, int row, int n) { return (vf*)(rows + row * TILE + n * LANES); }
 INLINE const vf* at(const float* rows, int row, int n) { return (const vf*)(rows + row * TILE + n * LANES); }
 
@@ -92,84 +95,6 @@ INLINE void accumulate(const Step* const* data, int steps, const float* weights,
   if constexpr (LAST > 0) accumulate_some<LAST, FROM, TO>(data, steps, WIDTH - LAST, weights, sums, keep);
 }
 
-// Rows as floats: where they lie, or converted.
-INLINE const float* floats(const float* stored, float*, int) { return stored; }
-template <class T> INLINE const float* floats(const T* stored, float* room, int dim) {
-  for (int d = 0; d < dim; d++) room[d] = (float)stored[d];
-  return room;
-}
-
-// Pointers to rows as floats, with as many more as `products` may read.
-template <int WIDTH, class T = Stored> struct Data {
-  const float* row[CHUNK + ROWS];
-  alignas(64) float room[std::is_same_v<T, float> ? 0 : CHUNK * WIDTH];
-  INLINE_METHOD void take(const T* const* stored, int count) {
-    for (int j = 0; j < count; j++) row[j] = floats(stored[j], room + j * WIDTH, WIDTH);
-    for (int j = count; j < count + ROWS; j++) row[j] = row[count - 1];
-  }
-  INLINE_METHOD const float* const* along() const { return row; }
-  INLINE_METHOD const float* const* across() const { return row; }
-};
-
-// The same three in pairs. Rows of K hold their pairs already; V's are put together from two rows, a last one with zeros.
-template <int WIDTH> struct PairedAlong {
-  const Pair* row[CHUNK + ROWS];
-  INLINE_METHOD void take(const Stored* const* stored, int count) {
-    for (int j = 0; j < count + ROWS; j++) row[j] = (const Pair*)stored[std::min(j, count - 1)];
-  }
-};
-
-template <int WIDTH> struct PairedAcross {
-  const Pair* row[CHUNK / 2 + 1];
-  alignas(64) Pair room[(CHUNK / 2 + 1) * WIDTH];
-  INLINE_METHOD void take(const bfloat16* const* stored, int count) {
-    static const bfloat16 nothing[WIDTH] = {};
-    for (int j = 0; j < count; j += 2) {
-      const bfloat16 *low = stored[j], *high = j + 1 < count ? stored[j + 1] : nothing;
-      Pair* to = room + j / 2 * WIDTH;
-      row[j / 2] = to;
-      for (int d = 0; d < WIDTH; d++) to[d].both = low[d].bits | (uint32_t)high[d].bits << 16;
-    }
-  }
-};
-
-template <int WIDTH> struct PairedBoth {
-  PairedAlong<WIDTH> in_place;
-  PairedAcross<WIDTH> copied;
-  INLINE_METHOD void take(const Stored* const* stored, int count) { in_place.take(stored, count), copied.take(stored, count); }
-  INLINE_METHOD const Pair* const* along() const { return in_place.row; }
-  INLINE_METHOD const Pair* const* across() const { return copied.row; }
-};
-
-// In quads, too, K's rows are read where they lie, and V's are put together, from four rows.
-template <int WIDTH> struct QuadsAlong {
-  const Quad* row[CHUNK + ROWS];
-  INLINE_METHOD void take(const biased* const* stored, int count) {
-    for (int j = 0; j < count + ROWS; j++) row[j] = (const Quad*)stored[std::min(j, count - 1)];
-  }
-};
-
-template <int WIDTH> struct QuadsAcross {
-  const SignedQuad* row[CHUNK / 4 + 1];
-  alignas(64) SignedQuad room[(CHUNK / 4 + 1) * WIDTH];
-  INLINE_METHOD void take(const int8_t* const* stored, int count) {
-    static const int8_t nothing[WIDTH] = {};
-    for (int j = 0; j < count; j += 4) {
-      const uint8_t* of[4];
-      UNROLLED for (int r = 0; r < 4; r++) of[r] = (const uint8_t*)(j + r < count ? stored[j + r] : nothing);
-      SignedQuad* to = room + j / 4 * WIDTH;
-      row[j / 4] = to;
-      for (int d = 0; d < WIDTH; d++)
-        to[d].all = of[0][d] | (uint32_t)of[1][d] << 8 | (uint32_t)of[2][d] << 16 | (uint32_t)of[3][d] << 24;
-    }
-  }
-};
-
-template <int WIDTH> using Along =
-    std::conditional_t<STEP == 4, QuadsAlong<WIDTH>, std::conditional_t<STEP == 2, PairedAlong<WIDTH>, Data<WIDTH>>>;
-template <int WIDTH> using Across = std::conditional_t<
-    VALUE_STEP == 4, QuadsAcross<WIDTH>, std::conditional_t<VALUE_STEP == 2, PairedAcross<WIDTH>, Data<WIDTH, Value>>>;
-
 // The tokens in the lanes, transposed: numbers, pairs or quads of them.
 template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed) {
   constexpr int BLOCK = LANES * STEP, WHOLE = WIDTH / BLOCK * BLOCK;
@@ -189,6 +114,8 @@ template <int WIDTH> INLINE void pack(const Stored* const* stored, float* packed
       if constexpr (STEP > 1) memcpy(packed + d / STEP * TILE + m, stored[m] + d, 4);
       else packed[d * TILE + m] = (float)stored[m][d];
     }
+  constexpr int FILLED = WIDTH / STEP, REST = deep(FILLED) - FILLED;
+  memset(packed + FILLED * TILE, 0, REST * TILE * sizeof(float));
 }
 
 // Sums for the tokens in the lanes become rows again, in place: `row_of(sums, m, d)` holds LANES numbers of token m from d on.
@@ -234,7 +161,9 @@ template <int FROM, int TO> INLINE int pair_up(float* weights, int count) {
     const vi low = (vi)*at(weights, j, n) + 0x8000, high = j + 1 < count ? (vi)*at(weights, j + 1, n) + 0x8000 : vi{};
     *at(weights, j / 2, n) = (vf)(((low >> 16) & 0xffff) | (high & (int)0xffff0000));
   }
-  return (count + 1) / 2;
+  const int pairs = (count + 1) / 2;
+  for (int j = pairs; j < deep(pairs); j++) UNROLLED for (int n = FROM; n < TO; n++) *at(weights, j, n) = vf{};
+  return pairs;
 }
 
 // Four rows of weights, none above one, become one of whole numbers up to MOST_WEIGHT.
@@ -297,12 +226,8 @@ struct Visits {
 };
 
 // Calls f<from, to>() for numbers that are only known at run time.
-template <class F> INLINE void with_vectors(int from, int to, F f) {
-  if (from == 0 && to == VECTORS) return f(Vectors<0, VECTORS>{});
-  if constexpr (VECTORS == 2) return from ? f(Vectors<1, 2>{}) : f(Vectors<0, 1>{});
-  if constexpr (VECTORS == 3) {
-    if (from == 0) return to == 1 ? f(Vectors<0, 1>{}) : f(Vectors<0, 2>{});
-    if (from == 1) return to == 2 ? f(Vectors<1, 2>{}) : f(Vectors<1, 3>{});
-    return f(Vectors<2, 3>{});
-  }
+template <int FROM = 0, int TO = VECTORS, class F> INLINE void with_vectors(int from, int to, F f) {
+  if (from == FROM && to == TO) return f(Vectors<FROM, TO>{});
+  if constexpr (TO > FROM + 1) return with_vectors<FROM, TO - 1>(from, to, f);
+  else if constexpr (FROM + 1 < VECTORS) return with_vectors<FROM + 1, VECTORS>(from, to, f);
 }

@@ -15,6 +15,7 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Normalizer, Variant
 from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import gradients, kernels
+from attn_compiler.targets.cpp.spec import Unit
 from attn_compiler.testing import Case, assert_all_within_budget, assert_case, check_variant, random_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +87,7 @@ def test_gradients_over_many_tiles_are_within_budget(dim: int, dtype: torch.dtyp
 def test_both_ways_of_multiplying_bfloat16_give_gradients_within_budget(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if pairs and "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip("this machine does not multiply pairs")
-    monkeypatch.setattr(kernels, "pairs_are_faster", lambda: pairs)
+    monkeypatch.setattr(kernels, "fastest", lambda _: Unit.PAIRS if pairs else Unit.FLOATS)
     monkeypatch.setattr(kernels, "launches", kernels.launches.__wrapped__)  # which knows no choice made before
     monkeypatch.setattr(gradients, "launches", gradients.launches.__wrapped__)
     for name in ("window", "sinks", "cosine"):

@@ -13,6 +13,8 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Kind, Phase, Site
 from attn_compiler.runtime import cpp, kernels, machine
+from attn_compiler.runtime.compiler import macros, why_not
+from attn_compiler.targets.cpp.spec import Unit
 from attn_compiler.testing import Case, assert_case, random_case
 
 
@@ -66,11 +68,45 @@ def test_a_window_is_carried_however_fast_pytorch_is(monkeypatch: pytest.MonkeyP
     assert isinstance(cpp.CppTarget().carry(site(window), window), Carried)
 
 
+SECONDS = {Unit.FLOATS: 3.0, Unit.PAIRS: 4.0, Unit.TILES: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("there", "allowed", "fastest"),
+    [
+        ((), True, Unit.FLOATS),
+        (("bf16",), True, Unit.FLOATS),
+        (("amx", "bf16"), False, Unit.FLOATS),
+        (("amx", "bf16"), True, Unit.TILES),
+    ],
+)
+def test_the_fastest_unit_serves_among_those_that_are_there(
+    there: tuple[str, ...], allowed: bool, fastest: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"bf16": Unit.PAIRS.value, "amx": Unit.TILES.value}
+    monkeypatch.setattr(machine, "macros", lambda: frozenset(name for one in there for name in known[one]))
+    monkeypatch.setattr(machine, "may_use_tiles", lambda: allowed)
+    monkeypatch.setattr(machine, "_seconds_of", SECONDS.__getitem__)
+    assert machine.fastest.__wrapped__(tuple(Unit)) is fastest
+
+
+def test_a_process_may_not_use_tiles_that_its_machine_lacks() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    assert machine.may_use_tiles() in ({False, True} if "amx_bf16" in flags else {False})
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_units_are_measured() -> None:
+    there = [unit for unit in Unit if set(unit.value) <= macros() and unit is not Unit.TILES]
+    assert all(0 < machine._seconds_of(unit) < 1 for unit in there)
+    assert machine.fastest(tuple(Unit)) in Unit
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_both_ways_of_multiplying_bfloat16_are_within_budget(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if pairs and "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip("this machine does not multiply pairs")
-    monkeypatch.setattr(kernels, "pairs_are_faster", lambda: pairs)
+    monkeypatch.setattr(kernels, "fastest", lambda _: Unit.PAIRS if pairs else Unit.FLOATS)
     kernels.launches.cache_clear()
     with torch.no_grad():
         for seed in range(20):

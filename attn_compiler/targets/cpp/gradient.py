@@ -14,11 +14,10 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AlgebraError
 from attn_compiler.targets.cpp import dropout
 from attn_compiler.targets.cpp.printer import KEYS_IN_LANES, LEAVES, Leaves, Level, Printer
-from attn_compiler.targets.cpp.source import assembled, printer_of
+from attn_compiler.targets.cpp.source import assembled, chunk, printer_of, unit_of
 from attn_compiler.targets.cpp.spec import FIRST_KEY, Spec
 from attn_compiler.targets.operands import PLACE
 
-CHUNK = 64  # rows that meet a tile of lanes together: scores and the gradients of weights stay in the first cache
 _ZERO = const(0.0)
 
 # Of a pair: the gradients of its weight and of its score. Of a query: its output times the gradient of that.
@@ -157,8 +156,8 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
         spec,
         printer,
         holes,
-        ("rows.h", "tiles.h", "view.h", "backward.h", skeleton),
-        CHUNK,
+        ("rows.h", "tiles.h", unit_of(spec), "view.h", "backward.h", skeleton),
+        chunk(spec) // 2,  # beside scores stand the gradients of weights
         *constants,
         by_query=leaves is _BY_QUERY,
     )

@@ -13,9 +13,8 @@ from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.library import folder
 from attn_compiler.targets.cpp import dropout
 from attn_compiler.targets.cpp.printer import LEAVES, Dialect, Leaves, Level, Printer
-from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.cpp.spec import Spec, Unit
 
-CHUNK = 128  # keys that meet a tile of queries together: their scores stay in the first cache
 _HOLE = re.compile(r"^([ \t]*)// <(.+)>\n", re.MULTILINE)
 _EMPTY_ROWS = {EmptyRows.ZERO: "ZERO", EmptyRows.MEAN: "MEAN", EmptyRows.NAN: "NOT_A_NUMBER", EmptyRows.UNMASKED: "UNMASKED"}
 
@@ -33,7 +32,7 @@ def source(spec: Spec) -> str:
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
         "drop": dropout.in_forward() if spec.variant.dropout else (),
     }
-    return assembled(spec, printer, holes, ("rows.h", "tiles.h", "view.h", "empty.h", "forward.cpp"), CHUNK)
+    return assembled(spec, printer, holes, ("rows.h", "tiles.h", unit_of(spec), "view.h", "empty.h", "forward.cpp"), chunk(spec))
 
 
 def printer_of(spec: Spec, leaves: Leaves = LEAVES) -> Printer:
@@ -63,11 +62,22 @@ def assembled(
     return "\n".join((_skeleton("lanes.h"), *_constants(spec, chunk), *more, "", body))
 
 
+def unit_of(spec: Spec) -> str:
+    """The skeleton of what multiplies."""
+    return "matrix_unit.h" if spec.unit is Unit.TILES else "vector_unit.h"
+
+
+def chunk(spec: Spec) -> int:
+    """How many keys meet a tile of queries together: their scores stay in the first cache."""
+    return 64 if spec.unit is Unit.TILES else 128
+
+
 @lru_cache
-def probe() -> str:
-    """A program that measures the machine."""
-    constants = _constants(Spec(Variant(), 64, 64, "bfloat16", ()), CHUNK)
-    return "\n".join((_skeleton("lanes.h"), *constants, "", *map(_skeleton, ("rows.h", "tiles.h", "probe.cpp"))))
+def probe(unit: Unit) -> str:
+    """A program that measures how fast this machine multiplies bfloat16."""
+    spec = Spec(Variant(), 64, 64, "bfloat16", (), unit)
+    skeletons = ("rows.h", "tiles.h", unit_of(spec), "probe.cpp")
+    return "\n".join((_skeleton("lanes.h"), *_constants(spec, chunk(spec)), "", *map(_skeleton, skeletons)))
 
 
 @lru_cache
@@ -91,6 +101,7 @@ def _constants(spec: Spec, chunk: int | str) -> tuple[str, ...]:
         f"constexpr int STEP = {_step(spec.operands, spec)};  // numbers of q and k that are multiplied at once",
         f"constexpr int VALUE_STEP = {_step(spec.values, spec)};  // the same of weights and v",
         "constexpr bool PAIRED = STEP == 2;",
+        f"constexpr int DEPTH = {16 if spec.unit is Unit.TILES else 1};  // rows of lanes that are multiplied at once",
         f"constexpr float MOST_WEIGHT = {spec.most_weight:.1f}f;",
         f"constexpr int TABLES = {max(1, len(spec.tables))};{_remark(spec)}",
         "typedef ContextOf<TABLES> Context;",
@@ -102,6 +113,8 @@ def _constants(spec: Spec, chunk: int | str) -> tuple[str, ...]:
 
 def _vectors(spec: Spec) -> str:
     """What is done for each row counts more the faster it meets a vector."""
+    if spec.unit is Unit.TILES:
+        return "4"
     return "LANES == 16 ? 2 : 3" if spec.variant.storage == PLAIN else "3"
 
 
@@ -109,7 +122,7 @@ def _step(stored: str, spec: Spec) -> str:
     """How many numbers of a type are multiplied at once."""
     if stored in ("biased", "int8") and spec.dim % 4 == 0:
         return "BYTES ? 4 : 1"
-    return "2" if spec.paired and stored == "bfloat16" else "1"
+    return "2" if spec.unit is not Unit.FLOATS and stored == "bfloat16" else "1"
 
 
 def _remark(spec: Spec) -> str:

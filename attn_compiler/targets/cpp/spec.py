@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.bounds import Box, Interval, bounds
@@ -18,6 +19,14 @@ Q_POSITIONS, K_POSITIONS = "attn.q_positions", "attn.k_positions"
 SEED = "attn.seed"  # from which follows what is dropped
 MOST_AXES = 4
 LONGEST = 1 << 28  # of what counts tokens, so that narrow integers can hold them
+
+
+class Unit(Enum):
+    """What multiplies numbers of bfloat16, and sums them up as floats; the value is what the compiler calls the instructions."""
+
+    FLOATS = ()  # one by one, as floats
+    PAIRS = ("__AVX512BF16__",)  # two at a time, in vectors
+    TILES = ("__AMX_TILE__", "__AMX_BF16__", "__AVX512BF16__")  # 16 rows of 16 pairs at a time, in a matrix unit
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Spec:
     value_dim: int
     dtype: str
     tables: tuple[tuple[str, Stored], ...]
-    paired: bool = False  # whether bfloat16 numbers are multiplied two at a time
+    unit: Unit = Unit.FLOATS  # what multiplies bfloat16
 
     @property
     def by_peak(self) -> bool:
@@ -117,7 +126,9 @@ def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
     return f'the table "{wide[0]}" has more than {MOST_AXES} axes' if wide else None
 
 
-def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapping[str, Stored], *, pairs: bool = False) -> Spec:
+def spec_of(
+    variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapping[str, Stored], unit: Unit = Unit.FLOATS
+) -> Spec:
     """The spec of a variant in places; only the tables that it reads count."""
 
     def at_last(node: Expr) -> Expr:
@@ -128,7 +139,7 @@ def spec_of(variant: Variant, dim: int, value_dim: int, dtype: str, tables: Mapp
     read = {name: tables[name] for name in own.tables()} | ({SEED: Stored("int64", 0)} if own.dropout else {})
     read |= dict.fromkeys(coded.tables(own), Stored("float32", 3))
     spec = Spec(own, dim, value_dim, dtype, tuple((name, read[name]) for name in sorted(read)))
-    return replace(spec, paired=pairs and "bfloat16" in (spec.operands, spec.values) and dim % 2 == 0)
+    return replace(spec, unit=unit if "bfloat16" in (spec.operands, spec.values) and dim % 2 == 0 else Unit.FLOATS)
 
 
 def dropped(rate: float) -> int:
