@@ -30,7 +30,7 @@ def fastest(units: Sequence[Unit]) -> Unit:
 
 
 def _is_there(unit: Unit) -> bool:
-    return set(unit.value) <= macros() and (unit is not Unit.TILES or may_use_tiles())
+    return unit.is_among(macros()) and (unit is not Unit.TILES or may_use_tiles())
 
 
 def _seconds_of(unit: Unit) -> float:

@@ -8,6 +8,9 @@
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #include <immintrin.h>
 #endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;  // rows at work together: with two vectors 16 of 32 registers hold sums, with three 24
@@ -182,7 +185,11 @@ struct bfloat16 {
     bits = x != x ? 0x7fc0 : (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
   }
 };
+#if defined(__aarch64__)
+typedef __fp16 float16;  // which GCC knows there before version 13
+#else
 typedef _Float16 float16;
+#endif
 
 // A whole number from -128 to 127, held 128 higher: without a sign.
 struct biased {

@@ -12,6 +12,9 @@ INLINE vf fused(vf sum, float y, vf x) { return sum + y * x; }
 #if defined(__AVX512BF16__)
 INLINE vf fused_pairs(vf sum, vf y, vf x) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)y, (__m512bh)x); }
 INLINE vf fused(vf sum, Pair y, vf x) { return fused_pairs(sum, (vf)splat<vi>(y.both), x); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+INLINE vf fused_pairs(vf sum, vf y, vf x) { return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)y, (bfloat16x8_t)x); }
+INLINE vf fused(vf sum, Pair y, vf x) { return fused_pairs(sum, (vf)splat<vi>(y.both), x); }
 #else
 INLINE vf fused_pairs(vf sum, vf, vf) { return sum; }  // has to be there, and is never called
 #endif

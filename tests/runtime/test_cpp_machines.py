@@ -93,8 +93,8 @@ def test_gradients_are_right_on_older_machines(machine: str, seeds: range) -> No
 @pytest.mark.parametrize(
     ("what", "seeds"),
     [
-        (FORWARD, range(0, 12, 3)),
-        (GRADIENTS, range(2, 4)),
+        (FORWARD, range(0, 4, 3)),
+        (GRADIENTS, range(2, 3)),
         pytest.param(FORWARD, MANY, marks=pytest.mark.full),
         pytest.param(GRADIENTS, MANY, marks=pytest.mark.full),
     ],

@@ -22,11 +22,15 @@ LONGEST = 1 << 28  # of what counts tokens, so that narrow integers can hold the
 
 
 class Unit(Enum):
-    """What multiplies numbers of bfloat16, and sums them up as floats; the value is what the compiler calls the instructions."""
+    """What multiplies numbers of bfloat16, and sums them up as floats; the values are the instructions, by any of these names."""
 
-    FLOATS = ()  # one by one, as floats
-    PAIRS = ("__AVX512BF16__",)  # two at a time, in vectors
-    TILES = ("__AMX_TILE__", "__AMX_BF16__", "__AVX512BF16__")  # 16 rows of 16 pairs at a time, in a matrix unit
+    FLOATS = ("",)  # one by one, as floats
+    PAIRS = ("__AVX512BF16__", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC")  # two at a time, in vectors
+    TILES = ("__AMX_TILE__ __AMX_BF16__ __AVX512BF16__",)  # 16 rows of 16 pairs at a time, in a matrix unit
+
+    def is_among(self, macros: frozenset[str]) -> bool:
+        """Whether a compiler that defines these macros builds for it."""
+        return any(macros.issuperset(names.split()) for names in self.value)
 
 
 @dataclass(frozen=True)
