@@ -392,8 +392,9 @@ class EveryResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Operator, types: Traced, args: Traced = (), kwargs: Traced = None) -> Traced:
         if func in self._apart:
             with self:
-                return self._apart[func](*args, **(kwargs or {}))
-        found = func(*args, **(kwargs or {}))
+                found = self._apart[func](*args, **(kwargs or {}))
+        else:
+            found = func(*args, **(kwargs or {}))
         if any(result.alias_info for result in func._schema.returns):
             return found
         return pytree.tree_map_only(torch.Tensor, lambda x: self._change(func._schema.name.removeprefix("aten::"), x), found)

@@ -13,7 +13,7 @@ from attn_compiler.torch_private import EveryResult
 
 Plain = Callable[[], Sequence[Tensor]]  # runs a plain implementation
 Budget = Callable[[float, Tensor, torch.dtype], float]
-RUNS = 8  # of a plain implementation, at most
+RUNS = 32  # of a plain implementation, at most
 
 # What moves or picks numbers, and never rounds.
 _MOVES = ("cat", "clone", "constant_pad_nd", "copy", "detach", "embedding", "expand", "flip", "gather", "index", "index_select")
