@@ -9,6 +9,7 @@ from attn_compiler.calibration import calibrate, choose
 from attn_compiler.explain import explain
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import export_mlir
+from attn_compiler.export.pt2 import export_pt2
 from attn_compiler.export.report import ExportReport
 from attn_compiler.generation.front import cache
 from attn_compiler.graph.tables import Tables
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "export_mlir",
     "export_onnx",
+    "export_pt2",
     "kernel_source",
     "library",
     "load_policy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from torch._functorch._aot_autograd.frontend_utils import process_inputs
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
@@ -357,6 +359,17 @@ def inductor() -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx
+
+
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """Let AOTInductor compile a program to a file, which must end in .pt2."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_package(path: Path) -> Callable[..., Traced]:
+    """What AOTInductor compiled, to be called as the model was."""
+    loaded: Callable[..., Traced] = torch._inductor.aoti_load_package(str(path))
+    return loaded
 
 
 def inductor_settings() -> frozenset[str]:

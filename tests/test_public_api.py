@@ -14,7 +14,18 @@ import attn_compiler
 from attn_compiler import errors
 
 PROMISED = {"attend", "errors", "explain", "library", "load_policy", "reference", "testing"}
-LATER = {"adapt", "cache", "calibrate", "choose", "distill", "export_mlir", "export_onnx", "kernel_source", "schedule"}
+LATER = {
+    "adapt",
+    "cache",
+    "calibrate",
+    "choose",
+    "distill",
+    "export_mlir",
+    "export_onnx",
+    "export_pt2",
+    "kernel_source",
+    "schedule",
+}
 # What the functions take and return, what was decided.
 CONVENIENT = {"Adapted", "Distilled", "ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
 

@@ -16,9 +16,10 @@ from attn_compiler.cli.model_source import Asked, Built, build, inputs_of
 from attn_compiler.errors import ExportError
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import Dialect, export_mlir
+from attn_compiler.export.pt2 import export_pt2
 
-Format = Literal["onnx", "mlir"]
-_ENDINGS: dict[str, Format] = {".mlir": "mlir"}
+Format = Literal["onnx", "mlir", "pt2"]
+_ENDINGS: dict[str, Format] = {".mlir": "mlir", ".pt2": "pt2"}
 
 
 def export(
@@ -42,23 +43,22 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report for programs.")] = False,
 ) -> None:
-    """Write a model and what a policy makes of its attentions as ONNX or MLIR, checked by running the file."""
+    """Write a model and what a policy makes of its attentions as ONNX, MLIR or a compiled .pt2, checked by running the file."""
     kind = format_ or _ENDINGS.get(out.suffix, "onnx")
     _check_fit(kind, "onnx", {"--decode": decode, "--strategy": strategy})
     _check_fit(kind, "mlir", {"--dialect": dialect, "--lengths": lengths, "--vmfb or --no-vmfb": vmfb is not None})
     asked = Asked(length, batch, weights=True)
     built = build(model, asked)
+    given = (built.model, built.args, out, policy)
+    shapes = None if static or decode else _dynamic(built)
     if kind == "mlir":
         buckets = {f"tokens_{n}": inputs_of(built.model, replace(asked, length=n)) for n in _numbers(lengths)}
-        written = export_mlir(
-            built.model, built.args, out, policy, kwargs=built.kwargs, dialect=dialect or "linalg", buckets=buckets, vmfb=vmfb
-        )
+        written = export_mlir(*given, kwargs=built.kwargs, dialect=dialect or "linalg", buckets=buckets, vmfb=vmfb)
+    elif kind == "pt2":
+        written = export_pt2(*given, kwargs=built.kwargs, dynamic_shapes=shapes)
     else:
-        shapes = None if static or decode else _dynamic(built)
-        strategy = strategy or "auto"
-        written = export_onnx(
-            built.model, built.args, out, policy, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=strategy, decode=decode
-        )
+        form = strategy or "auto"
+        written = export_onnx(*given, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=form, decode=decode)
     typer.echo(json.dumps(written.record(), indent=2, ensure_ascii=False) if as_json else str(written))
 
 

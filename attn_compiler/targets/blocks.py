@@ -61,14 +61,17 @@ def blocked(operands: Operands, real: torch.dtype, within: Reach, block: int) ->
     }
     at = {e.b: 5} | ({e.h: 3} if operands.head_numbers == tuple(range(operands.heads)) else {})
     places = keys.clamp(0, k_len - 1)
-    q = _split(F.pad(operands.q, (0, 0, 0, count * block - q_len)), count)
+    q = _split(_lengthened(operands.q, count * block), count)
     arrays = Arrays(symbols, operands.tables, real, device, at)
     return Arrangement(q, _gather(operands.k, places), _gather(operands.v, places), arrays, exists[:, None, None, :])
 
 
 def unblocked(out: Tensor, q_len: int) -> Tensor:
     """[batch, blocks, heads, tokens, dim] as [batch, heads, tokens, dim]."""
-    return out.transpose(1, 2).flatten(2, 3)[:, :, :q_len]
+    tokens = out.transpose(1, 2).flatten(2, 3)
+    if isinstance(q_len, int):
+        return tokens[:, :, :q_len]
+    return tokens.index_select(2, torch.arange(q_len, device=out.device))  # a slice would be asked whether it is contiguous
 
 
 def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None:
@@ -108,6 +111,13 @@ def every_query_sees_itself(operands: Operands, variant: Variant) -> bool:
 def in_real(arrangement: Arrangement, dtype: torch.dtype) -> Arrangement:
     """The same with operands of another dtype."""
     return replace(arrangement, q=arrangement.q.to(dtype), k=arrangement.k.to(dtype), v=arrangement.v.to(dtype))
+
+
+def _lengthened(x: Tensor, length: int) -> Tensor:
+    """More tokens, whose results nobody reads. Padding asks whether there are any, which a dynamic length cannot say for good."""
+    if isinstance(x.shape[2], int):
+        return F.pad(x, (0, 0, 0, length - x.shape[2]))
+    return x.index_select(2, torch.arange(length, device=x.device).clamp(max=x.shape[2] - 1))
 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:
