@@ -47,8 +47,6 @@ class CppTarget:
         q = operands.q
         if not lse and (states.can_run(operands, variant) or linear.gathers(operands, variant)):
             return _machine(q.device.type, dtype_name(q.dtype))
-        if operands.differentiated and lse:
-            return "its kernels know no gradients of the log-sum-exp"
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         reason = _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)

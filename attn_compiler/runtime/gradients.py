@@ -30,6 +30,7 @@ class Given:
     out: Tensor
     kept: Tensor
     above: Tensor
+    of_totals: Tensor | None = None  # the gradient of the log-sum-exp
 
 
 def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
@@ -43,6 +44,7 @@ def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tenso
     numbers = torch.empty((_NUMBERS, *given.kept.shape[1:]), dtype=torch.float32)
     operands = [word for x in (given.q, given.k, given.v, given.out, given.above) for word in _words(x)]
     results = [word for x in (of_q, sum_k, sum_v) for word in _words(x)]
+    of_totals = 0 if given.of_totals is None else given.of_totals.data_ptr()
     tables = [table_words(table) for table in given.tables]
     of_tables = [_NOWHERE if one is None else table_words(one) for one in sums]
     for pair in pairs:
@@ -50,7 +52,7 @@ def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tenso
             read, added = ([word for n in one.numbers for word in words[n]] for words in (tables, of_tables))
             rest = [] if one.numbers else _NOWHERE  # a kernel without tables has room for one
             shared = [int(one.parallel and n not in pair.owned) for n in one.numbers]
-            exchange = [given.kept.data_ptr(), numbers.data_ptr(), int(adds), one.parallel]
+            exchange = [given.kept.data_ptr(), of_totals, numbers.data_ptr(), int(adds), one.parallel]
             call(one.run, [*operands, *results, *exchange, *one.words, *shape.sizes(), *read, *rest, *added, *rest, *shared])
     if adds:
         of_k, of_v = of_k.copy_(sum_k), of_v.copy_(sum_v)

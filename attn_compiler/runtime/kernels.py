@@ -257,9 +257,9 @@ def run(
     totals: Tensor | None,
     tables: Sequence[Tensor],
     *,
-    for_gradients: bool,
+    kept: int,
 ) -> None:
-    """Fill `out` and `totals`: the log-sum-exp of each query, or what gradients need of it."""
+    """Fill `out` and `totals`: the log-sum-exp of each query (`kept` is 0), what gradients need of it (1), or both (2)."""
     given = [table_words(table) for table in tables]
     for one in launches(shape):
         held = coded(q, k, v, one.storage)
@@ -268,7 +268,7 @@ def run(
         operands = (held.q, held.k, held.v, out)
         pointers = [0 if x is None else x.data_ptr() for x in (*operands, held.value_scale, totals)]
         strides = [stride for x in operands for stride in x.stride()[:3]]
-        call(one.run, [*pointers, int(for_gradients), *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
+        call(one.run, [*pointers, kept, *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
 
 
 def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]) -> tuple[Contents | None, ...]:

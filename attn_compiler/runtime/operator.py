@@ -27,11 +27,12 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.define(  # type: ignore[no-untyped-call]
     "attend_backward(Tensor above, Tensor q, Tensor k, Tensor v, Tensor[] tables, SymInt[] first, str what, Tensor out, "
-    "Tensor kept, bool[] wanted) -> Tensor[]"
+    "Tensor kept, bool[] wanted, Tensor? of_totals=None) -> Tensor[]"
 )
 
 # What is kept of each query besides its output. A cached graph holds these words: another layout needs other ones.
-NOTHING, TOTAL, FOR_GRADIENTS = "nothing", "log-sum-exp", "peak and mass"
+NOTHING, TOTAL, FOR_GRADIENTS, BOTH = "nothing", "log-sum-exp", "peak and mass", "log-sum-exp, peak and mass"
+_TOTALS = (TOTAL, BOTH)
 
 NOTHING_TOLD: Mapping[str, Tensor] = {}
 
@@ -61,9 +62,12 @@ def attend_generated(
     names += told
     tables += told.values()
     what = _written(variant, tuple(names), operands.layer, operands.layers, target)
-    kept = TOTAL if lse else FOR_GRADIENTS if operands.differentiated else NOTHING
-    out, totals = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
-    return out, totals if lse else None
+    kept = _KEPT[lse, operands.differentiated]
+    out, sums = torch.ops.attn_compiler.attend(operands.q, operands.k, operands.v, tables, first, what, kept)
+    return out, sums if kept == TOTAL else sums[0] if kept == BOTH else None
+
+
+_KEPT = {(False, False): NOTHING, (False, True): FOR_GRADIENTS, (True, False): TOTAL, (True, True): BOTH}
 
 
 def _without_dropout(variant: Variant) -> Variant:
@@ -97,16 +101,17 @@ def _attend(
     totals = None if kept == NOTHING else sums
     variant, names, _, _, target = _read(what)
     few = q_len <= MOST_QUERIES and not any(part.storage != PLAIN for part in variant.parts())
-    if few and kept != FOR_GRADIENTS and SEED not in names and target in _DECODE:
+    if few and kept in (NOTHING, TOTAL) and SEED not in names and target in _DECODE:
         sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
         _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)
         return out, sums
     shape = _shape(q, k, v, tables, first, what)
-    _RUN[target](shape, q, k, v, out, totals, tables, for_gradients=kept == FOR_GRADIENTS)
+    _RUN[target](shape, q, k, v, out, totals, tables, kept=_NUMBER_OF[kept])
     return out, sums
 
 
+_NUMBER_OF = {NOTHING: 0, TOTAL: 0, FOR_GRADIENTS: 1, BOTH: 2}  # for kernels, which write nothing where there is no room
 _RUN = {"cpp": kernels.run, "states": states.run, "triton": triton_kernels.run}
 _DECODE: Mapping[str, Any] = {"cpp": decode, "triton": triton_decode}
 _DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
@@ -123,13 +128,16 @@ def _attend_backward(
     out: Tensor,
     kept: Tensor,
     wanted: Sequence[bool],
+    of_totals: Tensor | None = None,
 ) -> list[Tensor]:
     if not (out.numel() and k.numel()):
         return [x.zero_() for x in _empty_gradients(q, k, v, tables, wanted)]
     q, k, v, out, above = _side_by_side(q, k, v, out, above)
-    given = gradients.Given(q, k, v, tables, out, kept, above)
-    differentiate = _DIFFERENTIATE[_read(what)[-1]]
-    of_q, of_k, of_v, of_tables = differentiate(_shape(q, k, v, tables, first, what), given, wanted)
+    given = gradients.Given(q, k, v, tables, out, kept, above, None if of_totals is None else of_totals.contiguous())
+    target = _read(what)[-1]
+    if given.of_totals is not None and target != "cpp":
+        raise DerivativeError(f'the kernels of "{target}" know no gradients of the log-sum-exp; attend with `target="torch"`')
+    of_q, of_k, of_v, of_tables = _DIFFERENTIATE[target](_shape(q, k, v, tables, first, what), given, wanted)
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 
@@ -170,7 +178,8 @@ def _empty(q: Tensor, v: Tensor, kept: str) -> tuple[Tensor, Tensor]:
     """Room for the result, laid out as models want it: they transpose heads and tokens, which then costs nothing."""
     batch, heads, q_len, _ = q.shape
     out = q.new_empty((batch, q_len, heads, v.shape[3])).transpose(1, 2)
-    sizes = {NOTHING: (0,), TOTAL: (batch, heads, q_len), FOR_GRADIENTS: (2, batch, heads, q_len)}
+    of_queries = (batch, heads, q_len)
+    sizes = {NOTHING: (0,), TOTAL: of_queries, FOR_GRADIENTS: (2, *of_queries), BOTH: (3, *of_queries)}
     return out, q.new_empty(sizes[kept], dtype=torch.float32)
 
 
@@ -182,16 +191,20 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, tables, ctx.first, ctx.what, ctx.kept = inputs
     out, kept = output
-    ctx.mark_non_differentiable(kept)
+    if ctx.kept not in _TOTALS:
+        ctx.mark_non_differentiable(kept)
     ctx.save_for_backward(q, k, v, out, kept, *tables)
 
 
-def _differentiate(ctx: Any, above: Tensor, _: Tensor) -> tuple[object, ...]:
+def _differentiate(ctx: Any, above: Tensor, of_kept: Tensor) -> tuple[object, ...]:
     q, k, v, out, kept, *tables = ctx.saved_tensors
-    if ctx.kept != FOR_GRADIENTS:  # nothing required gradients where the call was recorded
+    of_totals = of_kept if ctx.kept == TOTAL else of_kept[0] if ctx.kept == BOTH else None
+    if ctx.kept in (NOTHING, TOTAL):  # nothing required gradients where the call was recorded
         out, kept = torch.ops.attn_compiler.attend(q, k, v, tables, ctx.first, ctx.what, FOR_GRADIENTS)
+    elif ctx.kept == BOTH:
+        kept = kept[1:]
     wanted = [bool(yes) for yes in ctx.needs_input_grad[3]]
-    found = torch.ops.attn_compiler.attend_backward(above, q, k, v, tables, ctx.first, ctx.what, out, kept, wanted)
+    found = torch.ops.attn_compiler.attend_backward(above, q, k, v, tables, ctx.first, ctx.what, out, kept, wanted, of_totals)
     of_tables = iter(found[3:])
     return *found[:3], [next(of_tables) if yes else None for yes in wanted], None, None, None
 
@@ -214,7 +227,7 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("attn_compiler::attend", lambda q, k, v, tables, first, what, kept: _empty(q, v, kept), lib=_library)
 torch.library.register_fake(
     "attn_compiler::attend_backward",
-    lambda above, q, k, v, tables, first, what, out, kept, wanted: _empty_gradients(q, k, v, tables, wanted),
+    lambda above, q, k, v, tables, first, what, out, kept, wanted, of_totals=None: _empty_gradients(q, k, v, tables, wanted),
     lib=_library,
 )
 torch.library.register_autograd("attn_compiler::attend", _differentiate, setup_context=_remember, lib=_library)

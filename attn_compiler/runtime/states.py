@@ -95,11 +95,11 @@ def run(
     totals: Tensor | None,
     tables: Sequence[Tensor],
     *,
-    for_gradients: bool,
+    kept: int,
 ) -> None:
     """Fill `out`; there are no totals."""
     assert totals is None
-    assert not for_gradients
+    assert not kept
     launch = _launch(replace(shape, batch=0, q_len=0, k_len=0, first_query=0, first_key=0, contents=()))
     behind = launch.behind
     offset = shape.k_len if behind is None else shape.first_query - shape.first_key - behind

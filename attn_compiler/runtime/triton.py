@@ -30,6 +30,8 @@ class TritonTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
+        if operands.differentiated and lse:
+            return "its kernels know no gradients of the log-sum-exp"
         reason = where or passed_over(variant) or objection(variant, counted, stored, operands.differentiated)
         return reason or (without_total(variant) if lse else None)
 

@@ -80,12 +80,12 @@ def run(
     totals: Tensor | None,
     tables: Sequence[Tensor],
     *,
-    for_gradients: bool,
+    kept: int,
 ) -> None:
     """Fill `out` and `totals`: the log-sum-exp of each query, or its peak and its mass."""
-    kept = (None, totals) if for_gradients else (totals, None)
+    results = (None, totals) if kept else (totals, None)
     for one in launches(shape, q.device):
-        _start(one, shape, (q, k, v, out), kept, tables)
+        _start(one, shape, (q, k, v, out), results, tables)
 
 
 def _start(

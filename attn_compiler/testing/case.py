@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.attend import attend
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.targets.torch_target import attend_densely, by_group
+from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.torch_target import Result, attend_densely, by_group
 from attn_compiler.testing.budget import assert_all_within_budget
 
 
@@ -25,6 +27,7 @@ class Case:
     v: Tensor
     tables: Mapping[str, Tensor]
     q_positions: int | Tensor | None = None
+    with_total: bool = False  # whether the log-sum-exp, 0 where no key is seen, is one more column of the output
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another precision, as new leaves that want gradients."""
@@ -54,18 +57,32 @@ def on(target: str) -> Attend:
     """How a target attends."""
 
     def run(case: Case) -> Tensor:
-        out = attend(case.q, case.k, case.v, case.variant, tables=case.tables, q_positions=case.q_positions, target=target)  # type: ignore[arg-type]
-        assert isinstance(out, Tensor)
-        return out
+        given = case.q, case.k, case.v, case.variant
+        found = attend(
+            *given,
+            tables=case.tables,
+            q_positions=case.q_positions,
+            return_lse=case.with_total,
+            target=target,  # type: ignore[arg-type]
+        )
+        return found if isinstance(found, Tensor) else _joined(*found)
 
     return run
+
+
+def _joined(out: Tensor, total: Tensor | None) -> Tensor:
+    return out if total is None else torch.cat((out, total.masked_fill(total == -math.inf, 0.0)[..., None].to(out.dtype)), dim=-1)
 
 
 def plain(case: Case) -> Tensor:
     """The formula, every step in the operands' own precision: what a target's error is measured by."""
     operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
 
-    return by_group(operands, case.variant, lambda part, of_group: attend_densely(part, of_group, case.q.dtype))[0]
+    def run(part: Operands, of_group: Variant) -> Result:
+        return attend_densely(part, of_group, case.q.dtype, lse=case.with_total)
+
+    out, total = by_group(operands, case.variant, run)
+    return _joined(out, total if case.with_total else None)
 
 
 def with_gradients(attend_with: Attend, case: Case) -> list[Tensor]:

@@ -1,5 +1,6 @@
 // Gradients: a tile of lanes meets rows. Lanes hold queries and rows hold keys, or the other way around. With
-//   out = factor · sum of weight · v,    above = the gradient of out,    pull = (above · out) · d log factor / d mass
+//   out = factor · sum of weight · v,    above = the gradient of out,
+//   pull = (above · out) · d log factor / d mass + the gradient of the log-sum-exp · d log-sum-exp / d mass
 // every pair of tokens that sees each other has
 //   gradient of the weight = factor · (above · v) + pull,    gradient of the score = that · d weight / d score.
 
@@ -31,6 +32,7 @@ struct Call {  // every field has eight bytes
   Operand q, k, v, out, above;
   Result of_q, of_k, of_v;  // gradients
   const float* kept;        // by the forward kernel: the peaks of all queries, -∞ for those that see no key, and their masses
+  const float* of_totals;   // gradients of the log-sum-exps, or null
   float* numbers;           // [NUMBERS][batch][heads][q_len]
   int64_t adds;             // whether the gradients of k and v are sums over launches
   int64_t parallel;         // whether there is work for threads
@@ -44,6 +46,7 @@ struct Call {  // every field has eight bytes
   }
   float peak(const Task& task, int64_t i) const { return kept[place(0, task, i)]; }
   float mass(const Task& task, int64_t i) const { return kept[place(1, task, i)]; }
+  float of_total(const Task& task, int64_t i) const { return of_totals ? of_totals[place(0, task, i)] : 0.0f; }
   float& number(Number which, const Task& task, int64_t i) const { return numbers[place(which, task, i)]; }
 };
 

@@ -5,32 +5,33 @@ INLINE vf factor_of(const Task& task, const Lanes& lanes, int n, vf mass, vf pea
   // <factor>
 }
 
-INLINE vf pull_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along) {
+INLINE vf pull_of(const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along, vf of_total) {
   // <pull>
 }
 
-// What a query adds to the gradients of tables that stand in the factor.
-INLINE void add_query(const Call& given, const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along) {
+// What a query adds to the gradients of tables that stand in the factor, and in the log-sum-exp.
+INLINE void add_query(const Call& given, const Task& task, const Lanes& lanes, int n, vf mass, vf peak, vf along, vf of_total) {
   // <query sums>
 }
 
 INLINE void number(const Call& call, const Task& task, Work& work, const Places& places) {
   const Stored* rows[TILE];
-  vf peak[VECTORS], mass[VECTORS];
+  vf peak[VECTORS], mass[VECTORS], of_total[VECTORS];
   for (int m = 0; m < TILE; m++) {
     rows[m] = call.out.row(task.b, task.h, places.of[m]);
     peak[m / LANES][m % LANES] = m < places.count ? call.peak(task, places.of[m]) : -INFINITY;
     mass[m / LANES][m % LANES] = call.mass(task, places.of[m]);
+    of_total[m / LANES][m % LANES] = call.of_total(task, places.of[m]);
   }
   pack<VALUE_DIM>(rows, work.of_y);
   UNROLLED for (int n = 0; n < VECTORS; n++) {
     vf along = product<VALUE_DIM>(work.of_y, work.y, n);
     const vi sees = peak[n] != -INFINITY;
-    along = sees ? along : vf{};
+    along = sees ? along : vf{}, of_total[n] = sees ? of_total[n] : vf{};
     work.base[n] = sees ? peak[n] : vf{};
     work.factor[n] = sees ? factor_of(task, work.lanes, n, mass[n], peak[n]) : vf{};
-    work.pull[n] = pull_of(task, work.lanes, n, mass[n], peak[n], along);
-    add_query(call, task, work.lanes, n, mass[n], peak[n], along);
+    work.pull[n] = pull_of(task, work.lanes, n, mass[n], peak[n], along, of_total[n]);
+    add_query(call, task, work.lanes, n, mass[n], peak[n], along, of_total[n]);
   }
   for (int m = 0; m < places.count; m++) {
     call.number(BASE, task, places.of[m]) = work.base[m / LANES][m % LANES];

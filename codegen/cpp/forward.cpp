@@ -4,7 +4,7 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
   Output* out;
   const float* value_scale;  // of each channel, [batch, kv heads, channels], or null
   float* totals;             // what is kept of each query, or null
-  int64_t gradients;         // whether that is what gradients need
+  int64_t gradients;         // what that is: 0 the log-sum-exp, 1 what gradients need, 2 both
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t parallel;          // whether there is work for threads
   Visits visits;
@@ -16,12 +16,13 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
   const float* scale_of(const Task& task) const {
     return value_scale ? value_scale + (task.b * context.kv_heads + task.kv) * VALUE_DIM : nullptr;
   }
-  // The log-sum-exp; or, for gradients, the peak (-∞ if no key is seen) and, behind the peaks of all queries, the mass.
+  // The log-sum-exps of all queries; behind them, or alone, for gradients: the peaks (-∞ if no key is seen), and then the masses.
   void keep(const Task& task, int64_t i, float total, float peak, float mass) const {
     if (!totals) return;
+    const int64_t queries = context.batch * context.heads * context.q_len;
     float* of_query = totals + (task.b * context.heads + task.h) * context.q_len + i;
-    if (gradients) of_query[0] = peak, of_query[context.batch * context.heads * context.q_len] = mass;
-    else of_query[0] = total;
+    if (gradients != 1) *of_query = total, of_query += queries;
+    if (gradients) of_query[0] = peak, of_query[queries] = mass;
   }
 };
 
@@ -110,7 +111,7 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
   UNROLLED for (int n = 0; n < VECTORS; n++) {
     sees[n] = PEAK ? work.peak[n] != -INFINITY : work.sees[n];
     factor[n] = factor_of(task, work.queries, n, work.mass[n], work.peak[n]);
-    if (call.totals && !call.gradients) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
+    if (call.totals && call.gradients != 1) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);
   }
   unpack<VALUE_DIM>(work.out);
   bool left = false;

@@ -133,10 +133,52 @@ def test_threads_add_to_one_table() -> None:
         torch.set_num_threads(threads)
 
 
-def test_the_log_sum_exp_has_no_gradient_here() -> None:
-    q, k, v = (x.float().requires_grad_() for x in operands(40, 40, 8))
-    with pytest.raises(ShapeError, match="its kernels know no gradients of the log-sum-exp"):
-        attn.attend(q, k, v, Variant(), target="cpp", return_lse=True)
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"sigmoid"}))  # whose rows are not normalized
+def test_gradients_of_the_log_sum_exp_are_within_budget(name: str) -> None:
+    variant = VARIANTS[name]
+    case = Case(variant, *operands(67, 67, 8), tables_of(variant), with_total=True)
+    assert_case(case, torch.float32, "cpp")
+    assert_case(case, torch.float32, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_the_log_sum_exp_are_within_budget_in_half_precision(dtype: torch.dtype) -> None:
+    assert_case(Case(VARIANTS["window"], *operands(67, 67, 24), {}, with_total=True), dtype, "cpp")
+
+
+@pytest.mark.parametrize("rule", [EmptyRows.ZERO, EmptyRows.MEAN, EmptyRows.UNMASKED])
+def test_rows_that_see_nothing_have_a_log_sum_exp_whose_gradient_their_rule_says(rule: EmptyRows) -> None:
+    variant = Variant(mask=(e.q % 3 > 0) & CAUSAL, empty_rows=rule)
+    assert_case(Case(variant, *operands(50, 70, 8), {}, with_total=True), torch.float32, "cpp")
+
+
+def test_gradients_come_through_the_log_sum_exp_alone_however_few_queries_there_are() -> None:
+    q, k, v = operands(2, 40, 8)
+    found = []
+    for target, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
+        _, total = attn.attend(*leaves, v.to(dtype), "causal", return_lse=True, target=target)  # type: ignore[arg-type]
+        found.append([x.double() for x in torch.autograd.grad(total.sum(), leaves)])
+    assert_all_within_budget(*found, lambda: [x.float() for x in found[1]], ["q", "k"])
+
+
+def test_compiled_models_hand_gradients_through_the_log_sum_exp() -> None:
+    def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [
+            attn.attend(q, k[:, :, at], v[:, :, at], "all", return_lse=True, target="cpp") for at in (slice(20), slice(20, 40))
+        ]
+        weights = torch.stack([total for _, total in parts]).softmax(dim=0)
+        return sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))  # type: ignore[return-value]
+
+    leaves = [x.float().requires_grad_() for x in operands(40, 40, 8)]
+    exact = [x.double().detach().requires_grad_() for x in leaves]
+    whole = attn.attend(*exact, "all", target="reference")  # type: ignore[arg-type]
+    plain = attn.attend(*leaves, "all", target="torch")  # type: ignore[arg-type]
+    by = [
+        torch.autograd.grad(x.sin().sum(), of)
+        for x, of in ((torch.compile(merged)(*leaves), leaves), (whole, exact), (plain, leaves))
+    ]
+    assert_all_within_budget(by[0], by[1], lambda: by[2], ["q", "k", "v"])
 
 
 @pytest.mark.parametrize("fill", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attn_compiler as attn
+from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels
 from attn_compiler.runtime.gradients import Given
 from attn_compiler.runtime.kernel_source import shape_of
@@ -48,7 +50,7 @@ def operands(q_len: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward(variant: object) -> None:
-    triton_kernels.run(shape(variant, 64), *operands(64), torch.empty(1, 4, 64), [], for_gradients=False)
+    triton_kernels.run(shape(variant, 64), *operands(64), torch.empty(1, 4, 64), [], kept=0)
 
 
 def backward(variant: object) -> None:
@@ -93,3 +95,9 @@ def test_a_second_call_of_a_shape_puts_nothing_new_on_the_device(monkeypatch: py
         monkeypatch.setattr(module, "on_device", lambda *_: pytest.fail("copied again"))
     for run in CALLS.values():
         run(VARIANTS["by head"])
+
+
+def test_a_log_sum_exp_that_wants_a_gradient_is_refused() -> None:
+    q, k, v = (torch.randn(1, 4, 8, 16, requires_grad=True) for _ in range(3))
+    with pytest.raises(ShapeError, match="its kernels know no gradients of the log-sum-exp"):
+        attn.attend(q, k, v, "causal", target="triton", return_lse=True)

@@ -20,12 +20,13 @@ from attn_compiler.targets.operands import PLACE
 
 _ZERO = const(0.0)
 
-# Of a pair: the gradients of its weight and of its score. Of a query: its output times the gradient of that.
-OF_WEIGHT, OF_SCORE, ALONG = (e.symbol(name, Sort.REAL) for name in ("of_weight", "of_score", "along"))
+# Of a pair: the gradients of its weight and score. Of a query: its output times the gradient of that, that of its log-sum-exp.
+OF_WEIGHT, OF_SCORE, ALONG, OF_TOTAL = (e.symbol(name, Sort.REAL) for name in ("of_weight", "of_score", "along", "of_total"))
 _NUMBERS: Leaves = {
     OF_WEIGHT: ("of_weight", Level.PAIR),
     OF_SCORE: ("of_score", Level.PAIR),
     ALONG: ("along", Level.LANE),
+    OF_TOTAL: ("of_total", Level.LANE),
 }
 _BY_QUERY: Leaves = {**LEAVES, **_NUMBERS}
 _BY_KEY: Leaves = {**KEYS_IN_LANES, **_NUMBERS}
@@ -46,32 +47,23 @@ class Slopes:
         """d score / d dot, or a norm."""
         return derivative(self.spec.score, leaf)
 
-    @property
-    def pull(self) -> Expr:
-        """What a query's sum of weights does to each of its weights, through the factor."""
-        return self._through_factor(e.mass)
-
     def of_pair(self, read: Expr) -> Expr:
         """What a pair adds to the gradient of a table where it is read."""
         by_score, by_weight = (derivative(x, read) for x in (self.spec.score, self._weight))
-        added = [s * x for s, x in ((OF_SCORE, by_score), (OF_WEIGHT, by_weight)) if x != _ZERO]
-        return added[0] + added[1] if len(added) == 2 else added[0] if added else _ZERO
-
-    def of_query(self, read: Expr) -> Expr:
-        """What a query adds to it."""
-        return self._through_factor(read)
+        return _sum(*(_ZERO if x == _ZERO else s * x for s, x in ((OF_SCORE, by_score), (OF_WEIGHT, by_weight))))
 
     def reads(self, *wanted: str) -> tuple[Expr, ...]:
         """Where tables are read that may want gradients."""
         normalizer = self.spec.variant.normalizer
-        found = (node for root in (self.spec.score, normalizer.weight, normalizer.output) for node in root.walk())
+        roots = (self.spec.score, normalizer.weight, normalizer.output, normalizer.total)
+        found = (node for root in roots if root is not None for node in root.walk())
         return tuple(dict.fromkeys(x for x in found if x.op == "table" and x.sort is Sort.REAL and x.value in wanted))
 
     @property
     def _weight(self) -> Expr:
         return _ZERO if self.spec.by_peak else self.spec.variant.normalizer.weight
 
-    def _through_factor(self, leaf: Expr) -> Expr:
+    def through_factor(self, leaf: Expr) -> Expr:
         """`along` · d log factor / d leaf; nothing for an output that has no share in it, whatever the factor is."""
         output = self.spec.variant.normalizer.output
         changed = _ZERO if output == e.acc else derivative(output.args[1], leaf)
@@ -79,6 +71,23 @@ class Slopes:
             return _ZERO
         slope = changed / output.args[1]
         return e.where(e.same(ALONG, 0.0), 0.0, ALONG * (-slope if output.op == "div" else slope))
+
+    def through_total(self, leaf: Expr) -> Expr:
+        """`of_total` · d log-sum-exp / d leaf. The peak has no share: where it is another one, so is the mass."""
+        total = self.spec.variant.normalizer.total
+        changed = _ZERO if total is None else derivative(total, leaf)
+        if total is None or changed == _ZERO:
+            return _ZERO
+        return e.where(e.same(OF_TOTAL, 0.0), 0.0, OF_TOTAL * (changed / total))
+
+
+def _of_query(slopes: Slopes, leaf: Expr) -> Expr:
+    """What a query adds to the gradient of its mass, or of a table where it is read."""
+    return _sum(slopes.through_factor(leaf), slopes.through_total(leaf))
+
+
+def _sum(left: Expr, right: Expr) -> Expr:
+    return right if left == _ZERO else left if right == _ZERO else left + right
 
 
 def refuse(variant: Variant) -> str | None:
@@ -97,7 +106,7 @@ def is_owned(spec: Spec, name: str, shape: Sequence[int], *, heads: int, kv_head
     """Whether each number of a table belongs to one key of one head: then no two tasks add to the same one."""
     slopes = Slopes(spec)
     reads = slopes.reads(name)
-    if len(reads) != 1 or slopes.of_query(reads[0]) != _ZERO:
+    if len(reads) != 1 or _of_query(slopes, reads[0]) != _ZERO:
         return False
     size = dict(zip(reads[0].args, shape, strict=True))
     by_key = size.get(PLACE if first_key else PLACE + FIRST_KEY, 0), size.get(PLACE, 0)
@@ -106,11 +115,11 @@ def is_owned(spec: Spec, name: str, shape: Sequence[int], *, heads: int, kv_head
 
 def _needed(slopes: Slopes) -> Iterator[Expr]:
     yield slopes.weight
-    yield slopes.pull
+    yield _of_query(slopes, e.mass)
     yield from (slopes.score(leaf) for leaf in (e.dot, e.q_norm, e.k_norm))
     for read in slopes.reads(*slopes.spec.variant.tables()):
         yield slopes.of_pair(read)
-        yield slopes.of_query(read)
+        yield _of_query(slopes, read)
 
 
 @lru_cache(maxsize=256)
@@ -127,7 +136,8 @@ def by_key(spec: Spec, wanted: tuple[str, ...]) -> str:
 
 def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, skeleton: str) -> str:
     printer, slopes = printer_of(spec, leaves), Slopes(spec)
-    pairs, queries = ({x: of(x) for x in slopes.reads(*wanted)} for of in (slopes.of_pair, slopes.of_query))
+    pairs = {x: slopes.of_pair(x) for x in slopes.reads(*wanted)}
+    queries = {x: _of_query(slopes, x) for x in slopes.reads(*wanted)}
     pair_sums = [] if leaves is _BY_QUERY else _sums(printer, pairs)
     assert spec.factor is not None
     holes = {
@@ -143,7 +153,7 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
     if leaves is _BY_QUERY:
         holes |= {
             "factor": printer.function(spec.factor),
-            "pull": printer.function(slopes.pull),
+            "pull": printer.function(_of_query(slopes, e.mass)),
             "query sums": _sums(printer, queries),
         }
     constants = (

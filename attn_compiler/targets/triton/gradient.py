@@ -39,8 +39,8 @@ def by_query(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
         **pair(printer, spec, INSIDE),
         **walk(iteration.stretches, every if fills else ()),
         **_slopes(printer, slopes, e.q_norm),
-        "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.pull)],
-        "query sums": _sums(printer, {x: slopes.of_query(x) for x in slopes.reads(*wanted)}),
+        "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.through_factor(e.mass))],
+        "query sums": _sums(printer, {x: slopes.through_factor(x) for x in slopes.reads(*wanted)}),
     }
     facts = {"FILLS": fills, "NORMED": slopes.score(e.q_norm) != _ZERO, "ORDERED": iteration.ordered}
     return assembled("backward_q.py", spec, printer, holes, facts, phases(iteration, holes), _named(printer, wanted))
