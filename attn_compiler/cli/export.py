@@ -17,6 +17,7 @@ from attn_compiler.errors import ExportError
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import Dialect, export_mlir
 from attn_compiler.export.pt2 import export_pt2
+from attn_compiler.targets.onnx.spec import OPSET
 
 Format = Literal["onnx", "mlir", "pt2"]
 _ENDINGS: dict[str, Format] = {".mlir": "mlir", ".pt2": "pt2"}
@@ -36,6 +37,10 @@ def export(
     strategy: Annotated[
         str | None, typer.Option(help="ONNX: the form of the functions: auto, dense, scan, either or listed.")
     ] = None,
+    flavor: Annotated[
+        Literal["plain", "genai"] | None, typer.Option(help="ONNX, with --decode: genai has the names of onnxruntime-genai.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX: 24, or 18 for importers that do not know `Attention`.")] = None,
     dialect: Annotated[Dialect | None, typer.Option(help="MLIR: linalg on tensors, or that of torch-mlir.")] = None,
     lengths: Annotated[str, typer.Option(help="MLIR: further lengths, a function `tokens_<length>` each: 128,512.")] = "",
     vmfb: Annotated[
@@ -45,7 +50,7 @@ def export(
 ) -> None:
     """Write a model and what a policy makes of its attentions as ONNX, MLIR or a compiled .pt2, checked by running the file."""
     kind = format_ or _ENDINGS.get(out.suffix, "onnx")
-    _check_fit(kind, "onnx", {"--decode": decode, "--strategy": strategy})
+    _check_fit(kind, "onnx", {"--decode": decode, "--strategy": strategy, "--flavor": flavor, "--opset": opset})
     _check_fit(kind, "mlir", {"--dialect": dialect, "--lengths": lengths, "--vmfb or --no-vmfb": vmfb is not None})
     asked = Asked(length, batch, weights=True)
     built = build(model, asked)
@@ -57,8 +62,10 @@ def export(
     elif kind == "pt2":
         written = export_pt2(*given, kwargs=built.kwargs, dynamic_shapes=shapes)
     else:
-        form = strategy or "auto"
-        written = export_onnx(*given, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=form, decode=decode)
+        written = export_onnx(
+            *given, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=strategy or "auto", decode=decode,
+            flavor=flavor or "plain", opset=opset or OPSET,
+        )  # fmt: skip
     typer.echo(json.dumps(written.record(), indent=2, ensure_ascii=False) if as_json else str(written))
 
 

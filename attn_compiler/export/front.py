@@ -22,6 +22,7 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
 from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.targets.onnx.choice import check_strategy
+from attn_compiler.targets.onnx.spec import OPSET, OPSETS
 
 _FLAVORS = ("plain", "genai")
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -40,13 +41,15 @@ def export_onnx(
     strategy: str = "auto",
     decode: bool = False,
     flavor: Literal["plain", "genai"] = "plain",
+    opset: int = OPSET,
 ) -> ExportReport:
     """Write a model and what a policy makes of its attentions as an ONNX file of standard operators.
 
     Each attention that is rewritten is one local function `attn::<its name>`. The file is compared in onnxruntime with the
     rewritten model on random inputs before it gets its name: where they differ, there is no file. `dynamic_shapes` is that
     of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `either`,
-    `listed`). Lengths like those the file is meant for let the comparison see what will run.
+    `listed`); `opset=18` is for importers that do not know ONNX's own `Attention`. Lengths like those the file is meant for let
+    the comparison see what will run.
 
     With `decode`, the model is one of transformers that generates text, and its caches are inputs and outputs: one file reads
     prompts and single tokens (`attn_compiler.export.Decoder`), and a layer remembers what the policy lets later tokens see.
@@ -56,6 +59,8 @@ def export_onnx(
     if decode and dynamic_shapes is not None:
         raise ExportError("a file that decodes takes any number of rows and tokens: leave out `dynamic_shapes`")
     check_strategy(strategy)
+    if opset not in OPSETS:
+        raise ExportError(f"files are written in opset {' or '.join(map(str, OPSETS))}; found {opset}")
     check_folder(Path(path))
     _need_packages()
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
@@ -67,7 +72,7 @@ def export_onnx(
             program = traced(model, args, kwargs or {}, dynamic_shapes)
             result = rewritten(program, read, dict(tables or {}), OnnxTarget)
             prepared = Prepared(result, lambda: runs(program, result.module, args, kwargs or {}))
-        return _written(prepared, read, Path(path), strategy)
+        return _written(prepared, read, Path(path), strategy, opset)
 
 
 def _check_flavor(flavor: str, decode: bool) -> None:
@@ -101,13 +106,13 @@ def _for_genai(
     )
 
 
-def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str) -> ExportReport:
+def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str, opset: int) -> ExportReport:
     from attn_compiler.export.check import check
     from attn_compiler.export.onnx_files import write
     from attn_compiler.export.translation import translated
 
     result = prepared.rewritten
-    made = translated(result, strategy)
+    made = translated(result, strategy, opset)
     prepared.finish(made.model)
     checks, size = write(made.model, path, lambda at: check(at, result.module, prepared.runs()), prepared.beside)
     return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches)

@@ -23,7 +23,7 @@ from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.plan import Decision
 from attn_compiler.planning.table_values import TableValues
 from attn_compiler.targets.onnx.choice import Likely, choose
-from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
+from attn_compiler.targets.onnx.function import DOMAIN, function
 from attn_compiler.targets.onnx.spec import Call, Spec, Stored, length, shape_of
 from attn_compiler.targets.onnx.walk import Contents
 
@@ -39,12 +39,12 @@ class Translated:
     strategies: Mapping[str, str]
 
 
-def translated(rewritten: Rewritten, wanted: str) -> Translated:
+def translated(rewritten: Rewritten, wanted: str, opset: int) -> Translated:
     """The model, with a labelled local function for each attention that was rewritten."""
     contents = dict(_contents(rewritten.program))
     specs = dict(_called(rewritten.program))
     try:
-        exported = torch.onnx.export(rewritten.program, (), dynamo=True, opset_version=OPSET, verbose=False)
+        exported = torch.onnx.export(rewritten.program, (), dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.OnnxExporterError as failure:
         reason = str(failure.__cause__ or failure).strip().splitlines()[0]
         raise ExportError(f"PyTorch's exporter cannot write the model as ONNX: {reason}") from failure
@@ -55,7 +55,7 @@ def translated(rewritten: Rewritten, wanted: str) -> Translated:
         decision = rewritten.plan.decisions[rewritten.names.index(name)]
         likely = Likely(decision.site.q_hint, decision.site.k_hint)
         strategies[name] = choose(spec, likely, contents[name], wanted)
-        made = function(spec, strategies[name], contents[name])
+        made = function(spec, strategies[name], contents[name], opset)
         made.metadata_props.update(_metadata(spec, strategies[name], decision))
         model.functions[made.identifier()] = made
     if specs:

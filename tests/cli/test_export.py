@@ -70,6 +70,8 @@ def test_the_ending_of_a_file_says_its_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        (["--format", "pt2", "--flavor", "genai"], "--flavor is for files of the format onnx; this one is to be pt2"),
+        (["--flavor", "genai"], '`flavor="genai"` needs `decode=True`'),
         (["--dialect", "torch"], "--dialect is for files of the format mlir; this one is to be onnx"),
         (["--format", "mlir", "--decode"], "--decode is for files of the format onnx; this one is to be mlir"),
         (["--format", "mlir", "--lengths", "12,many"], '--lengths takes numbers of tokens, as in 128,512; found "many"'),

@@ -174,6 +174,31 @@ def test_what_has_no_translation_is_one_message(tmp_path: Path) -> None:
         attn.export_onnx(Airy().eval(), (torch.randn(2, 8),), tmp_path / "airy.onnx")
 
 
+@pytest.mark.parametrize("opset", [24, 18])
+def test_older_importers_need_not_know_attention(opset: int, tmp_path: Path) -> None:
+    path, model = tmp_path / "two.onnx", nn.Sequential(Attention(), Open()).eval()
+    report = attn.export_onnx(model, (torch.randn(1, 2, 40, 8),), path, opset=opset)
+    assert sorted(decision.outcome for decision in report.report.decisions) == ["exact", "kept"]
+    written = onnx.load(path)
+    opsets = [entry.version for one in (written, *written.functions) for entry in one.opset_import if not entry.domain]
+    assert set(opsets) == {opset}
+    operators = {node.op_type for nodes in (written.graph.node, *(one.node for one in written.functions)) for node in nodes}
+    assert ("Attention" in operators) == (opset == 24)
+
+
+@pytest.mark.parametrize("strategy", ["dense", "scan", "either", "listed"])
+def test_every_form_runs_in_the_older_opset(strategy: str, tmp_path: Path) -> None:
+    sizes = None if strategy == "listed" else ({2: torch.export.Dim.DYNAMIC},)
+    report = write(tmp_path / "one.onnx", strategy=strategy, opset=18, dynamic_shapes=sizes)
+    assert set(report.strategies.values()) == {strategy}
+    assert report.checks
+
+
+def test_another_opset_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="in opset 24 or 18; found 17"):
+        write(tmp_path / "one.onnx", opset=17)
+
+
 class Airy(nn.Module):
     """Something that ONNX does not have."""
 

@@ -20,20 +20,19 @@ from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
-from attn_compiler.targets.onnx.spec import Spec
+from attn_compiler.targets.onnx.spec import OPSET, Spec
 from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
 
 DOMAIN = "attn"
-OPSET = 24
 Strategy = Callable[[Group], ir.Value]
 
 
-def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
+def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) -> ir.Function:
     """The function of one attention; its inputs are q, k, v, the past of its cache if it has one, and the tables.
 
-    `contents` are those of the tables that are known already.
+    `contents` are those of the tables that are known already. Its operators are the same in all of `OPSETS`.
     """
     nodes = Nodes()
     q, k, v = given = [ir.Value(name=name) for name in ("q", "k", "v")]
@@ -47,7 +46,7 @@ def function(spec: Spec, strategy: str, contents: Contents) -> ir.Function:
         [*given, *past, *tables.values()],
         [out, *held],
         nodes=[*nodes.shared.front, *nodes.written],
-        opset_imports={"": OPSET},
+        opset_imports={"": opset},
         name=spec.call.name,
     )
     return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])

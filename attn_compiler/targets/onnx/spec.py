@@ -15,6 +15,8 @@ from attn_compiler.planning.site import Length
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import shows_itself
 
+OPSETS = (24, 18)  # the newest that PyTorch writes and onnxruntime runs; what older importers know
+OPSET = OPSETS[0]
 FIRST_QUERY, Q_POSITIONS = "attn.first_query", "attn.q_positions"
 
 
