@@ -4,17 +4,21 @@
 
 Writes `cpu.json` and `cpu.md` to FOLDER. The shapes below were fixed before anything was measured. Dense SDPA is the yardstick:
 causal where the case is, full otherwise. Cases that train are timed forward and backward.
-`--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA.
+`--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA. Where heads differ, *ideal mix* is what their parts
+would take: the time of each with all heads, by its share of them. Memory is what one call needs at most, its results included.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import operator
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +63,7 @@ class Case:
     trains: bool = False  # whether a gradient is taken too
     dropout: float = 0.0
     queries: int | None = None  # the last ones, where they are fewer than the keys
+    parts: Mapping[str, float] = field(default_factory=dict)  # of a mix of heads: their masks, and the share of each
 
 
 def scattered(length: int, block: int, share: float) -> Tensor:
@@ -68,8 +73,18 @@ def scattered(length: int, block: int, share: float) -> Tensor:
     return chosen | torch.eye(blocks, dtype=torch.bool)
 
 
+def mixed(parts: Mapping[str, float]) -> dict[str, object]:
+    """A variant whose heads follow masks in turn, the wider ones later."""
+    stops = [round(HEADS * sum(list(parts.values())[: n + 1])) for n in range(len(parts))]
+    starts = (0, *stops[:-1])
+    heads = {f"{start}:{stop}": {"mask": mask} for mask, start, stop in zip(parts, starts, stops, strict=True)}
+    return {"mask": "causal", "heads": heads}
+
+
 GRID = {"geometry": [56, 56], "mask": "neighborhood(kernel=[7, 7])"}
 SPARSE = scattered(4096, 64, 0.1)
+TWO_WINDOWS = {"causal & window(256)": 0.5, "causal & window(1024)": 0.5}
+SOME_DENSE = {"causal & window(128)": 0.5, "causal & window(512)": 0.25, "causal": 0.25}
 CASES = (
     Case("window 256", "causal & window(256)", 4096, must=(11, 20), sees=near(256)),
     Case("window 128", "causal & window(128)", 4096, must=(18, 32), sees=near(128)),
@@ -114,6 +129,9 @@ CASES = (
     Case("decoding, 1024 tokens", "causal", 1024, causal=False, queries=1),
     Case("dense causal, 128 tokens", "causal", 128),
     Case("dense causal, 512 tokens", "causal", 512),
+    Case("by head: window 256 or 1024", mixed(TWO_WINDOWS), 4096, parts=TWO_WINDOWS),
+    Case("by head: window 128, 512 or causal", mixed(SOME_DENSE), 4096, parts=SOME_DENSE),
+    Case("by head: window 256 or 1024, training", mixed(TWO_WINDOWS), 4096, parts=TWO_WINDOWS, trains=True),
 )
 
 
@@ -127,6 +145,7 @@ class Result:
     must: float | None
     milliseconds: dict[str, float]
     ratios: dict[str, float]
+    mebibytes: dict[str, float]  # that a call needs besides its operands, its results included
 
 
 def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
@@ -141,6 +160,9 @@ def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, None, rate, is_causal=case.causal, enable_gqa=grouped),
         "cpp": lambda: attn.attend(q, k, v, variant, tables=tables, target="cpp", training=case.trains),
     }
+    for part in case.parts:
+        alone = read(replace(case, variant=part))
+        found[part] = partial(attn.attend, q, k, v, alone, target="cpp", training=case.trains)
     if peers:
         found["torch"] = lambda: attn.attend(q, k, v, variant, tables=tables, target="torch", training=case.trains)
         if case.sees and case.length <= 8192:
@@ -185,14 +207,36 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, *, peers: bool) -> Resu
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
         run()
+    mebibytes = {name: peak_mebibytes(run) for name, run in ways.items()} if COUNTERS.exists() else {}
     for _ in range(rounds):
         for name, run in ways.items():
             times[name].append(seconds(run))
+    if case.parts:
+        of_parts = zip(*(times.pop(part) for part in case.parts), strict=True)
+        times["ideal mix"] = [sum(map(operator.mul, case.parts.values(), took)) for took in of_parts]
     yardstick = times["sdpa"]
     ratios = {name: statistics.median(a / b for a, b in zip(yardstick, own, strict=True)) for name, own in times.items()}
     must = case.must and case.must[dtype == torch.bfloat16]
     median = {name: statistics.median(own) * 1e3 for name, own in times.items()}
-    return Result(case.name, str(dtype).removeprefix("torch."), case.length, must, median, ratios)
+    return Result(case.name, str(dtype).removeprefix("torch."), case.length, must, median, ratios, mebibytes)
+
+
+COUNTERS = Path("/proc/self/clear_refs")  # Linux forgets the peak of a process that writes a 5 there
+
+
+def peak_mebibytes(run: Run) -> float:
+    """How much memory a call needs at most; what others have freed is given back before."""
+    ctypes.CDLL(None).malloc_trim(0)
+    COUNTERS.write_text("5")
+    before = resident("VmRSS")
+    run()
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(what: str) -> int:
+    """What the system says of this process's memory, in kibibytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def seconds(run: Run, least: float = 0.05) -> float:
@@ -208,6 +252,7 @@ def row(result: Result, names: list[str]) -> dict[str, object]:
     """What a person reads of a result."""
     shown = {name: f"{result.ratios[name]:.2f}x" if name in result.ratios else "" for name in names if name != "sdpa"}
     took = {"SDPA": f"{result.milliseconds['sdpa']:.2f} ms", "cpp takes": f"{result.milliseconds['cpp']:.2f} ms"}
+    took |= {f"{name}, MiB": f"{size:.1f}" for name, size in result.mebibytes.items() if name in ("sdpa", "cpp")}
     return {"case": f"{result.case} @{result.length}", "dtype": result.dtype, "must": result.must or "", **shown, **took}
 
 
