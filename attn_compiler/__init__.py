@@ -19,6 +19,7 @@ from attn_compiler.planning.report import Report
 from attn_compiler.runtime.attend import attend, reference
 from attn_compiler.runtime.kernel_source import kernel_source
 from attn_compiler.runtime.schedule import schedule
+from attn_compiler.runtime.step import step
 
 __all__ = [
     "Adapted",
@@ -45,5 +46,6 @@ __all__ = [
     "reference",
     "reports",
     "schedule",
+    "step",
     "testing",
 ]

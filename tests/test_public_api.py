@@ -25,6 +25,7 @@ LATER = {
     "export_pt2",
     "kernel_source",
     "schedule",
+    "step",
 }
 # What the functions take and return, what was decided.
 CONVENIENT = {"Adapted", "Distilled", "ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}

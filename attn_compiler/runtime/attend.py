@@ -30,7 +30,7 @@ R = TypeVar("R")
 SITE_BIAS = "site.bias"  # the name under which `bias=` is read
 
 
-def _in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
+def in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
     """In a compiled model a call is part of the graph; around one with objects that no graph can hold, the graph breaks."""
     traced = taken_whole(function)
     apart = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ def _in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@_in_one_piece
+@in_one_piece
 def attend(
     q: Tensor,
     k: Tensor,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.states import gather as run
-from attn_compiler.targets.gathered import Count, Gather, Logs
+from attn_compiler.targets.fading import Logs
+from attn_compiler.targets.gathered import Count, Gather
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]

@@ -17,8 +17,9 @@ from attn_compiler.runtime.compiler import call, load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
 from attn_compiler.targets.cpp.spec import spec_of
 from attn_compiler.targets.cpp.states import GATHERED, inlined, serves, stated, states
+from attn_compiler.targets.fading import Logs, logs_of, shown_of
 from attn_compiler.targets.featured import featured
-from attn_compiler.targets.gathered import Logs, logs_of, pays, shown_of
+from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.operands import Operands
 from attn_compiler.torch_private import likely
 

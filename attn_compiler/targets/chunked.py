@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.explicit import per_kv_head
-from attn_compiler.targets.gathered import NEAR, Count, Gather, Logs
+from attn_compiler.targets.fading import Logs, fading
+from attn_compiler.targets.gathered import NEAR, Count, Gather
 from attn_compiler.torch_private import likely
 
 MOST_CHUNKS = 128  # with a decay, every chunk meets the states of all before it
@@ -26,7 +27,18 @@ def _by_chunks(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count
     return acc[..., :-1], acc[..., -1:]
 
 
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None) -> tuple[Tensor, Tensor]:
+    scores = per_kv_head(q, k.mT)
+    if logs:
+        scores = scores * fading(logs[0][..., None], logs[1][..., None, :], q)
+    if offset is not None:
+        i, place = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+        scores = torch.where(place <= i[:, None] + offset, scores, 0.0)
+    return per_kv_head(scores, v), scores.sum(dim=-1, keepdim=True)
+
+
 BY_CHUNKS = Gather(_by_chunks, dynamic=False)
+BY_SCORES = Gather(_by_scores, dynamic=True)  # for few tokens, whose past is a state
 
 
 @dataclass(frozen=True)
@@ -64,12 +76,12 @@ class _Chunks:
         else:
             log_q = self._cut(self.logs[0].index_select(2, at_query)[..., None], kv_heads)
             log_k = self._cut(self.logs[1].index_select(2, at_key)[..., None], kv_heads)
-            near = of_q @ of_k.mT * _fading(log_q, log_k.mT, q)
+            near = of_q @ of_k.mT * fading(log_q, log_k.mT, q)
             start, end = log_q[..., :1, :], log_k[..., -1:, :]
-            states = (of_k * _fading(end, log_k, q)).mT @ of_v
-            between = _fading(start[..., 0], end[..., 0].mT, q).tril(-1)
+            states = (of_k * fading(end, log_k, q)).mT @ of_v
+            between = fading(start[..., 0], end[..., 0].mT, q).tril(-1)
             before = (between @ states.flatten(-2)).reshape(states.shape)
-            of_q = of_q * _fading(log_q, start, q)
+            of_q = of_q * fading(log_q, start, q)
         acc = (near.tril() @ of_v + of_q @ before).flatten(1, 2).flatten(2, 3)[:, :, :q_len]
         return acc + self._prefix(q, k, v) if self.offset > 0 else acc
 
@@ -81,13 +93,8 @@ class _Chunks:
         log_q, log_k = self.logs[0][..., None], self.logs[1][:, :, : self.offset, None]
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         start = log_q[:, :, :1]
-        return (q * _fading(log_q, start, q)) @ ((k * _fading(start, log_k, q)).mT @ v)
+        return (q * fading(log_q, start, q)) @ ((k * fading(start, log_k, q)).mT @ v)
 
     def _cut(self, x: Tensor, kv_heads: int) -> Tensor:
         """[batch, heads, tokens, dim] as [batch, kv heads, heads of each, chunks, tokens of a chunk, dim]."""
         return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads, self.count, self.size, x.shape[-1])
-
-
-def _fading(later: Tensor, earlier: Tensor, like: Tensor) -> Tensor:
-    """What is left of something at a later time, in the precision of `like`."""
-    return (later - earlier).to(like.dtype).clamp(max=0.0).exp()

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.explicit import Sums
+from attn_compiler.targets.fading import Logs, logs_of, shown_of
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import with_past
 from attn_compiler.torch_private import likely
 
 NEAR = 64  # tokens that meet each other directly
 Count = int | torch.SymInt
-Logs = tuple[Tensor, Tensor]  # of a decay, running, at the queries and at the keys: [batch, heads, tokens] in float64
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays
     counted = torch.cat([v, ones], dim=-1) if variant.normalizer.counts else ones
     seen = counted.sum(dim=-2, keepdim=True) if offset is None else _running(counted, offset, operands.q_len)
     seen = seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1)
+    if operands.past is not None:
+        acc, mass, seen = with_past(operands, found, arrays, q, (acc, mass, seen))
     sees = (seen[..., -1:] > 0).expand(*acc.shape[:-1], 1)
     mass = torch.where(sees, mass, 1.0)
     sums = Sums(acc, mass, torch.zeros_like(mass), sees)
@@ -74,35 +76,18 @@ def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays
 
 def offset_of(operands: Operands, found: Linear) -> Count | None:
     """How far ahead of a query's own place in the call its latest visible key stands; None where it sees all, or nobody knows."""
+    if operands.past is not None and found.behind is not None:
+        return -found.behind  # the keys of a call that has a past are those of its queries
     first_query, first_key = operands.first_query, operands.k_positions
     if first_query is None or isinstance(first_key, Tensor) or found.behind is None:
         return None
     return first_query - first_key - found.behind
 
 
-def logs_of(operands: Operands, found: Linear, arrays: Arrays) -> Logs | None:
-    """The running logs of a decay: they grow with the length, and only their differences count."""
-    if found.fades is None:
-        return None
-    exactly = replace(arrays, real=torch.float64)
-    at_k = exactly.tensor(exactly.read(found.fades), Sort.REAL)
-    at_q = exactly.tensor(exactly.read(found.fades.substitute({e.k: e.q})), Sort.REAL)
-    lead = operands.q.shape[:2]
-    return at_q.expand(*lead, operands.q_len, 1)[..., 0], at_k.expand(*lead, 1, operands.k_len)[:, :, 0]
-
-
 def _exists(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
     """Which keys exist, as [batch, kv heads, keys, 1]; None where all do."""
     shown = shown_of(operands, found, arrays)
     return None if shown is None else shown[:, :: operands.q.shape[1] // operands.k.shape[1], :, None]
-
-
-def shown_of(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
-    """Which keys exist, as [batch, heads, keys]; None where all do."""
-    if found.shown == e.true:
-        return None
-    shown = arrays.tensor(arrays.read(found.shown), Sort.BOOL)
-    return shown.expand(operands.q.shape[0], operands.q.shape[1], 1, operands.k_len)[:, :, 0]
 
 
 def _running(counted: Tensor, offset: Count, q_len: int) -> Tensor:

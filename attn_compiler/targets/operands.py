@@ -41,6 +41,7 @@ class Operands:
     training: bool = False  # whether dropout is active
     differentiated: bool = False  # whether gradients will be asked for
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
+    past: Tensor | None = None  # the state that stands for the tokens before the first key
 
     @property
     def q_len(self) -> int:

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from attn_compiler.algebra.expr import Sort, score
 from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over, without_total
+from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
-from attn_compiler.targets.chunked import BY_CHUNKS
+from attn_compiler.targets.chunked import BY_CHUNKS, BY_SCORES
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
-from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable
+from attn_compiler.targets.gathered import NEAR, Gather, gather_by_states, gatherable
+from attn_compiler.targets.linear import linear
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.reach import is_causal
 from attn_compiler.targets.rounded import held
-from attn_compiler.torch_private import statically_known_true
+from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
 CARRIED = ("feature", "mix", "seen", "storage")
@@ -139,7 +141,10 @@ def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Su
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
-    found = gatherable(operands, variant, states)
+    if operands.past is not None:
+        found, states = linear(variant), BY_SCORES if likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR else states
+    else:
+        found = gatherable(operands, variant, states)
     if found is None:
         return None
     operands = replace(operands, q=operands.q.to(real), k=operands.k.to(real), v=operands.v.to(real))

@@ -1,0 +1,40 @@
+"""What linear attention has to know of each token besides its features: whether it is there, and the running log of a decay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Sort
+from attn_compiler.targets.arrays import Arrays
+from attn_compiler.targets.linear import Linear
+from attn_compiler.targets.operands import Operands
+
+Logs = tuple[Tensor, Tensor]  # of a decay, running, at the queries and at the keys: [batch, heads, tokens] in float64
+
+
+def logs_of(operands: Operands, found: Linear, arrays: Arrays) -> Logs | None:
+    """The running logs of a decay: they grow with the length, and only their differences count."""
+    if found.fades is None:
+        return None
+    exactly = replace(arrays, real=torch.float64)
+    at_k = exactly.tensor(exactly.read(found.fades), Sort.REAL)
+    at_q = exactly.tensor(exactly.read(found.fades.substitute({e.k: e.q})), Sort.REAL)
+    lead = operands.q.shape[:2]
+    return at_q.expand(*lead, operands.q_len, 1)[..., 0], at_k.expand(*lead, 1, operands.k_len)[:, :, 0]
+
+
+def shown_of(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
+    """Which keys exist, as [batch, heads, keys]; None where all do."""
+    if found.shown == e.true:
+        return None
+    shown = arrays.tensor(arrays.read(found.shown), Sort.BOOL)
+    return shown.expand(operands.q.shape[0], operands.q.shape[1], 1, operands.k_len)[:, :, 0]
+
+
+def fading(later: Tensor, earlier: Tensor, like: Tensor) -> Tensor:
+    """What is left of something at a later time, in the precision of `like`."""
+    return (later - earlier).to(like.dtype).clamp(max=0.0).exp()
