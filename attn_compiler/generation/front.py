@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from attn_compiler import library
 from attn_compiler.errors import ShapeError
 from attn_compiler.generation.kept import Kept, kept_at, together
+from attn_compiler.generation.remembered import Remembered, remembered_at
 from attn_compiler.graph.analysis import analyze
 from attn_compiler.planning.plan import Plan
 from attn_compiler.planning.planner import plan
@@ -26,8 +28,17 @@ if TYPE_CHECKING:
 MOST_TOKENS = 1 << 15  # of the prompt that a model is looked at with: longer than windows are
 KINDS = ("full_attention", "sliding_attention")  # as transformers calls them
 
-_KNOWN: WeakKeyDictionary[nn.Module, dict[str, list[tuple[Kept | None, bool]]]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, list[Need]]] = WeakKeyDictionary()
 _TELLING: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a layer holds: keys, None for all of them, or the state of what is `remembered`."""
+
+    kept: Kept | None
+    slides: bool  # whether it follows the model's mask for windows
+    remembered: Remembered | None = None
 
 
 def cache(
@@ -39,9 +50,10 @@ def cache(
 ) -> Cache:
     """A cache for `model.generate(past_key_values=…)` that holds the keys which the policy lets later tokens see.
 
-    A layer holds everything, or the latest tokens and the first ones of each row. Layers that share a mask of the model hold
-    what the one needs that needs most. Compile the model with the same policy: a cache hides nothing from a prompt. A model is
-    looked at once for each policy; then, as by `attn.explain`, what torch.compile compiled before is forgotten.
+    A layer holds everything, or the latest tokens and the first ones of each row, or the state of a linear attention. Layers
+    that share a mask of the model hold what the one needs that needs most, but for states. Compile the model with the same
+    policy: a cache hides nothing from a prompt, and knows no keys of which there is a state. A model is looked at once for each
+    policy; then, as by `attn.explain`, what torch.compile compiled before is forgotten.
     """
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     inner = getattr(model, "_orig_mod", model)
@@ -50,15 +62,30 @@ def cache(
     known = _KNOWN.setdefault(inner, {})
     key = f"{read.digest} {sorted((values or {}).items())} {sorted(tables or {})}"
     if key not in known:
-        known[key] = _needs(inner, read)
+        known[key] = _needs(inner, read, tables or {})
     _tell_padding(inner)
-    from attn_compiler.generation.layers import cache_of
+    from transformers.cache_utils import Cache
 
-    return cache_of(known[key])
+    return Cache([_layer(need) for need in known[key]])
 
 
-def _needs(model: Any, policy: Policy) -> list[tuple[Kept | None, bool]]:
-    """What each layer needs, and whether it follows the model's mask for windows."""
+def _layer(need: Need) -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    from attn_compiler.generation.layers import KeptLayer
+    from attn_compiler.generation.states import StateLayer
+
+    if need.remembered is not None:
+        return StateLayer(need.remembered, need.kept, slides=need.slides)
+    if need.kept is not None:
+        return KeptLayer(need.kept, slides=need.slides)
+    layer = DynamicLayer()  # type: ignore[no-untyped-call]
+    layer.is_sliding = need.slides
+    return layer
+
+
+def _needs(model: Any, policy: Policy, tables: Mapping[str, Tensor]) -> list[Need]:
+    """What each layer needs."""
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [_only_kind(config)] * count
@@ -66,14 +93,17 @@ def _needs(model: Any, policy: Policy) -> list[tuple[Kept | None, bool]]:
     if unknown:
         raise ShapeError(f"a cache is for layers of {' and '.join(KINDS)}; {type(model).__name__} has {unknown[0]}: use its own")
     own: list[list[Kept | None]] = [[] for _ in range(count)]
+    states: list[list[Remembered | None]] = [[] for _ in range(count)]
     for site in _sites(model, config):
         if site.kind is Kind.SELF and site.layer is not None and site.layer < count:
             own[site.layer].append(kept_at(policy, site))
+            states[site.layer].append(remembered_at(policy, site, tables))
+    of = [found[0] if len(found) == 1 else None for found in states]
     of_kind: dict[str, list[Kept | None]] = {kind: [] for kind in kinds}
-    for kind, found in zip(kinds, own, strict=True):
-        of_kind[kind] += found or [None]  # what was not found is not known to need less
-    shared = {kind: together(needs) for kind, needs in of_kind.items()}
-    return [(shared[kind], kind == "sliding_attention") for kind in kinds]
+    for kind, found, state in zip(kinds, own, of, strict=True):
+        of_kind[kind] += [] if state else found or [None]  # what was not found is not known to need less
+    shared = {kind: together(needs) if needs else Kept(0, 0) for kind, needs in of_kind.items()}
+    return [Need(shared[kind], kind == "sliding_attention", state) for kind, state in zip(kinds, of, strict=True)]
 
 
 def _only_kind(config: Any) -> str:

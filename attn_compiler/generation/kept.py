@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from attn_compiler.algebra.bounds import Interval, Occupancy, occupancy
@@ -38,12 +38,17 @@ class Kept:
 def kept_at(policy: Policy, site: Site) -> Kept | None:
     """What must be kept at a site, whatever its phase and length become; None for everything."""
     needs: list[Kept | None] = []
+    for then in situations(site):
+        asked = asked_of(policy, then).variant
+        needs.append(kept(asked if isinstance(asked, Variant) else site.computes, site.heads))
+    return together(needs)
+
+
+def situations(site: Site) -> Iterator[Site]:
+    """A site as it reads a prompt and as it decodes, when few tokens are there and when many are."""
     for phase in (Phase.PREFILL, Phase.DECODE):
         for tokens in (2, _LAST):
-            then = replace(site.likely(), phase=phase, k_hint=tokens, q_hint=1 if phase is Phase.DECODE else tokens)
-            asked = asked_of(policy, then).variant
-            needs.append(kept(asked if isinstance(asked, Variant) else site.computes, site.heads))
-    return together(needs)
+            yield replace(site.likely(), phase=phase, k_hint=tokens, q_hint=1 if phase is Phase.DECODE else tokens)
 
 
 def together(needs: Iterable[Kept | None]) -> Kept | None:

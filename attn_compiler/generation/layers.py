@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.errors import ShapeError
 from attn_compiler.generation.kept import Kept
@@ -83,16 +83,3 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         before = self.held
         super().crop(tokens_to_remove)
         self.cumulative_length -= before - self.held
-
-
-def cache_of(kept: list[tuple[Kept | None, bool]]) -> Cache:
-    """A cache with one layer for each of these; the second says whether the layer follows the model's mask for windows."""
-    return Cache([_layer(held, slides) for held, slides in kept])
-
-
-def _layer(held: Kept | None, slides: bool) -> DynamicLayer:
-    if held is not None:
-        return KeptLayer(held, slides=slides)
-    layer = DynamicLayer()  # type: ignore[no-untyped-call]
-    layer.is_sliding = slides
-    return layer

@@ -13,6 +13,7 @@ from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
 from attn_compiler.graph.names import layer_numbers, place
+from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.risky import risky_tables
@@ -79,6 +80,7 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         blocked=_blocked(found),
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
+        recalls=recalled(found) is not None,
         risky=risky_tables(found, recovered.tables, reader.recorded),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,

@@ -14,6 +14,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import UnknownLengthError
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor
+from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered
 from attn_compiler.graph.streams import origin
@@ -33,6 +34,8 @@ class FirstKey:
 
 def frame(site: GraphSite, recovered: Recovered, reader: SymbolicReader) -> Frame | None:
     """The position of query `i`, and how it was found; None where nobody knows."""
+    if recalled(site):
+        return _from_cache(site, reader)
     mask = recovered.variant.mask
     for part in conjuncts(mask):
         for bound in disjuncts(part):
@@ -122,6 +125,8 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
             if is_tensor(new) and equal(new.meta["val"].shape[dim], site.lengths[0]) and not equal(*site.lengths):
                 return Frame(i + (k_len - q_len), "the cache that new keys are appended to")
             return None
+        if read.op == "recall":
+            return Frame(i + (k_len - q_len), "the state that stands for the past", slides=True)
         if read.op in ("index_copy", "index_put"):
             return _written(node, site, reader)
         if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same"))):
@@ -156,15 +161,17 @@ def phase(site: GraphSite, recorded: frozenset[fx.Node]) -> Phase:
     if site.q.node in recorded:
         return Phase.TRAIN
     queries, keys = (private.likely(size, 2 * _MOST_DECODED) for size in site.lengths)
-    return Phase.DECODE if queries <= _MOST_DECODED and keys > queries else Phase.PREFILL
+    meets_past = keys > queries or recalled(site) is not None
+    return Phase.DECODE if queries <= _MOST_DECODED and meets_past else Phase.PREFILL
 
 
 def decodes(site: GraphSite) -> bool:
     """Whether few queries meet more keys; where that depends on dynamic lengths, the answer becomes a guard."""
     queries, keys = site.lengths
-    if private.statically_known_true(keys <= queries):
+    meets_past = recalled(site) is not None
+    if private.statically_known_true(keys <= queries) and not meets_past:
         return False
-    return answer(queries <= _MOST_DECODED) and answer(keys > queries)
+    return answer(queries <= _MOST_DECODED) and (meets_past or answer(keys > queries))
 
 
 def answer(question: bool | SymBool) -> bool:

@@ -18,6 +18,7 @@ from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
 from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
+from attn_compiler.graph.recalled import Recalled, forget, recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Phase, Site
@@ -43,6 +44,8 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     for replacement in replacements:
         compute, inputs = computation(gm.graph, replacement)
         splice(gm.graph, replacement.described.found.out.node, _record(compute, inputs), inputs)
+    if any(replacement.described.site.recalls for replacement in replacements):
+        forget(gm.graph)
     drop_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
@@ -51,9 +54,10 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
 def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[..., Tensor], list[fx.Node]]:
     """What computes a site's output in place of its code, and the nodes whose values it is given."""
     tables, found = _tables(replacement), replacement.described.found
-    inputs = [found.q.node, found.k.node, found.v.node, *tables.values()]
+    earlier = recalled(found)
+    inputs = [found.q.node, found.k.node, found.v.node, *(earlier.nodes if earlier else ()), *tables.values()]
     inputs += _sizes(graph, found, inputs)
-    return _computation(replacement, list(tables)), inputs
+    return _computation(replacement, list(tables), earlier), inputs
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
@@ -122,7 +126,7 @@ def _derived(variant: Variant) -> tuple[DerivedTable, ...]:
     return tuple(table for part in variant.parts() for table in part.derived)
 
 
-def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[..., Tensor]:
+def _computation(replacement: Replacement, names: Sequence[str], earlier: Recalled | None) -> Callable[..., Tensor]:
     described, variant = replacement.described, replacement.variant
     found, site = described.found, described.site
     wanted = (found.batch, found.heads, found.queries, found.depth)
@@ -132,6 +136,7 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
     dims = {name: described.tables[name].dim for name in names if name in described.tables}
 
     def compute(q: Tensor, k: Tensor, v: Tensor, *values: Argument) -> Tensor:
+        given, values = (earlier.given(values), values[len(earlier.nodes) :]) if earlier else (None, values)
         q = arranged(q, found.q.axes, wanted)
         k = arranged(k, found.k.axes, groups_k)
         v = arranged(v, found.v.axes, groups_v)
@@ -145,10 +150,17 @@ def _computation(replacement: Replacement, names: Sequence[str]) -> Callable[...
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)
-        out, _ = replacement.target.attend(replace(operands, q_positions=_positions(operands, site)), variant)
+        placed = replace(operands, q_positions=_positions(operands, site)) if given is None else _with_past(operands, *given)
+        out, _ = replacement.target.attend(placed, variant)
         return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute
+
+
+def _with_past(operands: Operands, past: Tensor, held: int) -> Operands:
+    """The same call with the new keys alone: the places in front of them stand for a state."""
+    k, v = operands.k[:, :, held:], operands.v[:, :, held:]
+    return replace(operands, k=k, v=v, q_positions=held, k_positions=held, past=past)
 
 
 def _tensor(x: Argument, dim: int | None, device: torch.device) -> Tensor:

@@ -85,6 +85,7 @@ class Site:
     k_hint: int
     device: str = "cpu"
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
+    recalls: bool = False  # whether its past is the state of a linear attention, and only its new keys are there
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model

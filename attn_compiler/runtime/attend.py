@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -34,14 +35,17 @@ def in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
     """In a compiled model a call is part of the graph; around one with objects that no graph can hold, the graph breaks."""
     traced = taken_whole(function)
     apart = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    names = tuple(signature(function).parameters)
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             return function(*args, **options)
-        given: Any = {name: x for name, x in options.items() if x is not None}
-        held = not any(isinstance(x, Variant | Expr) for x in (*args, *given.values()))
-        return (traced if held else apart)(*args, **given)
+        named = {**dict(zip(names, args, strict=False)), **options}
+        given: Any = {name: x for name, x in named.items() if x is not None}  # which no graph can hold
+        held = not any(isinstance(x, Variant | Expr) for x in given.values())
+        whole: Callable[..., R] = traced if held else apart
+        return whole(**given)
 
     return call
 

@@ -62,6 +62,8 @@ class CppTarget:
         return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        if site.recalls:
+            return Refusal("cpp", "its kernels begin with an empty state")
         by_states = None if _machine(site.device, site.dtype) else linear.carried(site, variant)
         if by_states is not None:
             return by_states

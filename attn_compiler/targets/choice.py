@@ -16,6 +16,7 @@ from attn_compiler.targets.fused import bias_of, swallows
 from attn_compiler.targets.gathered import pays as states_pay
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import continued
 from attn_compiler.targets.reach import is_causal, reach, shows_itself
 from attn_compiler.targets.torch_target import Result, attend_torch, refuse
 
@@ -38,6 +39,10 @@ class TorchTarget:
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         reason = refuse(variant)
+        if site.recalls and not reason:
+            if continued(variant):
+                return Carried("a state, which new tokens meet and join", gains=True)
+            return Refusal("torch", "its earlier keys are gone: the state of a linear attention is all that is left of them")
         if reason:
             return Refusal("torch", reason)
         forms = [form_of(site, part) for part in _alone(variant)]

@@ -32,8 +32,8 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count
     if logs:
         scores = scores * fading(logs[0][..., None], logs[1][..., None, :], q)
     if offset is not None:
-        i, place = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
-        scores = torch.where(place <= i[:, None] + offset, scores, 0.0)
+        latest: Tensor = torch.arange(q.shape[2], device=q.device).add(offset)
+        scores = torch.where(torch.arange(k.shape[2], device=q.device) <= latest[:, None], scores, 0.0)
     return per_kv_head(scores, v), scores.sum(dim=-1, keepdim=True)
 
 

@@ -34,6 +34,11 @@ def objection(variant: Variant) -> str | None:
     return None if found.behind == 0 else f"its queries see keys {found.behind} tokens behind them and further back, not all"
 
 
+def continued(variant: Variant) -> Linear | None:
+    """What makes a variant linear whose past is a state; a single new query sees none ahead of it, though no mask says so."""
+    return linear(replace(variant, mask=variant.mask & (e.k <= e.q)))
+
+
 def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Tensor:
     """The state after the tokens of a call, whose past is a state, or nothing."""
     real = torch.promote_types(operands.k.dtype, torch.float32)

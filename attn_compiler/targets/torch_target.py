@@ -19,10 +19,10 @@ from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.gathered import NEAR, Gather, gather_by_states, gatherable
-from attn_compiler.targets.linear import linear
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.past import continued
 from attn_compiler.targets.reach import is_causal
 from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
@@ -142,7 +142,7 @@ def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Su
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
     if operands.past is not None:
-        found, states = linear(variant), BY_SCORES if likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR else states
+        found, states = continued(variant), BY_SCORES if likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR else states
     else:
         found = gatherable(operands, variant, states)
     if found is None:

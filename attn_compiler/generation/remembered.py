@@ -1,0 +1,55 @@
+"""Which attentions need no more of their past than the state of a linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attn_compiler.algebra import wire
+from attn_compiler.algebra.expr import k, q
+from attn_compiler.algebra.variant import Variant, reads
+from attn_compiler.generation.kept import situations
+from attn_compiler.planning.planner import settled
+from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.resolve import asked_of
+from attn_compiler.planning.site import Site
+from attn_compiler.targets.past import objection
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A linear attention whose past is a state: what it computes, as text, where, and the tables that it reads."""
+
+    what: str
+    heads: int
+    layer: int
+    layers: int
+    tables: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
+
+
+def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Remembered | None:
+    """What a site's state is of, at every phase and length; None where a state is not enough, or where tables are missing."""
+    asked = {_settled(asked_of(policy, then).variant, site) for then in situations(site)}
+    variant = asked.pop() if len(asked) == 1 else None
+    if variant is None or objection(variant) or any(node.mentions(q, k) for node in reads(variant)):
+        return None
+    tables = {name: _table(name, policy, given) for name in variant.tables()}
+    known = {name: table for name, table in tables.items() if table is not None}
+    if len(known) < len(tables):
+        return None
+    return Remembered(wire.write(variant), site.heads, site.layer or 0, site.layers or 1, known)
+
+
+def _settled(asked: object, site: Site) -> Variant | None:
+    return settled(asked, site) if isinstance(asked, Variant) else None
+
+
+def _table(name: str, policy: Policy, given: Mapping[str, Tensor]) -> Tensor | None:
+    """What the policy's file holds under a name, or the caller."""
+    source = policy.tables.get(name)
+    if source is None or source.origin == "input":
+        return None
+    return given.get(source.name) if source.array is None else torch.as_tensor(source.array)

@@ -1,0 +1,56 @@
+"""Finds keys whose past is a state, by the operator that stands for it (`runtime/recall.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from attn_compiler.graph.axes import rearranges, repeats, source
+from attn_compiler.graph.calls import Argument, call, is_tensor
+from attn_compiler.graph.record import GraphSite, Operand
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """The state, and how many places in front of the new keys and values stand for what it remembers."""
+
+    past: fx.Node
+    held: Argument  # a number, or the node of one
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What a computation has to be given of this."""
+        return (self.past, self.held) if isinstance(self.held, fx.Node) else (self.past,)
+
+    def given(self, values: Sequence[Argument]) -> tuple[Tensor, int]:
+        """The state and the number of places, from values that begin with those of `nodes`."""
+        return values[0], values[1] if isinstance(self.held, fx.Node) else self.held
+
+
+def recalled(site: GraphSite) -> Recalled | None:
+    """What a site's keys recall; None where all of them are there."""
+    nodes = [_recall(operand) for operand in (site.k, site.v)]
+    reads = [call(node) for node in nodes if node is not None]
+    return Recalled(reads[0]["past"], reads[0]["held"]) if len(reads) == 2 else None
+
+
+def _recall(operand: Operand) -> fx.Node | None:
+    node = operand.node
+    while is_tensor(node) and (rearranges(node) or repeats(node) or call(node).op in ("cast", "same")):
+        node = source(node)
+    return node if call(node).op == "recall" else None
+
+
+def forget(graph: fx.Graph) -> None:
+    """Let zeros take the places of what was recalled, which nobody reads once a state has met the queries."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.attn_compiler.recall.default):
+        read = call(node)
+        with graph.inserting_before(node):
+            padding = [0, 0, read["held"], 0]
+            zeros = graph.call_function(torch.ops.aten.constant_pad_nd.default, (read["new"], padding, 0.0))
+        zeros.meta.update(node.meta)
+        node.replace_all_uses_with(zeros)
+        graph.erase_node(node)
