@@ -54,6 +54,18 @@ SOFTMAX = Normalizer("softmax", weight=exp(score - peak), output=acc / mass)
 
 
 @dataclass(frozen=True)
+class Delta:
+    """A state that a key corrects instead of only adding to it.
+
+    What is added is not v but beta · (v - what the state gives for k): `beta`, over b, h and k, says how much of the
+    difference. `left` is what is left of a key at a query, a factor of the score; the state that is asked is faded alike.
+    """
+
+    beta: Expr
+    left: Expr = field(default=const(1.0))
+
+
+@dataclass(frozen=True)
 class DerivedTable:
     """A table that follows from a length (a random order, a Hilbert curve): made once, when the length is known."""
 
@@ -82,6 +94,7 @@ class Variant:
     derived: tuple[DerivedTable, ...] = ()
     dropout: float = 0.0
     storage: Storage = PLAIN
+    delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, those of the groups, and the branches of each."""
@@ -92,6 +105,7 @@ class Variant:
         """All expressions of this variant, its branches and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
+        own += () if self.delta is None else (self.delta,)
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
@@ -108,6 +122,7 @@ class Variant:
             score=change(self.score),
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             feature=self.feature.map(change),
+            delta=None if self.delta is None else change(self.delta),
             mix=None if self.mix is None else self.mix.map(change),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
@@ -138,7 +153,7 @@ class Mix:
 
 
 # Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
-EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN}
+EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None}
 
 
 def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:

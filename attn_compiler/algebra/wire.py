@@ -14,7 +14,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 4
+_VERSION = 5
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -60,6 +60,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "groups": [[str(heads), _written(of_group, number)] for heads, of_group in variant.groups],
         "dropout": variant.dropout,
         "storage": variant.storage.words(),
+        "delta": None if variant.delta is None else number(variant.delta),
     }
 
 
@@ -86,6 +87,7 @@ def _variant(written: Written, node: Node) -> Variant:
         groups=tuple((IntegerSet.parse(heads), _variant(of_group, node)) for heads, of_group in written["groups"]),
         dropout=float(written["dropout"]),
         storage=Storage.of(written["storage"]),
+        delta=None if written["delta"] is None else node(written["delta"]),
     )
 
 

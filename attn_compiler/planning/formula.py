@@ -91,6 +91,8 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     says = f"{_normalized(variant, speaking)}( {speaking.says(scaled)} )"
     says += f", dropout {variant.dropout:g}" if variant.dropout else ""
     parts = [*speaking.parts(named), *_maps(variant.feature)]
+    if variant.delta is not None:
+        parts.append(Part("delta rule", f"β = {speaking.says(speaking.by_index(variant.delta))}"))
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
     parts += [Part(_HELD[operand], f"held in {how}") for operand, how in variant.storage.held()]

@@ -10,7 +10,7 @@ from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held
-from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
+from attn_compiler.algebra.variant import Delta, EmptyRows, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
@@ -197,11 +197,9 @@ def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> V
             return Refusal("rule", f"its score {_LOST}")
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
     if slots.state is not None:
-        if site.frame is None and slots.state.mentions(q, k):
-            return Refusal("rule", f"its state {_UNPLACED}")
-        if _is_lost(site, slots.state):
-            return Refusal("rule", f"its state {_LOST}")
-        variant = replace(variant, score=_times(variant.score, _placed(slots.state, site)))
+        variant = _with_state(slots.state, variant, site)
+    if isinstance(variant, Refusal):
+        return variant
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
     if slots.storage is not None:
@@ -212,6 +210,20 @@ def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> V
     if isinstance(masked, Refusal):
         return masked
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+
+
+def _with_state(state: Expr | Delta, variant: Variant, site: Site) -> Variant | Refusal:
+    """What is left of a key at a query is a factor of the score."""
+    if isinstance(state, Delta):
+        faded = _with_state(state.left, variant, site)
+        if site.frame is None or _is_lost(site, state.beta):
+            return Refusal("rule", f"its state {_UNPLACED if site.frame is None else _LOST}")
+        return replace(faded, delta=_placed(state.beta, site)) if isinstance(faded, Variant) else faded
+    if site.frame is None and state.mentions(q, k):
+        return Refusal("rule", f"its state {_UNPLACED}")
+    if _is_lost(site, state):
+        return Refusal("rule", f"its state {_LOST}")
+    return replace(variant, score=_times(variant.score, _placed(state, site)))
 
 
 def _linear(slots: Slots, variant: Variant) -> Variant | Refusal:

@@ -9,7 +9,7 @@ from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import Storage
-from attn_compiler.algebra.variant import DerivedTable, EmptyRows, Normalizer
+from attn_compiler.algebra.variant import Delta, DerivedTable, EmptyRows, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
 from attn_compiler.planning.entries import check_keys, located, one_of
 from attn_compiler.planning.geometry import Geometry
@@ -34,7 +34,7 @@ class Slots:
     score: Expr | None = None
     normalizer: Normalizer | None = None
     feature: Feature | None = None
-    state: Expr | None = None  # what the score of a pair is multiplied with
+    state: Expr | Delta | None = None  # what the score of a pair is multiplied with
     mix: MixSlots | None = None
     geometry: Geometry | None = None
     order: PerToken | None = None
@@ -154,7 +154,8 @@ def _read_now(slots: Slots, given: Mapping[str, Entry], words: Words, scope: Sco
             found = located(given[slot], lambda text, folder=folder: parse_call(text, folder, words, scope))  # type: ignore[misc]
             slots = _with_word(slots, slot, found)
     if slots.normalizer is None and ("feature" in given or "state" in given):
-        slots = _with_word(slots, "normalizer", parse_call("linear", "normalizers", words, scope))
+        said = "linear(none)" if isinstance(slots.state, Delta) else "linear"
+        slots = _with_word(slots, "normalizer", parse_call(said, "normalizers", words, scope))
     return slots
 
 

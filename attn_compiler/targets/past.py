@@ -29,6 +29,8 @@ def objection(variant: Variant) -> str | None:
     found = linear(variant)
     if found is None:
         return "it is not linear, so it needs every key that it sees"
+    if variant.delta is not None:
+        return "a delta rule corrects what the state holds, which steps do not do yet"
     if found.behind is None:
         return "its queries see keys that come after them: make its mask `causal`"
     return None if found.behind == 0 else f"its queries see keys {found.behind} tokens behind them and further back, not all"

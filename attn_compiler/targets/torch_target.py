@@ -15,6 +15,8 @@ from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
 from attn_compiler.targets.chunked import BY_CHUNKS, BY_SCORES
+from attn_compiler.targets.corrected import Solve, at_once, by_chunks, corrected
+from attn_compiler.targets.corrected import refuse as refuse_delta
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
@@ -28,7 +30,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage")
+CARRIED = ("feature", "mix", "seen", "storage", "delta")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -38,7 +40,8 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
             reason = refuse_mix(one.mix, lse=lse)
             if reason:
                 return reason
-    return (without_total(variant) if lse else None) or passed_over(variant, CARRIED)
+    uncorrected = next(filter(None, map(refuse_delta, variant.parts())), None)
+    return (without_total(variant) if lse else None) or uncorrected or passed_over(variant, CARRIED)
 
 
 def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False, states: Gather = BY_CHUNKS) -> Result:
@@ -70,12 +73,12 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
     """Attend to all keys by the written-out formula, in `real`, for a variant without groups: its meaning."""
 
     def attend(part: Operands, one: Variant, lse: bool) -> Result:
-        mapped, plain = _prepared(part, one, real)
+        mapped, plain = _prepared(part, one, real, at_once)
         arrangement = in_real(whole(mapped, real), real)
         return _finished(_gathered(arrangement, plain, part.training), arrangement, plain, lse)
 
     def gather(part: Operands, one: Variant) -> Sums:
-        mapped, plain = _prepared(part, one, real)
+        mapped, plain = _prepared(part, one, real, at_once)
         return _gathered(in_real(whole(mapped, real), real), plain, part.training)
 
     if variant.mix is None:
@@ -83,9 +86,9 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
     return mixed(operands, variant.mix, attend, gather, real, lse=lse)
 
 
-def _prepared(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
-    """Operands as they come back from their storage, and then mapped; a variant without feature maps."""
-    return featured(held(operands, variant.storage), variant, real)
+def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: Solve) -> tuple[Operands, Variant]:
+    """Operands as they come back from their storage, then mapped, then corrected; a variant without such wishes."""
+    return corrected(*featured(held(operands, variant.storage), variant, real), solve)
 
 
 def _attend(operands: Operands, variant: Variant, lse: bool, states: Gather) -> Result:
@@ -102,7 +105,7 @@ def _attend(operands: Operands, variant: Variant, lse: bool, states: Gather) -> 
 def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, states: Gather) -> Result:
     """Attend without branches."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
-    operands, variant = _prepared(operands, variant, real)
+    operands, variant = _prepared(operands, variant, real, by_chunks)
     sums = _by_states(operands, variant, real, states)
     if sums is not None:
         return _finished(sums, in_real(whole(operands, real), real), variant, lse)
@@ -129,7 +132,7 @@ def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, states: Ga
 def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Sums:
     """What a branch accumulates for a denominator that it shares."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
-    operands, variant = _prepared(operands, variant, real)
+    operands, variant = _prepared(operands, variant, real, by_chunks)
     sums = _by_states(operands, variant, real, states)
     if sums is not None:
         return sums
