@@ -4,7 +4,8 @@
 
 Writes `onnx.md` and `onnx.json` to FOLDER. The shapes were fixed before anything was measured: one row, 8 heads of 64. The
 yardstick is one `Attention` of opset 24 with the mask as the model wrote it, made while the model runs where lengths change.
-Ours is the same model, its mask recovered.
+Ours is the same model, its mask recovered. Where the mask is a causal window, onnxruntime's own GroupQueryAttention, which has
+one, stands beside both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attn_compiler as attn
+from _group_query import write_group_query
 from _tables import markdown, processor, write_json
 
 HEADS, DIM = 8, 64
@@ -38,6 +40,7 @@ class Case:
     sees: Sees
     must: float = 0.95
     dynamic: bool = True
+    window: int | None = None  # where it is a causal one
 
 
 def near(window: int, step: int = 1) -> Sees:
@@ -59,9 +62,9 @@ def scattered(length: int, block: int, share: float) -> Tensor:
 
 SPARSE = scattered(4096, 64, 0.12)
 CASES = (
-    *(Case(f"window 256 at {n}", n, near(256)) for n in (128, 256, 512, 1024, 2048)),
-    Case("window 256 at 4096", 4096, near(256), 10),
-    Case("window 256 at 8192", 8192, near(256), 25),
+    *(Case(f"window 256 at {n}", n, near(256), window=256) for n in (128, 256, 512, 1024, 2048)),
+    Case("window 256 at 4096", 4096, near(256), 10, window=256),
+    Case("window 256 at 8192", 8192, near(256), 25, window=256),
     Case("causal at 1024", 1024, near(1 << 30)),
     Case("causal at 4096", 4096, near(1 << 30)),
     Case("dilated, 256 keys 4 apart", 4096, near(1024, 4), 8),
@@ -122,17 +125,27 @@ def measured(case: Case, folder: Path, threads: int, rounds: int, strategy: str)
     q, k, v = (x.numpy() for x in torch.randn(3, 1, HEADS, case.length, DIM, generator=generator))
     feeds = {"q": q, "k": k, "v": v}
     dense, ours = (Session(path, threads) for path in written(case, folder, strategy))
-    apart = float(np.abs(dense.run(feeds) - ours.run(feeds)).max())
+    others = [own for own in (_own_window(case, folder, threads),) if own]
+    apart = max(float(np.abs(dense.run(feeds) - one.run(feeds)).max()) for one in (ours, *others))
     until = time.perf_counter() + 0.3  # short ones are run more often
     for count in range(1000):
         if count >= rounds and time.perf_counter() > until:
             break
-        dense.run(feeds)
-        ours.run(feeds)
+        for one in (dense, ours, *others):
+            one.run(feeds)
     wall, busy = (dense.best[n] / ours.best[n] for n in (0, 1))
     milliseconds = {"dense ms": f"{1e3 * dense.best[0]:.2f}", "ours ms": f"{1e3 * ours.best[0]:.2f}"}
+    milliseconds["GroupQueryAttention ms"] = f"{1e3 * others[0].best[0]:.2f}" if others else "-"
     ratios = {"wall": f"{wall:.2f}x", "processor time": f"{busy:.2f}x", "must": f"{case.must}x", "apart": f"{apart:.0e}"}
     return {"attention": case.name, **milliseconds, **ratios}
+
+
+def _own_window(case: Case, folder: Path, threads: int) -> Session | None:
+    if case.window is None:
+        return None
+    path = folder / f"{case.name}.own.onnx"
+    write_group_query(path, case.length, HEADS, DIM, case.window)
+    return Session(path, threads)
 
 
 def main() -> None:
