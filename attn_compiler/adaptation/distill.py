@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from attn_compiler.adaptation.adapted import Adapted, PolicyLike, adapt
 from attn_compiler.adaptation.lessons import Student, teaching
-from attn_compiler.adaptation.progress import Progress, read_progress
+from attn_compiler.adaptation.progress import Progress, Settings, read_progress
+from attn_compiler.algebra import wire
 from attn_compiler.backend import read_settings
 from attn_compiler.errors import ShapeError
 
@@ -48,7 +50,8 @@ def distill(
 ) -> Distilled:
     """Train for `steps` batches, each attention on what it reads in the unchanged model; then for `logits` more on its logits.
 
-    With a `state` file, training that was broken off goes on where it was: the batches that it has seen are passed over.
+    With a `state` file, training that was broken off goes on where it was: the batches that it has seen are passed over. The
+    file of a training with other settings, or of attentions that compute something else, is refused.
     The rate falls to zero along a cosine, in each of the two parts.
     """
     given = iter(batches)
@@ -59,7 +62,8 @@ def distill(
     model.eval()
     try:
         adapted = adapt(model, policy, *called_with(first), tables=tables, values=values)
-        training = _Training(adapted, Path(state) if state else None)
+        settings: Settings = {"attentions": _meaning(adapted), "steps": steps, "logits": logits, "rate": rate}
+        training = _Training(adapted, settings, Path(state) if state else None)
         training.run(chain([first], given), steps, logits, rate, save_every, tell)
     finally:
         model.train(was_training)
@@ -73,15 +77,23 @@ def called_with(batch: Batch) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
+def _meaning(adapted: Adapted) -> str:
+    """A digest of what the attentions compute that are trained, whatever the policy calls it and its file holds."""
+    decided = (d for d in adapted.report.plan.decisions if d.target is not None)
+    said = "\n".join(f"{d.site.name} {d.site.layer} {wire.write(d.variant)}" for d in decided)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
 class _Training:
     """What one call of `distill` works on."""
 
-    def __init__(self, adapted: Adapted, state: Path | None) -> None:
+    def __init__(self, adapted: Adapted, settings: Settings, state: Path | None) -> None:
         self.adapted, self.state = adapted, state
         self.optimizer = torch.optim.Adam(adapted.learned.values())
-        self.progress = read_progress(state, adapted.learned, self.optimizer) if state else Progress()
-        settings = read_settings(adapted.options, None)
-        self._watched = torch.compile(adapted.model, backend=teaching(settings, adapted.learned.keys(), self._teach))
+        learned = adapted.learned
+        self.progress = read_progress(state, settings, learned, self.optimizer) if state else Progress(settings)
+        teacher = teaching(read_settings(adapted.options, None), learned.keys(), self._teach)
+        self._watched = torch.compile(adapted.model, backend=teacher)
 
     def run(self, batches: Iterator[Batch], steps: int, logits: int, rate: float, save_every: int, tell: Tell | None) -> None:
         done, total = self.progress.step, steps + logits

@@ -13,16 +13,21 @@ from attn_compiler.errors import PolicyError
 from attn_compiler.whole_file import whole_file
 
 
+Settings = Mapping[str, str | int | float]  # of a training, which goes on under the same ones only
+
+
 @dataclass
 class Progress:
-    """The steps that are done, and the loss of each attention at every one of them."""
+    """The steps that are done, the loss of each attention at every one of them, and the settings of the training."""
 
+    settings: Settings
     step: int = 0
     curve: dict[str, list[float]] = field(default_factory=dict)
 
     def write(self, path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> None:
         """Write all that going on takes."""
         held = {
+            "settings": dict(self.settings),
             "step": self.step,
             "curve": self.curve,
             "learned": dict(learned.state_dict()),
@@ -32,17 +37,24 @@ class Progress:
             torch.save(held, file)
 
 
-def read_progress(path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> Progress:
+def read_progress(path: Path, settings: Settings, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> Progress:
     """Go on where a file says that training was: fills parameters and optimizer. Without a file, from the beginning."""
     if not path.is_file():
-        return Progress()
+        return Progress(settings)
     held = torch.load(path, weights_only=True)
     shapes, wanted = _shapes(held["learned"]), _shapes(learned.state_dict())
     if shapes != wanted:
         raise PolicyError(f"{path} is the training of other parameters, {shapes}, where this model has {wanted}: remove it")
+    before = held.get("settings", {})
+    other = next((name for name, x in settings.items() if before.get(name) != x), None)
+    if other:
+        raise PolicyError(
+            f"{path} is a training whose {other} is {before.get(other, 'not known')}, where this one has {settings[other]}: "
+            "ask for the same, or remove it"
+        )
     learned.load_state_dict(held["learned"])
     optimizer.load_state_dict(held["optimizer"])
-    return Progress(held["step"], held["curve"])
+    return Progress(settings, held["step"], held["curve"])
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

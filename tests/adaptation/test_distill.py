@@ -115,3 +115,23 @@ def test_batches_that_end_early_are_said_and_what_was_learned_is_kept(tmp_path: 
         attn.distill(Model(), HEDGEHOG, islice(batches(), 2), steps=5, state=state)
     whole = attn.distill(Model(), HEDGEHOG, batches(), steps=5, state=state)
     assert len(whole.curve[next(iter(whole.curve))]) == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"rate": 0.02}, "whose rate is 0.01, where this one has 0.02"), ({"steps": 2}, "whose steps is 1, where this one has 2")],
+)
+def test_the_state_of_a_training_with_other_settings_is_refused(asked: dict[str, float], said: str, tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    settings = {"steps": 1, "state": state}
+    attn.distill(Model(), HEDGEHOG, batches(), **settings)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match=said):
+        attn.distill(Model(), HEDGEHOG, batches(), **{**settings, **asked})  # type: ignore[arg-type]
+
+
+def test_the_state_of_attentions_that_compute_something_else_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    attn.distill(Model(), HEDGEHOG, batches(), steps=1, state=state)
+    rules = [{"match": {}, "attn": {"feature": "hedgehog", "mask": "causal & window(3)"}, "untrained": "allow"}]
+    with pytest.raises(PolicyError, match=r"whose attentions is .*: ask for the same, or remove it"):
+        attn.distill(Model(), {"version": 1, "rules": rules}, batches(), steps=1, state=state)
