@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from attn_compiler.errors import PolicyError
 from attn_compiler.whole_file import whole_file
 
-
 Settings = Mapping[str, str | int | float]  # of a training, which goes on under the same ones only
 
 
