@@ -30,7 +30,6 @@ def test_a_mask_that_pytorch_has_no_operator_for_runs_on_a_generated_kernel() ->
 
 def test_what_no_kernel_takes_runs_on_pytorch() -> None:
     assert automatic(operands(64, torch.float64), WINDOW).name == "torch"
-    assert automatic(operands(64, differentiated=True), WINDOW, lse=True).name == "torch"
 
 
 def test_a_kernel_that_does_not_pay_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
