@@ -17,12 +17,15 @@ from attn_compiler.library import load_policy
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import Report
 from attn_compiler.runtime.attend import attend, reference
+from attn_compiler.runtime.codes import encode
 from attn_compiler.runtime.kernel_source import kernel_source
 from attn_compiler.runtime.schedule import schedule
 from attn_compiler.runtime.step import step
+from attn_compiler.targets.rows import Codes
 
 __all__ = [
     "Adapted",
+    "Codes",
     "Distilled",
     "ExportReport",
     "Policy",
@@ -35,6 +38,7 @@ __all__ = [
     "calibrate",
     "choose",
     "distill",
+    "encode",
     "errors",
     "explain",
     "export_mlir",

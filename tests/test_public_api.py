@@ -20,6 +20,7 @@ LATER = {
     "calibrate",
     "choose",
     "distill",
+    "encode",
     "export_mlir",
     "export_onnx",
     "export_pt2",
@@ -28,7 +29,7 @@ LATER = {
     "step",
 }
 # What the functions take and return, what was decided.
-CONVENIENT = {"Adapted", "Distilled", "ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
+CONVENIENT = {"Adapted", "Codes", "Distilled", "ExportReport", "Policy", "Report", "Tables", "Variant", "reports"}
 
 ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if issubclass(error, Exception)]
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from attn_compiler import library
+from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
-from attn_compiler.generation.kept import Kept, kept_at, together
+from attn_compiler.generation.kept import Kept, held_at, kept_at, together
 from attn_compiler.generation.remembered import Remembered, remembered_at
 from attn_compiler.graph.analysis import analyze
 from attn_compiler.planning.plan import Plan
@@ -39,6 +40,7 @@ class Need:
     kept: Kept | None
     slides: bool  # whether it follows the model's mask for windows
     remembered: Remembered | None = None
+    held: Held | None = None  # how keys are held; None: as they come
 
 
 def cache(
@@ -50,10 +52,11 @@ def cache(
 ) -> Cache:
     """A cache for `model.generate(past_key_values=…)` that holds the keys which the policy lets later tokens see.
 
-    A layer holds everything, or the latest tokens and the first ones of each row, or the state of a linear attention. Layers
-    that share a mask of the model hold what the one needs that needs most, but for states. Compile the model with the same
-    policy: a cache hides nothing from a prompt, and knows no keys of which there is a state. A model is looked at once for each
-    policy; then, as by `attn.explain`, what torch.compile compiled before is forgotten.
+    A layer holds everything, or the latest tokens and the first ones of each row, in the few bits that the policy's storage gives
+    its `kv_cache`; or the state of a linear attention. Layers that share a mask of the model hold what the one needs that needs
+    most, but for states. Compile the model with the same policy: a cache hides nothing from a prompt, and knows no keys of which
+    there is a state. A model is looked at once for each policy; then, as by `attn.explain`, what torch.compile compiled before
+    is forgotten.
     """
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     inner = getattr(model, "_orig_mod", model)
@@ -77,8 +80,8 @@ def _layer(need: Need) -> Any:
 
     if need.remembered is not None:
         return StateLayer(need.remembered, need.kept, slides=need.slides)
-    if need.kept is not None:
-        return KeptLayer(need.kept, slides=need.slides)
+    if need.kept or need.held:
+        return KeptLayer(need.kept, need.held, slides=need.slides)
     layer = DynamicLayer()  # type: ignore[no-untyped-call]
     layer.is_sliding = need.slides
     return layer
@@ -94,16 +97,21 @@ def _needs(model: Any, policy: Policy, tables: Mapping[str, Tensor]) -> list[Nee
         raise ShapeError(f"a cache is for layers of {' and '.join(KINDS)}; {type(model).__name__} has {unknown[0]}: use its own")
     own: list[list[Kept | None]] = [[] for _ in range(count)]
     states: list[list[Remembered | None]] = [[] for _ in range(count)]
+    held: dict[int, Held | None] = {}
     for site in _sites(model, config):
         if site.kind is Kind.SELF and site.layer is not None and site.layer < count:
             own[site.layer].append(kept_at(policy, site))
             states[site.layer].append(remembered_at(policy, site, tables))
+            held[site.layer] = held_at(policy, site)
     of = [found[0] if len(found) == 1 else None for found in states]
     of_kind: dict[str, list[Kept | None]] = {kind: [] for kind in kinds}
     for kind, found, state in zip(kinds, own, of, strict=True):
         of_kind[kind] += [] if state else found or [None]  # what was not found is not known to need less
     shared = {kind: together(needs) if needs else Kept(0, 0) for kind, needs in of_kind.items()}
-    return [Need(shared[kind], kind == "sliding_attention", state) for kind, state in zip(kinds, of, strict=True)]
+    return [
+        Need(shared[kind], kind == "sliding_attention", state, held.get(layer))
+        for layer, (kind, state) in enumerate(zip(kinds, of, strict=True))
+    ]
 
 
 def _only_kind(config: Any) -> str:

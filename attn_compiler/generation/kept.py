@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from attn_compiler.algebra.bounds import Interval, Occupancy, occupancy
 from attn_compiler.algebra.expr import Expr, Sort, const, k, k_len, q
 from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import beyond, reach
+from attn_compiler.targets.rows import alone
 
 MOST_PINNED = 256
 _LAST = 1 << 28  # a token that no text reaches
@@ -37,11 +40,29 @@ class Kept:
 
 def kept_at(policy: Policy, site: Site) -> Kept | None:
     """What must be kept at a site, whatever its phase and length become; None for everything."""
-    needs: list[Kept | None] = []
+    return together(kept(variant, site.heads) for variant in _asked(policy, site))
+
+
+def held_at(policy: Policy, site: Site) -> Held | None:
+    """In how few bits keys and values are kept at a site; None for as they come."""
+    found = {part.storage.kv_cache for variant in _asked(policy, site) for part in _of_heads(variant, site.heads)}
+    if len(found) > 1:
+        said = " and ".join(sorted(str(held or "as they come") for held in found))
+        raise ShapeError(
+            f"{site.name}: a cache holds all heads of a layer in one way, whatever the phase; the policy says {said}"
+        )
+    held = found.pop()
+    reason = held and alone(held)
+    if reason:
+        raise ShapeError(f"{site.name}: no cache can grow that is held in {held}: {reason}; use a type with `per: token`")
+    return held
+
+
+def _asked(policy: Policy, site: Site) -> Iterator[Variant]:
+    """What the policy makes of a site in each situation."""
     for then in situations(site):
         asked = asked_of(policy, then).variant
-        needs.append(kept(asked if isinstance(asked, Variant) else site.computes, site.heads))
-    return together(needs)
+        yield asked if isinstance(asked, Variant) else site.computes
 
 
 def situations(site: Site) -> Iterator[Site]:
@@ -49,6 +70,11 @@ def situations(site: Site) -> Iterator[Site]:
     for phase in (Phase.PREFILL, Phase.DECODE):
         for tokens in (2, _LAST):
             yield replace(site.likely(), phase=phase, k_hint=tokens, q_hint=1 if phase is Phase.DECODE else tokens)
+
+
+def _of_heads(variant: Variant, heads: int) -> Iterator[Variant]:
+    """The variants that the heads compute, with the branches of each."""
+    return (part for _, of_group in head_groups(variant, heads) for part in of_group.parts())
 
 
 def together(needs: Iterable[Kept | None]) -> Kept | None:
@@ -64,7 +90,7 @@ def kept(variant: Variant, heads: int) -> Kept | None:
 
     Left out, they move the first keys nearer: nothing but the mask may tell, and the mask must say the same of them there.
     """
-    parts = [part for _, of_group in head_groups(variant, heads) for part in of_group.parts()]
+    parts = list(_of_heads(variant, heads))
     within = [reach(part.mask) for part in parts]
     known = [x for x in within if x is not None]
     if len(known) < len(within):

@@ -1,4 +1,4 @@
-"""Layers of a transformers cache that let go of what no later query sees."""
+"""Layers of a transformers cache that let go of what no later query sees, and hold the rest in as many bits as a policy says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
 from attn_compiler.generation.kept import Kept
+from attn_compiler.runtime.codes import written
+from attn_compiler.targets.rows import row_dtype
 
 
 class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -19,9 +22,10 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     which are no padding, and so each place of the model's mask fits the key in it.
     """
 
-    def __init__(self, kept: Kept, *, slides: bool) -> None:
+    def __init__(self, kept: Kept | None, held: Held | None, *, slides: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept, self.is_sliding = kept, slides
+        self.held_in, self.how = held, written(held) if held else ""
         self.cumulative_length = 0
         self.padding: Tensor | None = None  # tokens before each row's first
 
@@ -31,15 +35,29 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert self.keys is not None
         assert self.values is not None
         gone = self.cumulative_length - self.held
-        keys, values = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        new_keys, new_values = self._encoded(key_states), self._encoded(value_states)
+        keys, values = torch.cat([self.keys, new_keys], dim=-2), torch.cat([self.values, new_values], dim=-2)
         self.cumulative_length += key_states.shape[-2]
         self.keys, self.values = keys, values
-        if keys.shape[-2] > self.kept.first + self.kept.latest:
-            self._let_go(keys, values, gone)
-        return keys, values
+        if self.kept is not None and keys.shape[-2] > self.kept.most:
+            self._let_go(self.kept, keys, values, gone)
+        return self._decoded(keys), self._decoded(values)
 
-    def _let_go(self, keys: Tensor, values: Tensor, gone: int) -> None:
-        first, latest, length = self.kept.first, self.kept.latest, keys.shape[-2]
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.held_in:
+            of_rows = key_states.new_empty(0, dtype=row_dtype(self.held_in))
+            self.keys, self.values = of_rows, of_rows
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        return torch.ops.attn_compiler.encoded(x, self.how) if self.how else x
+
+    def _decoded(self, held: Tensor) -> Tensor:
+        """What attention reads: operators that know codes take these instead, and this is then never computed."""
+        return torch.ops.attn_compiler.decoded(held, self.how, self.dtype) if self.how else held
+
+    def _let_go(self, kept: Kept, keys: Tensor, values: Tensor, gone: int) -> None:
+        first, latest, length = kept.first, kept.latest, keys.shape[-2]
         if not first:
             # Copied: a view would keep the whole prompt alive, and its strides would be compiled anew.
             self.keys, self.values = (x[:, :, length - latest :].contiguous() for x in (keys, values))

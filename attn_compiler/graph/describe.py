@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from torch import SymInt, fx
 
 from attn_compiler import torch_private as private
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
-from attn_compiler.graph.calls import Size, value
+from attn_compiler.graph.calls import Size, call, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
 from attn_compiler.graph.names import layer_numbers, place
 from attn_compiler.graph.recalled import recalled
@@ -21,6 +22,7 @@ from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader, Table
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import UNKNOWN_LENGTH, Form, Frame, Kind, Length, Site, TableShape
+from attn_compiler.runtime.codes import held_of
 from attn_compiler.torch_private import likely
 
 
@@ -32,6 +34,7 @@ class Described:
     site: Site
     tables: Mapping[str, Table]
     first_key: FirstKey | None
+    codes: tuple[fx.Node, fx.Node] | None = None  # what k and v are decoded from, and `site.computes` says how
 
 
 def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> Described | NearMiss:
@@ -46,8 +49,17 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
     if stands and padding:
         stands = counted_from(stands, padding)
     variant = restated(recovered.variant, stands) if stands else recovered.variant
-    site = _site(found, recovered, reader, stands, variant)
-    return Described(found, site, reader.tables, padding)
+    codes, held = _codes(found) or (None, None)
+    site = _site(found, recovered, reader, stands, replace(variant, storage=replace(variant.storage, kv_cache=held)))
+    return Described(found, site, reader.tables, padding, codes)
+
+
+def _codes(found: GraphSite) -> tuple[tuple[fx.Node, fx.Node], Held] | None:
+    """The rows of codes that a cache holds of keys and values, and how."""
+    k, v = call(found.k.node), call(found.v.node)
+    if k.op != "decoded" or v.op != "decoded" or k["how"] != v["how"]:
+        return None
+    return (k["rows"], v["rows"]), held_of(k["how"])
 
 
 def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands: Frame | None, variant: Variant) -> Site:

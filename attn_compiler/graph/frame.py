@@ -129,7 +129,7 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
             return Frame(i + (k_len - q_len), "the state that stands for the past", slides=True)
         if read.op in ("index_copy", "index_put"):
             return _written(node, site, reader)
-        if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same"))):
+        if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same", "decoded"))):
             return None
         node = source(node)
 

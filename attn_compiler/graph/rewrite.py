@@ -25,6 +25,7 @@ from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.runtime.targets import Target
 from attn_compiler.targets.operands import Operands, Positions
+from attn_compiler.targets.rows import Codes, without_cache
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
 
@@ -55,7 +56,8 @@ def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[...
     """What computes a site's output in place of its code, and the nodes whose values it is given."""
     tables, found = _tables(replacement), replacement.described.found
     earlier = recalled(found)
-    inputs = [found.q.node, found.k.node, found.v.node, *(earlier.nodes if earlier else ()), *tables.values()]
+    behind = (*(earlier.nodes if earlier else ()), *(_codes(replacement) or ()))
+    inputs = [found.q.node, found.k.node, found.v.node, *behind, *tables.values()]
     inputs += _sizes(graph, found, inputs)
     return _computation(replacement, list(tables), earlier), inputs
 
@@ -126,6 +128,16 @@ def _derived(variant: Variant) -> tuple[DerivedTable, ...]:
     return tuple(table for part in variant.parts() for table in part.derived)
 
 
+def _codes(replacement: Replacement) -> tuple[fx.Node, fx.Node] | None:
+    """What a cache holds of keys and values, where that is what the new variant reads, number by number."""
+    described = replacement.described
+    found, held = described.found, described.site.computes.storage.kv_cache
+    kept = held and all(part.storage.kv_cache == held for part in replacement.variant.parts())
+    laid_out = all(len(group) == 1 for group in (found.depth, found.width))
+    ends = found.k.axes[-1:] == (found.depth,) and found.v.axes[-1:] == (found.width,)
+    return described.codes if kept and laid_out and ends else None
+
+
 def _computation(replacement: Replacement, names: Sequence[str], earlier: Recalled | None) -> Callable[..., Tensor]:
     described, variant = replacement.described, replacement.variant
     found, site = described.found, described.site
@@ -134,9 +146,16 @@ def _computation(replacement: Replacement, names: Sequence[str], earlier: Recall
     groups_v = kv_groups(found.v.axes, found.batch, found.kv_heads, found.keys, found.width)
     dtype = found.out.node.meta["val"].dtype
     dims = {name: described.tables[name].dim for name in names if name in described.tables}
+    held = site.computes.storage.kv_cache if _codes(replacement) else None
+    variant = without_cache(variant) if held else variant
 
     def compute(q: Tensor, k: Tensor, v: Tensor, *values: Argument) -> Tensor:
         given, values = (earlier.given(values), values[len(earlier.nodes) :]) if earlier else (None, values)
+        codes = None
+        if held:
+            axes = (found.k.axes, groups_k), (found.v.axes, groups_v)
+            of_k, of_v = (Codes(arranged(x, *of), held, k.dtype) for x, of in zip(values[:2], axes, strict=True))
+            codes, values = (of_k, of_v), values[2:]
         q = arranged(q, found.q.axes, wanted)
         k = arranged(k, found.k.axes, groups_k)
         v = arranged(v, found.v.axes, groups_v)
@@ -146,7 +165,7 @@ def _computation(replacement: Replacement, names: Sequence[str], earlier: Recall
         tables |= derived_tables(variant, k.shape[2], q.device)
         operands = Operands(
             q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
-            training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky,
+            training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky, codes=codes,
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
             tables[described.first_key.name] = _first_key(operands, described.first_key)

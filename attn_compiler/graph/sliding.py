@@ -35,4 +35,4 @@ def _slices(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _views(node: fx.Node) -> bool:
-    return rearranges(node) or repeats(node) or call(node).op in ("cast", "same")
+    return rearranges(node) or repeats(node) or call(node).op in ("cast", "same", "decoded")

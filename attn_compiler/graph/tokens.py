@@ -174,6 +174,8 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("cos", "sin", "arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like"), _nothing),
     **dict.fromkeys(("empty", "new_empty", "empty_like"), _filled),
     "addmm": _first("mat1", projected=True),
+    "encoded": _first("x"),
+    "decoded": _first("rows"),
     "index_copy": _first("source"),  # a cache of fixed size: what is new in it says whose tokens these are
     "index_put": _first("values"),
     "recall": _first("new"),  # the past is a state

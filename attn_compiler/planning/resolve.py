@@ -203,7 +203,7 @@ def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> V
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
     if slots.storage is not None:
-        variant = replace(variant, storage=slots.storage)
+        variant = replace(variant, storage=replace(slots.storage, kv_cache=slots.storage.kv_cache or variant.storage.kv_cache))
     if slots.mask is None:
         return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
     masked = _masked(slots.mask, variant, site, replace_mask)
@@ -241,6 +241,9 @@ def _misfit(slots: Slots, site: Site) -> str:
     """Why a site has not what a rule speaks of; nothing if it has."""
     if slots.storage and slots.storage.projections:
         return "the projections, which it wants to hold otherwise, are layers of the model and no part of its attentions"
+    asked, cached = slots.storage and slots.storage.kv_cache, site.computes.storage.kv_cache
+    if asked and cached and asked != cached:
+        return f"it wants the cache held in {asked}, and this model's cache is held in {cached}: make it with the same policy"
     if slots.geometry is None:
         return ""
     tokens = slots.geometry.tokens(site.k_hint)

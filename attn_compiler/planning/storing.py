@@ -27,6 +27,11 @@ def read_storage(entry: Entry, words: Words, scope: Scope) -> Storage:
     return Storage(**{operand: _held(inner, STORED[operand], words, scope) for operand, inner in given.items()})
 
 
+def read_held(entry: Entry, operand: str, words: Words, scope: Scope) -> Held:
+    """Read how one of the operands is held."""
+    return _held(entry, STORED[operand], words, scope)
+
+
 def _held(entry: Entry, usual: Shared, words: Words, scope: Scope) -> Held:
     """How one operand is held: `int8`, or `{type: int8, per: token, smooth: true}`."""
     long = entry if isinstance(entry.value, Mapping) else Entry({"type": entry}, entry.place)

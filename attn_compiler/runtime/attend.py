@@ -13,14 +13,17 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.automatic import automatic
 from attn_compiler.runtime.call import Positions, check_shapes, operands_of
+from attn_compiler.runtime.cpp import codes_objection
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
 from attn_compiler.runtime.targets import OPT_IN, TARGETS, Attends
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reference import attend_reference
+from attn_compiler.targets.rows import Codes, without_cache
 from attn_compiler.targets.torch_target import Result
 from attn_compiler.torch_private import taken_whole
 
@@ -43,7 +46,7 @@ def in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         named = {**dict(zip(names, args, strict=False)), **options}
         given: Any = {name: x for name, x in named.items() if x is not None}  # which no graph can hold
-        held = not any(isinstance(x, Variant | Expr) for x in given.values())
+        held = not any(isinstance(x, Variant | Expr | Codes) for x in given.values())
         whole: Callable[..., R] = traced if held else apart
         return whole(**given)
 
@@ -53,8 +56,8 @@ def in_one_piece(function: Callable[P, R]) -> Callable[P, R]:
 @in_one_piece
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Codes,
+    v: Tensor | Codes,
     variant: VariantLike,
     *,
     scale: float | Expr | str | None = None,
@@ -72,8 +75,14 @@ def attend(
     """Attend with `q`, `k`, `v` as [batch, heads, tokens, dim]; key and value heads may be fewer (GQA). Differentiable.
 
     Positions are the first one's number, one such number per row, or all of them; without, the last query meets the last key.
+    Where k and v are codes, as `encode` makes them, few queries read these as they lie, others what they mean.
     `training` activates the variant's dropout. The target `auto` is what a plan would choose for a site like this call.
     """
+    codes = _codes(k, v)
+    if codes is not None:
+        k, v = (x.like() for x in codes)
+    assert not isinstance(k, Codes)
+    assert not isinstance(v, Codes)
     place = e.k if k_positions is None else PLACE
     site = _with_site(variant if isinstance(variant, Variant) else Variant(), scale, bias, place)
     check_shapes(q, k, v)
@@ -83,13 +92,39 @@ def attend(
     )  # fmt: skip
     given = dict(tables or {}) if bias is None else {**(tables or {}), SITE_BIAS: bias}
     operands = operands_of(q, k, v, meaning, given, q_positions, k_positions, layer, layers, training)
+    if codes is not None:
+        operands, meaning = replace(operands, codes=codes), _of_cache(meaning, codes[0].held)
+        reads = target in ("auto", "cpp") and not codes_objection(operands, meaning)
+        if reads and not TARGETS["cpp"].refuse(operands, meaning, lse=return_lse):
+            target = "cpp"
+        else:
+            operands = operands.decoded()
     return _attended(_carried(operands, meaning, return_lse, target), return_lse)
+
+
+def _codes(k: Tensor | Codes, v: Tensor | Codes) -> tuple[Codes, Codes] | None:
+    """Keys and values that are codes; None where they are numbers."""
+    if isinstance(k, Codes) and isinstance(v, Codes):
+        if k.held != v.held:
+            raise ShapeError(f"k and v must be held in the same way; found {k.held}, and {v.held}")
+        return k, v
+    if isinstance(k, Codes) or isinstance(v, Codes):
+        raise ShapeError("k and v must both be codes, or both be numbers: `encode` makes the ones of the others")
+    return None
+
+
+def _of_cache(variant: Variant, held: Held) -> Variant:
+    """The variant of numbers that come out of a cache which holds them as it says."""
+    other = next((x.storage.kv_cache for x in variant.parts() if x.storage.kv_cache not in (None, held)), None)
+    if other is not None:
+        raise ShapeError(f"the variant's cache is held in {other}, and k and v in {held}")
+    return without_cache(variant)
 
 
 def reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Codes,
+    v: Tensor | Codes,
     variant: VariantLike,
     *,
     scale: float | Expr | str | None = None,

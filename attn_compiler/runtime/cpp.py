@@ -12,22 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.storage import Storage
+from attn_compiler.algebra.storage import PLAIN, Held, Storage
 from attn_compiler.algebra.variant import Variant, passed_over, without_total
 from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime import linear, states
+from attn_compiler.runtime.codes import encode
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.gather import BY_KERNEL
 from attn_compiler.runtime.machine import faster
-from attn_compiler.runtime.operator import attend_generated, dtype_name
+from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
 from attn_compiler.targets.choice import FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import gradient
+from attn_compiler.targets.cpp.coded import rows_of
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.rows import Codes
 from attn_compiler.targets.torch_target import Result, attend_torch
 
 CARRIED = ("storage",)
@@ -53,6 +56,8 @@ class CppTarget:
         return reason or (without_total(variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        if operands.codes and not codes_objection(operands, variant):
+            return attend_generated(*_of_rows(operands, variant, operands.codes), CODES, lse=lse)
         if not lse and states.can_run(operands, variant):
             mapped, plain, told = states.prepared(operands, variant)
             out, _ = attend_generated(mapped, plain, "states", told)
@@ -75,13 +80,53 @@ class CppTarget:
         reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
         if training and site.q_hint < LEAST_TRAINED:
             reason = f"{site.q_hint} queries are too few for its gradients to pay"
-        elif not reason and site.q_hint < FEW and _few_gain(site.dtype, *_short(site)) < WORTH:
+        elif not reason and site.q_hint < FEW and _gain(site) < WORTH:
             reason = f"for {site.q_hint} queries and {_keys(site)} keys scaled_dot_product_attention is as fast on this machine"
         form = form_of(site, variant)
         dense = site.q_hint >= FEW and with_cache_only(variant) == variant
         if not reason and dense and form in FUSED_WHOLE and _dense_gain(site.dtype, form, training) < WORTH:
             reason = f"{form} is as fast on this machine"
-        return Refusal("cpp", reason) if reason else Carried("a generated kernel", gains=True)
+        read = ", which reads the codes of the cache" if site.computes.storage.kv_cache and site.q_hint <= MOST_QUERIES else ""
+        return Refusal("cpp", reason) if reason else Carried(f"a generated kernel{read}", gains=True)
+
+
+def codes_objection(operands: Operands, variant: Variant) -> str | None:
+    """What the kernels have against reading the codes of a call, however many queries it has; None: nothing."""
+    if operands.codes is None or operands.differentiated or (operands.training and variant.dropout):
+        return "they are read where no gradients are wanted and nothing is dropped"
+    held = operands.codes[0].held
+    if not rows_of(held):
+        return f"its kernels read no codes in {held}"
+    if any(part.storage != PLAIN or part.score.mentions(e.q_norm, e.k_norm) for part in variant.parts()):
+        return "nothing but the cache may be held in few bits there, and no norms are known of codes"
+    return "states are added up of numbers, not of codes" if states.is_alone(variant) else None
+
+
+def _of_rows(operands: Operands, variant: Variant, codes: tuple[Codes, Codes]) -> tuple[Operands, Variant]:
+    """The call whose k and v are rows of codes, as the storage of its variant says."""
+    k, v = codes
+    groups = tuple((heads, replace(group, storage=Storage(kv_cache=k.held))) for heads, group in variant.groups)
+    return replace(operands, k=k.rows, v=v.rows), replace(variant, storage=Storage(kv_cache=k.held), groups=groups)
+
+
+def _gain(site: Site) -> float:
+    """How many times faster a kernel is than PyTorch's own operator at a site of few queries."""
+    held = site.computes.storage.kv_cache
+    return _few_gain(site.dtype, *_short(site)) if held is None else _rows_gain(site.dtype, held, *_short(site))
+
+
+@cache
+def _rows_gain(dtype: str, held: Held, queries: int, keys: int) -> float:
+    """The same where a cache holds codes, which PyTorch's own operator has to be given as numbers."""
+    drawn = torch.randn(3, 1, 8, keys, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    q, codes = drawn[0, :, :, :queries], (encode(drawn[1], held), encode(drawn[2], held))
+    operands = Operands(q, drawn[1], drawn[2], {}, 0, 0, tuple(range(8)), 8, 8, 0, 1, codes=codes)
+    with torch.no_grad():
+        return faster(
+            f"{dtype}, {queries} queries and {keys} keys in {held} of torch {torch.__version__}",
+            lambda: F.scaled_dot_product_attention(q, codes[0].decode(), codes[1].decode()),
+            lambda: CppTarget().attend(operands, Variant()),
+        )
 
 
 def with_cache_only(variant: Variant) -> Variant:

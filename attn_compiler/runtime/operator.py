@@ -19,6 +19,7 @@ from attn_compiler.runtime import decode, gradients, kernels, states, triton_dec
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.rows import decoded, dim_of, without_cache
 from attn_compiler.targets.torch_target import Result
 
 _library = torch.library.Library("attn_compiler", "DEF")  # type: ignore[no-untyped-call]
@@ -33,6 +34,7 @@ _library.define(  # type: ignore[no-untyped-call]
 # What is kept of each query besides its output. A cached graph holds these words: another layout needs other ones.
 NOTHING, TOTAL, FOR_GRADIENTS, BOTH = "nothing", "log-sum-exp", "peak and mass", "log-sum-exp, peak and mass"
 _TOTALS = (TOTAL, BOTH)
+CODES = "codes"  # in place of a target's name: k and v are rows of codes, as the storage of the cache says
 
 NOTHING_TOLD: Mapping[str, Tensor] = {}
 
@@ -94,15 +96,17 @@ def _attend(
     q_len, k_len = q.shape[2], k.shape[2]
     if max(q_len, k_len, *map(abs, first)) >= LONGEST:
         raise ShapeError(f"kernels count up to {LONGEST} tokens; found {q_len} queries and {k_len} keys from {list(first)}")
-    out, sums = _empty(q, v, kept)
+    if _read(what)[-1] == CODES and q_len > MOST_QUERIES:  # many queries are worth bringing back what codes mean
+        k, v, what = *(_decoded(x, q.dtype, what) for x in (k, v)), _of_numbers(what)
+    out, sums = _empty(q, v, kept, what)
     if not out.numel() and not sums.numel():
         return out, sums
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
     variant, names, _, _, target = _read(what)
-    few = q_len <= MOST_QUERIES and not any(part.storage != PLAIN for part in variant.parts())
+    few = q_len <= MOST_QUERIES and (target == CODES or not any(part.storage != PLAIN for part in variant.parts()))
     if few and kept in (NOTHING, TOTAL) and SEED not in names and target in _DECODE:
-        sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+        sizes = q.shape[1], k.shape[1], q.shape[3], out.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
         _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)
         return out, sums
@@ -111,9 +115,22 @@ def _attend(
     return out, sums
 
 
+def _decoded(rows: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    held = _read(what)[0].storage.kv_cache
+    assert held is not None
+    return decoded(rows, held, dtype)
+
+
+@lru_cache(maxsize=256)
+def _of_numbers(what: str) -> str:
+    """The same for k and v that have been decoded."""
+    variant, names, layer, layers, _ = _read(what)
+    return _written(without_cache(variant), names, layer, layers, "cpp")
+
+
 _NUMBER_OF = {NOTHING: 0, TOTAL: 0, FOR_GRADIENTS: 1, BOTH: 2}  # for kernels, which write nothing where there is no room
 _RUN = {"cpp": kernels.run, "states": states.run, "triton": triton_kernels.run}
-_DECODE: Mapping[str, Any] = {"cpp": decode, "triton": triton_decode}
+_DECODE: Mapping[str, Any] = {"cpp": decode, CODES: decode, "triton": triton_decode}
 _DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
 
 
@@ -174,10 +191,13 @@ def _side_by_side(*operands: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in operands)
 
 
-def _empty(q: Tensor, v: Tensor, kept: str) -> tuple[Tensor, Tensor]:
+def _empty(q: Tensor, v: Tensor, kept: str, what: str) -> tuple[Tensor, Tensor]:
     """Room for the result, laid out as models want it: they transpose heads and tokens, which then costs nothing."""
     batch, heads, q_len, _ = q.shape
-    out = q.new_empty((batch, q_len, heads, v.shape[3])).transpose(1, 2)
+    variant, *_, target = _read(what)
+    held = variant.storage.kv_cache if target == CODES else None
+    width = v.shape[3] if held is None else dim_of(v.shape[3], held)
+    out = q.new_empty((batch, q_len, heads, width)).transpose(1, 2)
     of_queries = (batch, heads, q_len)
     sizes = {NOTHING: (0,), TOTAL: of_queries, FOR_GRADIENTS: (2, *of_queries), BOTH: (3, *of_queries)}
     return out, q.new_empty(sizes[kept], dtype=torch.float32)
@@ -224,7 +244,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 for _device in ("CPU", "CUDA"):
     _library.impl("attend", _attend, _device)  # type: ignore[no-untyped-call]
     _library.impl("attend_backward", _attend_backward, _device)  # type: ignore[no-untyped-call]
-torch.library.register_fake("attn_compiler::attend", lambda q, k, v, tables, first, what, kept: _empty(q, v, kept), lib=_library)
+torch.library.register_fake(
+    "attn_compiler::attend",
+    lambda q, k, v, tables, first, what, kept: _empty(q, v, kept, what),
+    lib=_library,
+)
 torch.library.register_fake(
     "attn_compiler::attend_backward",
     lambda above, q, k, v, tables, first, what, out, kept, wanted, of_totals=None: _empty_gradients(q, k, v, tables, wanted),

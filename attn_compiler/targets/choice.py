@@ -47,7 +47,8 @@ class TorchTarget:
             return Refusal("torch", reason)
         forms = [form_of(site, part) for part in _alone(variant)]
         slowest = min(forms, key=_RANK.__getitem__)
-        emulated = ", of operands rounded as they would be held" if any(part.storage != PLAIN for part in variant.parts()) else ""
+        held = any(part.storage not in (PLAIN, site.computes.storage) for part in variant.parts())
+        emulated = ", of operands rounded as they would be held" if held else ""
         return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains=_RANK[slowest] > _RANK[site.form])
 
 

@@ -12,6 +12,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, symbol
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.targets.arrays import Arrays, Value
+from attn_compiler.targets.rows import Codes
 
 # A key's place along its axis, where its position is another: what a bias given as a tensor is read at.
 PLACE = symbol("place", Sort.INDEX)
@@ -42,6 +43,7 @@ class Operands:
     differentiated: bool = False  # whether gradients will be asked for
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
     past: Tensor | None = None  # the state that stands for the tokens before the first key
+    codes: tuple[Codes, Codes] | None = None  # what k and v were decoded from, where a kernel may read that instead
 
     @property
     def q_len(self) -> int:
@@ -62,6 +64,10 @@ class Operands:
         """Whether a key's position is its place along the key axis."""
         return isinstance(self.k_positions, int) and self.k_positions == 0
 
+    def decoded(self) -> Operands:
+        """The same call where k and v are what their codes mean."""
+        return self if self.codes is None else replace(self, k=self.codes[0].decode(), v=self.codes[1].decode(), codes=None)
+
     def take(self, heads: Sequence[int]) -> Operands:
         """The same call for some of the query heads, which keep their numbers."""
         kv = kv_owners(heads, self.heads // self.kv_heads)
@@ -74,6 +80,7 @@ class Operands:
             q_positions=_pick_rows(q_at, heads) if isinstance(q_at, Tensor) else q_at,
             k_positions=_pick_rows(k_at, heads) if isinstance(k_at, Tensor) else k_at,
             head_numbers=tuple(self.head_numbers[head] for head in heads),
+            codes=None,
         )
 
     def arrays(self, real: torch.dtype) -> Arrays:

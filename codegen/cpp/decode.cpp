@@ -4,8 +4,10 @@
 #include <vector>
 
 struct Call {  // every field has eight bytes; strides are those of batch, heads and tokens
-  const Stored *q, *k, *v;
-  Stored* out;
+  const Output* q;
+  const Stored* k;
+  const Value* v;
+  Output* out;
   float* totals;  // the log-sum-exp, or null
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t parallel;  // whether there is work for threads
@@ -15,7 +17,7 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
   Context context;
 
   const Stored* key(int64_t b, int64_t kv) const { return k + b * k_stride[0] + kv * k_stride[1]; }
-  const Stored* value(int64_t b, int64_t kv) const { return v + b * v_stride[0] + kv * v_stride[1]; }
+  const Value* value(int64_t b, int64_t kv) const { return v + b * v_stride[0] + kv * v_stride[1]; }
 };
 
 constexpr int KEYS = 4 * TILE;     // keys at work together
@@ -63,7 +65,9 @@ struct Work {
   int count = 0;               // keys that have been collected
   bool mixed = false;          // whether some query does not see some of them
   index_t place[KEYS];
-  const Stored *k[KEYS], *v[KEYS];
+  const Stored* k[KEYS];
+  const Value* v[KEYS];
+  alignas(vf) float k_scale[KEYS], v_scale[KEYS];  // where rows are codes
   Lanes lanes[KEYS / TILE], seen;
 };
 
@@ -86,7 +90,7 @@ template <int COUNT> INLINE void products(const Stored* const* keys, Query* quer
   }
 }
 
-template <int COUNT, int WIDE> INLINE void accumulate_some(const Stored* const* values, int count, Query* queries, int from) {
+template <int COUNT, int WIDE> INLINE void accumulate_some(const Value* const* values, int count, Query* queries, int from) {
   vf sum[COUNT][WIDE] = {};  // from zero: what is added up over all keys would lose the small ones
   for (int j = 0; j < count; j++) {
     float weight[COUNT];
@@ -100,7 +104,7 @@ template <int COUNT, int WIDE> INLINE void accumulate_some(const Stored* const* 
 }
 
 // The weighted values of COUNT queries.
-template <int COUNT> INLINE void accumulate(const Stored* const* values, int count, Query* queries) {
+template <int COUNT> INLINE void accumulate(const Value* const* values, int count, Query* queries) {
   constexpr int WIDE = std::min(VALUE_VECTORS, SUMS / COUNT), LAST = VALUE_VECTORS % WIDE;
   for (int from = 0; from < VALUE_VECTORS - LAST; from += WIDE) accumulate_some<COUNT, WIDE>(values, count, queries, from);
   if constexpr (LAST > 0) accumulate_some<COUNT, LAST>(values, count, queries, VALUE_VECTORS - LAST);
@@ -130,7 +134,8 @@ INLINE void weigh(const Work& work, const Head& head, int j, Query& query, const
   vi sees = {};
   for (int n = 0; n < vectors; n++) {
     const Lanes& keys = lanes[n / VECTORS];
-    vf x = score_of(head.task, keys, n % VECTORS, head.queries, j, query.scores[n]);
+    const vf dot = CODES<Stored> ? query.scores[n] * *(const vf*)(work.k_scale + n * LANES) : query.scores[n];
+    vf x = score_of(head.task, keys, n % VECTORS, head.queries, j, dot);
     if (work.mixed) x = visible(head.task, keys, n % VECTORS, head.queries, j) ? x : splat<vf>(-INFINITY);
     if ((n + 1) * LANES > work.count) x = numbers() < work.count - n * LANES ? x : splat<vf>(-INFINITY);
     query.scores[n] = x;
@@ -149,6 +154,7 @@ INLINE void weigh(const Work& work, const Head& head, int j, Query& query, const
     if (PEAK) x = weight_of(x - base);
     else x = x == -INFINITY ? vf{} : weight_from(head.task, lanes[n / VECTORS], n % VECTORS, head.queries, j, x);
     mass += x;
+    if (CODES<Value>) x *= *(const vf*)(work.v_scale + n * LANES);
   }
   sums.mass += total(mass);
 }
@@ -157,15 +163,21 @@ INLINE void weigh(const Work& work, const Head& head, int j, Query& query, const
 static void meet(Work& work) {
   const int count = work.count, whole = (count + TILE - 1) / TILE * TILE;
   if (!count) return;
-  for (int j = count; j < whole; j++) work.place[j] = work.place[count - 1], work.k[j] = work.k[count - 1];
+  for (int j = count; j < whole; j++) {
+    work.place[j] = work.place[count - 1];
+    work.k[j] = work.k[count - 1], work.v[j] = work.v[count - 1];
+  }
+  for (int j = 0; j < whole; j++) {
+    if (CODES<Stored>) work.k_scale[j] = scale_of<DIM>(work.k[j]);
+    if (CODES<Value>) work.v_scale[j] = scale_of<VALUE_DIM>(work.v[j]);
+  }
   each_few(work.queries.size(), [&](auto few, int first) {
     for (int n = 0; n < (count + LANES - 1) / LANES; n++) products<few>(work.k, &work.queries[first], n);
   });
-  for (int n = 0; n < whole / TILE; n++)
-    for (int m = 0; m < TILE; m++) {
-      work.lanes[n].lane[m / LANES][m % LANES] = work.place[n * TILE + m];
-      work.lanes[n].data[m] = work.k[n * TILE + m];
-    }
+  for (int n = 0; n < whole / TILE; n++) {
+    memcpy(work.lanes[n].lane, work.place + n * TILE, TILE * sizeof(index_t));
+    if (NORMS) memcpy(work.lanes[n].data, work.k + n * TILE, TILE * sizeof(work.k[0]));
+  }
   Query* query = work.queries.data();
   for (const Head& head : work.heads) {
     for (int n = 0; n < whole / TILE; n++) prepare(head.task, work.lanes[n]);
@@ -190,32 +202,37 @@ INLINE void look(Work& work, vi* some, vi* all) {
 
 // Collect the keys from `start` to `stop` that some query sees; all of them, with `everything`.
 static void collect(const Call& call, Work& work, int64_t b, int64_t kv, int64_t start, int64_t stop, bool everything) {
-  const Stored *k = call.key(b, kv), *v = call.value(b, kv);
+  const Stored* k = call.key(b, kv);
+  const Value* v = call.value(b, kv);
   for (int64_t from = start; from < stop; from += TILE) {
     if (work.count > KEYS - TILE) meet(work);
     const int here = std::min<int64_t>(TILE, stop - from);
     vi some[VECTORS], all[VECTORS];
     bool none = false, whole = everything;
     if (!everything) {
-      for (int m = 0; m < TILE; m++) {
-        const int64_t place = from + std::min(m, here - 1);
-        work.seen.lane[m / LANES][m % LANES] = place;
-        work.seen.data[m] = k + place * call.k_stride[2];
-      }
+      UNROLLED for (int n = 0; n < VECTORS; n++)
+        work.seen.lane[n] = convert<vindex>(least(numbers() + n * LANES, here - 1)) + (index_t)from;
+      if (NORMS)
+        for (int m = 0; m < TILE; m++) work.seen.data[m] = k + (from + std::min(m, here - 1)) * call.k_stride[2];
       look(work, some, all);
       vi seen = some[0], by_all = all[0];
       for (int n = 1; n < VECTORS; n++) seen |= some[n], by_all &= all[n];
       none = !any(seen), whole = !any(!by_all);
     }
     if (none) continue;
+    const auto key = [&](int m) { return k + (from + m) * call.k_stride[2]; };
+    const auto value = [&](int m) { return v + (from + m) * call.v_stride[2]; };
+    const auto put = [&](int at, int m) { work.place[at] = from + m, work.k[at] = key(m), work.v[at] = value(m); };
+    for (int m = 0; m < here; m++) fetch<DIM>(key(m)), fetch<VALUE_DIM>(value(m));
+    if (whole) {
+      for (int m = 0; m < here; m++) put(work.count + m, m);
+      work.count += here;
+      continue;
+    }
     for (int m = 0; m < here; m++) {
-      const int64_t place = from + m;
-      work.place[work.count] = place;
-      work.k[work.count] = k + place * call.k_stride[2];
-      work.v[work.count] = v + place * call.v_stride[2];
-      fetch<DIM>(work.k[work.count]), fetch<VALUE_DIM>(work.v[work.count]);
-      work.mixed |= !whole && !all[m / LANES][m % LANES];
-      work.count += whole || some[m / LANES][m % LANES];
+      put(work.count, m);
+      work.mixed |= !all[m / LANES][m % LANES];
+      work.count += some[m / LANES][m % LANES] != 0;
     }
   }
 }
@@ -230,13 +247,13 @@ static void begin(const Call& call, Work& work, int64_t b, int64_t group) {
     work.heads.push_back({{sizes, (index_t)b, (index_t)h, (index_t)(h / (sizes.heads / sizes.kv_heads))}});
     Head& head = work.heads.back();
     prepare(head.task);
-    const Stored* q = call.q + b * call.q_stride[0] + h * call.q_stride[1];
+    const Output* q = call.q + b * call.q_stride[0] + h * call.q_stride[1];
     for (int64_t i = 0; i < sizes.q_len; i++, head.queries.count++) {
       head.queries.row[i] = i;
-      head.queries.data[i] = q + i * call.q_stride[2];
+      head.queries.data[i] = (const Stored*)(q + i * call.q_stride[2]);  // for norms, which nobody asks of codes
       work.queries.emplace_back();
       Query& query = work.queries.back();
-      for (int d = 0; d < DIM_VECTORS; d++) query.q[d] = part<DIM>(head.queries.data[i], d);
+      for (int d = 0; d < DIM_VECTORS; d++) query.q[d] = part<DIM>(q + i * call.q_stride[2], d);
       query.sums = {PEAK ? -INFINITY : 0.0f};
     }
     prepare(head.task, head.queries);
@@ -294,12 +311,12 @@ INLINE Sums merged(Sums* parts, int64_t count) {
 INLINE void finish(const Call& call, const Head& head, int j, const Sums& sums) {
   const Task& task = head.task;
   const int64_t i = head.queries.row[j];
-  Stored* row = call.out + task.b * call.out_stride[0] + task.h * call.out_stride[1] + i * call.out_stride[2];
+  Output* row = call.out + task.b * call.out_stride[0] + task.h * call.out_stride[1] + i * call.out_stride[2];
   float filling[VALUE_DIM] = {};
   if (!sums.sees) fill(call, task, filling);
   const vf mass = splat<vf>(sums.mass), peak = splat<vf>(sums.peak);
   const float factor = factor_of(task, head.queries, j, mass, peak)[0];
-  for (int d = 0; d < VALUE_DIM; d++) row[d] = (Stored)(sums.sees ? ((const float*)sums.out)[d] * factor : filling[d]);
+  for (int d = 0; d < VALUE_DIM; d++) row[d] = (Output)(sums.sees ? ((const float*)sums.out)[d] * factor : filling[d]);
   if (!call.totals) return;
   float& total = call.totals[(task.b * call.context.heads + task.h) * call.context.q_len + i];
   total = sums.sees ? total_of(task, head.queries, j, mass, peak)[0] : -INFINITY;

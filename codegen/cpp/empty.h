@@ -5,7 +5,7 @@ template <class Call> INLINE void mean_of_values(const Call& call, const Task& t
   const int64_t k_len = call.context.k_len;
   double sum[VALUE_DIM] = {};
   for (int64_t j = 0; j < k_len; j++)
-    for (int d = 0; d < VALUE_DIM; d++) sum[d] += (float)v[j * call.v_stride[2] + d];
+    for (int d = 0; d < VALUE_DIM; d++) sum[d] += number_of<VALUE_DIM>(v + j * call.v_stride[2], d);
   for (int d = 0; d < VALUE_DIM; d++) mean[d] = k_len ? (float)(sum[d] / k_len) : 0.0f;
 }
 

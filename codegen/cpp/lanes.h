@@ -197,6 +197,23 @@ struct biased {
   operator float() const { return (float)bits - 128.0f; }
 };
 
+// Rows of codes: numbers of few bits, and behind the last of them the float that all of them are multiplied with.
+struct Code {
+  uint8_t bits;
+};
+template <int NUMBERS, int UNIT> struct CodeOf : Code {
+  float scale(int width) const {
+    float scale;
+    memcpy(&scale, (const char*)this + width / NUMBERS, sizeof(scale));
+    return scale * UNIT;
+  }
+};
+struct whole8 : CodeOf<1, 1> {};  // from -127 to 127
+struct whole4 : CodeOf<2, 1> {};  // two numbers from -7 to 7, each 8 higher: one of the row's first half, one of its second
+struct e4m3 : CodeOf<1, 256> {};  // bits of a half, whose exponents count from 8 less
+struct e5m2 : CodeOf<1, 1> {};
+template <class T> constexpr bool CODES = std::is_base_of_v<Code, T>;
+
 template <class T> INLINE float norm_of(const T* row, int dim) {
   float sum = 0.0f;
   for (int d = 0; d < dim; d++) sum += (float)row[d] * (float)row[d];

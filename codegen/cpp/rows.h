@@ -31,6 +31,17 @@ template <int WIDTH, class T> INLINE vf part(const T* row, int n) {
   return load(numbers);
 }
 
+// What the numbers of a row are multiplied with.
+template <int WIDTH, class T> INLINE float scale_of(const T* row) {
+  if constexpr (CODES<T>) return row->scale(WIDTH);
+  else return 1.0f;
+}
+
+template <int WIDTH, class T> INLINE float number_of(const T* row, int d) {
+  if constexpr (CODES<T>) return part<WIDTH>(row, d / LANES)[d % LANES] * scale_of<WIDTH>(row);
+  else return (float)row[d];
+}
+
 // Ask for a row that will be read soon.
 template <int WIDTH, class T> INLINE void fetch(const T* row) {
   for (int d = 0; d < WIDTH; d += 64 / sizeof(T)) __builtin_prefetch(row + d);

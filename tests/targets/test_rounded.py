@@ -15,7 +15,8 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.planning.language import Scope, parse_call
 from attn_compiler.runtime.attend import attend, reference
-from attn_compiler.targets.rounded import held_tensor, held_weights, nearest
+from attn_compiler.targets.rounded import held_tensor, held_weights
+from attn_compiler.targets.scaled import nearest
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TYPES = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "nvfp4", "mxfp4", "bf16", "fp16")

@@ -6,6 +6,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.storage import PLAIN, Held, Scaling
 from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.targets import rows
 from attn_compiler.targets.operands import PLACE
 
 Q_SCALE, K_SCALE, K_MEAN = "attn.q_scale", "attn.k_scale", "attn.q_dot_mean"
@@ -61,6 +62,16 @@ def _against(operand: str, how: Held, shared: tuple[str, ...]) -> str | None:
     if how.outliers < float("inf") or (how.smooth and operand == "pv"):
         return "its kernels keep nothing apart but the means of k"
     return None
+
+
+def rows_of(how: Held) -> str:
+    """The type of the codes in rows of a cache, as the kernels call it; nothing where they know none."""
+    numbers = how.numbers
+    if numbers.scaling is Scaling.NONE:
+        return {7: "bfloat16", 10: "float16"}.get(numbers.mantissa, "")
+    if rows.objection(how):
+        return ""
+    return {(7, 7): "whole8", (3, 3): "whole4", (3, -6): "e4m3", (2, -14): "e5m2"}.get((numbers.mantissa, numbers.smallest), "")
 
 
 def is_bfloat16(how: Held) -> bool:

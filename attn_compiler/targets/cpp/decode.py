@@ -29,11 +29,14 @@ def decoding(spec: Spec) -> str:
         "factor": printer.function(spec.factor),
         "total": printer.function(const(0.0) if spec.total is None else spec.total),
     }
+    normed = any(part.mentions(e.k_norm) for part in spec.parts())
     constants = (
         f"constexpr bool ALL = {str(spec.variant.mask == e.true).lower()};  // every query sees every key",
         f"constexpr bool BY_HEAD = {str(spec.variant.mask.mentions(e.h)).lower()};  // heads see other keys than their neighbors",
+        f"constexpr bool NORMS = {str(normed).lower()};  // what a pair is worth depends on the length of its key",
     )
-    return assembled(spec, printer, holes, ("rows.h", "view.h", "empty.h", "decode.cpp"), MOST_QUERIES, *constants)
+    codes = ("codes.h",) if spec.rows else ()
+    return assembled(spec, printer, holes, ("rows.h", *codes, "view.h", "empty.h", "decode.cpp"), MOST_QUERIES, *constants)
 
 
 def reach_of(mask: Expr, *, k_counted: bool) -> tuple[int, int, int]:

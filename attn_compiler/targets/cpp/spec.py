@@ -51,6 +51,7 @@ class Spec:
     dtype: str
     tables: tuple[tuple[str, Stored], ...]
     unit: Unit = Unit.FLOATS  # what multiplies bfloat16
+    rows: str = ""  # the codes that rows of k and v are made of, where a cache holds such
 
     @property
     def by_peak(self) -> bool:
@@ -64,13 +65,13 @@ class Spec:
     @property
     def operands(self) -> str:
         """How q and k are stored."""
-        return "biased" if self.variant.storage.qk else self.dtype
+        return self.rows or ("biased" if self.variant.storage.qk else self.dtype)
 
     @property
     def values(self) -> str:
         """How v is stored."""
         pv = self.variant.storage.pv
-        return self.dtype if pv is None else "bfloat16" if coded.is_bfloat16(pv) else "int8"
+        return self.rows or self.dtype if pv is None else "bfloat16" if coded.is_bfloat16(pv) else "int8"
 
     @property
     def most_weight(self) -> float:
