@@ -19,6 +19,7 @@ from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered
 from attn_compiler.graph.streams import origin
 from attn_compiler.graph.symbolic import SymbolicReader
+from attn_compiler.graph.symbolic_creation import CREATION
 from attn_compiler.planning.site import Frame, Kind, Phase
 
 _MOST_DECODED = 16  # queries of one call that still count as decoding
@@ -137,13 +138,20 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
 def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | None:
     read = call(node)
     places = read["index"] if read.op == "index_copy" else next((x for x in read["indices"][::-1] if x is not None), None)
-    if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1:
+    if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1 or not _keeps_places(node):
         return None
     position = reader.at(places, (i,))
     sources = [reader.tables[name].node for name in position.tables()]
     if not all(reader.versions.holds(source, source, site.out.node) for source in sources):
         position = reader.table(places, (i,))  # a cache counts what it holds in place: read what was added to, not the counter
     return Frame(position, "the places of the cache that new keys are written to")
+
+
+def _keeps_places(node: fx.Node) -> bool:
+    """Whether keys are written into a cache as it was given or made: in one that was rolled before, places are no positions."""
+    while call(node).op in ("index_copy", "index_put") or rearranges(node):
+        node = source(node)
+    return node.op != "call_function" or call(node).op in CREATION
 
 
 def kind(site: GraphSite) -> Kind | None:

@@ -132,6 +132,20 @@ def test_a_static_cache_is_read_at_the_given_places() -> None:
     assert where.position.op == "table"
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_static_cache_that_rolls_says_nothing_of_positions(copied: bool) -> None:
+    def decode(y: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
+        query = split(projection(y))
+        rolled = cache.roll(-1, dims=2)
+        rolled[:, :, torch.tensor([-1])] = query
+        keys = cache.copy_(rolled) if copied else rolled
+        return F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
+
+    cache, mask = torch.randn(BATCH, HEADS, 9, WIDTH), torch.ones(BATCH, 1, 1, 9, dtype=torch.bool)
+    _, _, where = recovered(decode, ONE, cache, mask)
+    assert where is None
+
+
 def test_other_tokens_stand_nowhere() -> None:
     def cross(y: Tensor, other: Tensor) -> Tensor:
         key = split(projection(other))

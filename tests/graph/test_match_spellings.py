@@ -278,21 +278,6 @@ def fill_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling()
-def written_over(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    a = q @ k.mT * DIM**-0.5
-    a[:] = a + torch.triu(torch.full(a.shape[-2:], -1e9), 1)
-    return a.softmax(-1) @ v
-
-
-@spelling()
-def copied_before_it_is_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k = k.clone()
-    kept = torch.empty_like(k).copy_(k)
-    k.mul_(3.0)
-    return (q @ kept.mT * DIM**-0.5).softmax(-1) @ v
-
-
-@spelling()
 def written_after_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, copy = q.clone(), v.clone()
     o = (q @ k.mT * DIM**-0.5).softmax(-1) @ copy
