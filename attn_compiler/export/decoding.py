@@ -17,8 +17,8 @@ from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
 from attn_compiler.generation.kept import Kept, kept
+from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
 
@@ -59,7 +59,7 @@ def _at_any_length(policy: Policy, site: Site) -> Site:
     """The site, for which a policy must want the same whatever is generated."""
     plain = replace(site.likely(), name=site.name.removeprefix(WRAPPED))
     asked = [
-        asked_of(policy, replace(plain, phase=phase, q_hint=1 if phase is Phase.DECODE else keys, k_hint=keys))
+        agreed(policy, replace(plain, phase=phase, q_hint=1 if phase is Phase.DECODE else keys, k_hint=keys))
         for phase in (Phase.PREFILL, Phase.DECODE)
         for keys in _LENGTHS
     ]

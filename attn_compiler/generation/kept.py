@@ -11,8 +11,8 @@ from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
+from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import beyond, reach
@@ -61,8 +61,8 @@ def held_at(policy: Policy, site: Site) -> Held | None:
 def _asked(policy: Policy, site: Site) -> Iterator[Variant]:
     """What the policy makes of a site in each situation."""
     for then in situations(site):
-        asked = asked_of(policy, then).variant
-        yield asked if isinstance(asked, Variant) else site.computes
+        asked = agreed(policy, then).variant
+        yield asked if isinstance(asked, Variant) and not site.blocked else site.computes
 
 
 def situations(site: Site) -> Iterator[Site]:

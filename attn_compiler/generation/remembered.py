@@ -12,9 +12,8 @@ from attn_compiler.algebra import wire
 from attn_compiler.algebra.expr import k, q
 from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.generation.kept import situations
-from attn_compiler.planning.planner import settled
+from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Site
 from attn_compiler.targets.past import objection
 
@@ -32,7 +31,7 @@ class Remembered:
 
 def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Remembered | None:
     """What a site's state is of, at every phase and length; None where a state is not enough, or where tables are missing."""
-    asked = {_settled(asked_of(policy, then).variant, site) for then in situations(site)}
+    asked = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
     variant = asked.pop() if len(asked) == 1 else None
     if variant is None or objection(variant) or any(node.mentions(q, k) for node in reads(variant)):
         return None

@@ -39,15 +39,16 @@ class Target(Protocol):
 
 def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_misses: Iterable[NearMiss] = ()) -> Plan:
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
-    asked = [_kept(asked_of(policy, site), policy, site) for site in sites]
+    asked = [agreed(policy, site) for site in sites]
     decided = [decide(site, one, targets) for site, one in zip(sites, asked, strict=True)]
     costs = policy.measured.sites if policy.measured else {}
     decisions = tuple(replace(d, error=costs[d.site.name].whole.relative) if d.site.name in costs else d for d in decided)
     return Plan(decisions, tuple(near_misses), uses=uses(policy, sites, [one.rules for one in asked]))
 
 
-def _kept(asked: Asked, policy: Policy, site: Site) -> Asked:
-    """What is asked for, unless it promises a tolerance that it does not keep, or that nobody has measured."""
+def agreed(policy: Policy, site: Site) -> Asked:
+    """What a policy asks for, unless it promises a tolerance that it does not keep, or that nobody has measured."""
+    asked = asked_of(policy, site)
     rule = next((rule for rule in policy.rules if rule.tolerance and rule.number in asked.rules), None)
     if rule is None or isinstance(asked.variant, Refusal) or is_same(settled(asked.variant, site), site.computes, site):
         return asked

@@ -151,6 +151,15 @@ def test_layers_that_share_a_mask_hold_what_the_one_needs_that_needs_most() -> N
     assert lengths(cache) == [22, 22]
 
 
+def test_a_rule_whose_tolerance_nobody_measured_lets_no_key_go() -> None:
+    model = llama()
+    expected = recomputed(model, near(None), PADDING)
+    rule = {"match": {"kind": "self"}, "attn": {"mask": WINDOW}, "tolerance": {"site": 0.5}}
+    found, cache = generated(model, {"version": 1, "rules": [rule]}, PADDING)
+    assert torch.equal(found, expected)
+    assert lengths(cache) == [22, 22]
+
+
 def test_beams_take_their_keys_along() -> None:
     model = llama()
     asked = policy(STREAMING)
