@@ -42,6 +42,7 @@ _CLOSES = ("_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement
 _REGION = ("lazy_load_decompositions", "_add_batch_dim", "_remove_batch_dim", "_enter_dual_level", "_exit_dual_level")
 _MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 _EFFECTS = frozenset((*_OPENS, *_CLOSES, *_REGION, *_MODES))
+_DETACHES = ("detach.default", "detach")
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Traced] | None) -> 
     retrace writes in place would stay in its memo.
     """
     context = TracingContext.try_get()
-    inputs = list(example_inputs) if example_inputs is not None else _known_values(gm)
+    inputs = list(map(known_value, gm.graph.find_nodes(op="placeholder")) if example_inputs is None else example_inputs)
     if any(isinstance(x, FakeTensor) for x in inputs):
         theirs = detect_fake_mode(inputs)
         ours = FakeTensorMode(shape_env=theirs.shape_env if theirs else None)
@@ -69,10 +70,6 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Traced] | None) -> 
             yield ours, list(made[0] if isinstance(made, tuple) else made)  # torch 2.11 gives the inputs alone
         finally:
             context.fake_mode = dynamo
-
-
-def _known_values(gm: fx.GraphModule) -> list[Traced]:
-    return [known_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def known_value(node: fx.Node) -> Traced:
@@ -243,13 +240,9 @@ def recorded(graph: fx.Graph) -> frozenset[fx.Node]:
             known = (node.meta.get("example_value"), node.meta.get("val"))
             if any(isinstance(x, torch.Tensor) and x.requires_grad for x in known):
                 found.add(node)
-        elif enabled and not _detaches(node) and not found.isdisjoint(node.all_input_nodes):
+        elif enabled and getattr(node.target, "__name__", "") not in _DETACHES and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return frozenset(found)
-
-
-def _detaches(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") in ("detach.default", "detach")
 
 
 def keep_identity(source: fx.GraphModule, copy: fx.GraphModule) -> None:
@@ -368,8 +361,7 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
 
 def load_package(path: Path) -> Callable[..., Traced]:
     """What AOTInductor compiled, to be called as the model was."""
-    loaded: Callable[..., Traced] = torch._inductor.aoti_load_package(str(path))
-    return loaded
+    return cast(Callable[..., Traced], torch._inductor.aoti_load_package(str(path)))
 
 
 def inductor_settings() -> frozenset[str]:
@@ -396,18 +388,13 @@ class EveryResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        from torch._decomp import get_decompositions
-
         super().__init__()  # type: ignore[no-untyped-call]
         self._change = change
         self._apart = get_decompositions([torch.ops.aten._softmax, torch.ops.aten._softmax_backward_data])
 
     def __torch_dispatch__(self, func: Operator, types: Traced, args: Traced = (), kwargs: Traced = None) -> Traced:
-        if func in self._apart:
-            with self:
-                found = self._apart[func](*args, **(kwargs or {}))
-        else:
-            found = func(*args, **(kwargs or {}))
+        with self if func in self._apart else contextlib.nullcontext():
+            found = self._apart.get(func, func)(*args, **(kwargs or {}))
         if any(result.alias_info for result in func._schema.returns):
             return found
         return pytree.tree_map_only(torch.Tensor, lambda x: self._change(func._schema.name.removeprefix("aten::"), x), found)
