@@ -36,6 +36,7 @@ TABLES = {
     "alpha": torch.ones(HEADS),
     "sink": torch.zeros(HEADS),
     "gate": torch.zeros(1, HEADS, LENGTH, dtype=torch.float64),
+    "beta": torch.zeros(1, HEADS, LENGTH),
     "hedgehog_q": torch.zeros(1, HEADS, DIM, DIM),
     "hedgehog_k": torch.zeros(1, HEADS, DIM, DIM),
 }
