@@ -31,21 +31,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def _table_of_words() -> str:
-    lines = ["# Words", "", "One file each; see `tests/test_library.py` for how this page is kept current.", ""]
-    for name, words in library.words().items():
-        lines += [f"## {name}", "", "| word | meaning |", "|---|---|"]
-        for word in words.values():
-            shown = [p.name if p.default is p.empty else f"{p.name}=…" for p in word.parameters if p.kind is not p.KEYWORD_ONLY]
-            lines.append(f"| `{word.name}({', '.join(shown)})` | {word.summary.replace('|', chr(92) + '|')} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def test_the_page_of_words_is_current() -> None:
-    assert (library.folder("patterns") / "README.md").read_text() == _table_of_words()
-
-
 @pytest.mark.parametrize("word", EVERY_WORD, ids=lambda word: f"{word.folder}/{word.name}")
 def test_a_word_has_a_signature_a_documentation_and_a_stable_name(word: Word) -> None:
     assert word.summary.endswith(".")

@@ -58,7 +58,7 @@ class Report:
         return "\n".join(self._lines())
 
     def to_json(self) -> str:
-        """All of it as JSON; `version` tells the shape of the document, README.md what it holds."""
+        """All of it as JSON; `version` tells the shape of the document, docs/report.md what it holds."""
         document = {
             "version": JSON_VERSION,
             "policy": self.policy,
