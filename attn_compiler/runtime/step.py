@@ -49,5 +49,6 @@ def step(
         raise ShapeError(f"the past of this variant is no state: {reason}")
     operands = operands_of(q, k, v, read, tables or {}, position, position, layer, layers, False)
     target = automatic(operands, read) if past is None else TARGETS["torch"]
+    state = remembered(operands, read, past)
     out, _ = target.attend(replace(operands, past=past), read)
-    return out, remembered(operands, read, past)
+    return out, state

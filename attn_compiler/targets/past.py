@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.explicit import per_kv_head
 from attn_compiler.targets.fading import fading, logs_of, shown_of
@@ -62,6 +63,9 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
     added = torch.cat([k.mT @ v, count], dim=-2)
     if past is None:
         return added
+    if past.shape != added.shape:
+        expected, given = list(added.shape), list(past.shape)
+        raise ShapeError(f"expected a `past` of {expected}, as an earlier step with this variant returned it; found {given}")
     if logs is None:
         return past + added
     left = fading(logs[1][..., -1:], _log_before(operands, found, arrays), k)[..., None]

@@ -94,3 +94,12 @@ def test_a_step_has_a_query_for_every_new_key() -> None:
     q, k, v = operands(torch.float32)
     with pytest.raises(ShapeError, match="as many queries as new keys; found 1 queries and 90 keys"):
         step(q[:, :, :1], k, v, VARIANTS["elu"])
+
+
+@pytest.mark.parametrize(("name", "heads"), [("decay", 4), ("elu", 2)])
+def test_a_past_of_another_variant_or_of_other_heads_is_refused(name: str, heads: int) -> None:
+    q, k, v = operands(torch.float32)
+    with pytest.raises(
+        ShapeError, match=rf"expected a `past` of \[2, {heads}, 9, 7\], as an earlier step .*; found \[2, 3, 9, 7\]"
+    ):
+        step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS[name], torch.zeros(2, 3, 9, 7))
