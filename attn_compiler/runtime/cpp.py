@@ -24,6 +24,7 @@ from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.gather import BY_KERNEL
 from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
+from attn_compiler.targets.blocks import every_query_sees_itself
 from attn_compiler.targets.choice import FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.coded import rows_of
@@ -53,7 +54,7 @@ class CppTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         reason = _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
-        return reason or (without_total(variant) if lse else None)
+        return reason or (without_total(variant) or _of_unseeing(operands, variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         if operands.codes and not codes_objection(operands, variant):
@@ -208,6 +209,13 @@ def _dense_gain(dtype: str, form: Form, training: bool) -> float:
             step(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)),
             step(lambda: attend_generated(operands, variant, "cpp")[0]),
         )
+
+
+def _of_unseeing(operands: Operands, variant: Variant) -> str | None:
+    """Whether a log-sum-exp would lack gradients that queries have which see nothing."""
+    totals = (part.normalizer.total for part in variant.parts() if not every_query_sees_itself(operands, part))
+    reads = operands.differentiated and any(total is not None and total.tables() for total in totals)
+    return "its kernels know no gradients of a table in the log-sum-exp of queries that see nothing" if reads else None
 
 
 def _machine(device: str, dtype: str) -> str | None:

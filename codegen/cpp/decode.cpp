@@ -314,12 +314,13 @@ INLINE void finish(const Call& call, const Head& head, int j, const Sums& sums) 
   Output* row = call.out + task.b * call.out_stride[0] + task.h * call.out_stride[1] + i * call.out_stride[2];
   float filling[VALUE_DIM] = {};
   if (!sums.sees) fill(call, task, filling);
-  const vf mass = splat<vf>(sums.mass), peak = splat<vf>(sums.peak);
+  // A sink counts in a total although no key is seen; its peak is zero then.
+  const vf mass = splat<vf>(sums.sees ? sums.mass : 0.0f), peak = splat<vf>(sums.sees ? sums.peak : 0.0f);
   const float factor = factor_of(task, head.queries, j, mass, peak)[0];
   for (int d = 0; d < VALUE_DIM; d++) row[d] = (Output)(sums.sees ? ((const float*)sums.out)[d] * factor : filling[d]);
   if (!call.totals) return;
   float& total = call.totals[(task.b * call.context.heads + task.h) * call.context.q_len + i];
-  total = sums.sees ? total_of(task, head.queries, j, mass, peak)[0] : -INFINITY;
+  total = total_of(task, head.queries, j, mass, peak)[0];
 }
 
 // Merge what the slices have found for a group, and write it.

@@ -136,7 +136,7 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
 }
 
 // What a query gets that sees no key.
-INLINE void fill(const Call& call, const Task& task, const Places& places) {
+INLINE void fill(const Call& call, const Task& task, const Work& work, const Places& places) {
   float filling[VALUE_DIM];
   fill(call, task, filling);
   const float* scale = call.scale_of(task);
@@ -145,7 +145,9 @@ INLINE void fill(const Call& call, const Task& task, const Places& places) {
     if (!places.wanted[m]) continue;
     Output* row = call.out_row(task, places.of[m]);
     for (int d = 0; d < VALUE_DIM; d++) row[d] = (Output)filling[d];
-    call.keep(task, places.of[m], -INFINITY, -INFINITY, 0.0f);
+    // A sink counts in a total although no key is seen.
+    const vf total = call.totals ? total_of(task, work.queries, m / LANES, vf{}, vf{}) : vf{};
+    call.keep(task, places.of[m], total[m % LANES], -INFINITY, 0.0f);
   }
 }
 
@@ -194,7 +196,7 @@ INLINE void attend(const Call& call, const Task& task, Work& work, int64_t membe
     gather(call, task, work, [&](auto meet) { meet(0, VECTORS, 0, call.context.k_len, false); });
     left = finish(call, task, work, places);
   }
-  if (left) fill(call, task, places);
+  if (left) fill(call, task, work, places);
 }
 
 extern "C" int64_t lanes() { return LANES; }

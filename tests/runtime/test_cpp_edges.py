@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import attn_compiler as attn
+from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import kernels
 from attn_compiler.runtime.compiler import load
 from attn_compiler.testing import assert_within_budget
@@ -163,3 +164,25 @@ def test_many_threads_may_attend_at_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda given: attend(*given, "causal & window(13)", "cpp"), inputs))
     assert all(torch.equal(out, attend(*given, "causal & window(13)", "cpp")) for out, given in zip(found, inputs, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", ["softmax(sink=sink)", "softmax_one", "softmax"])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_the_log_sum_exp_of_a_query_that_sees_nothing_is_that_of_its_sink(normalizer: str, queries: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
+    asked = {"mask": 'offsets("3:5")', "normalizer": normalizer}
+    tables = {"sink": torch.tensor([0.3, -0.2])} if "sink" in normalizer else {}
+    found = [
+        attn.attend(q[:, :, :queries], k, v, asked, tables=tables, q_positions=0, return_lse=True, target=target)[1]  # type: ignore[arg-type]
+        for target in ("cpp", "reference")
+    ]
+    torch.testing.assert_close(found[0].double(), found[1].double(), rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_a_sink_in_the_log_sum_exp_of_queries_that_see_nothing_are_refused() -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    sink = {"sink": torch.zeros(2, requires_grad=True)}
+    with pytest.raises(ShapeError, match="no gradients of a table in the log-sum-exp of queries that see nothing"):
+        attn.attend(
+            q, k, v, {"mask": "causal(-2)", "normalizer": "softmax(sink=sink)"}, tables=sink, return_lse=True, target="cpp"
+        )
