@@ -63,7 +63,8 @@ def cache(
     if getattr(inner, "config", None) is None or not hasattr(inner, "generate"):
         raise ShapeError(f"a cache is for models of transformers that generate; found {type(inner).__name__}")
     known = _KNOWN.setdefault(inner, {})
-    key = f"{read.digest} {sorted((values or {}).items())} {sorted(tables or {})}"
+    given = sorted((name, id(table)) for name, table in (tables or {}).items())  # what a state reads of them is kept with it
+    key = f"{read.digest} {sorted((values or {}).items())} {given}"
     if key not in known:
         known[key] = _needs(inner, read, tables or {})
     _tell_padding(inner)

@@ -14,6 +14,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import UnknownLengthError
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import call, equal, is_tensor
+from attn_compiler.graph.mutation import Versions
 from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered
@@ -138,7 +139,9 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
 def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | None:
     read = call(node)
     places = read["index"] if read.op == "index_copy" else next((x for x in read["indices"][::-1] if x is not None), None)
-    if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1 or not _keeps_places(node):
+    if not isinstance(places, fx.Node) or not is_tensor(places) or places.meta["val"].ndim != 1:
+        return None
+    if not _keeps_places(node, reader.versions):
         return None
     position = reader.at(places, (i,))
     sources = [reader.tables[name].node for name in position.tables()]
@@ -147,11 +150,12 @@ def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | 
     return Frame(position, "the places of the cache that new keys are written to")
 
 
-def _keeps_places(node: fx.Node) -> bool:
+def _keeps_places(written: fx.Node, versions: Versions) -> bool:
     """Whether keys are written into a cache as it was given or made: in one that was rolled before, places are no positions."""
-    while call(node).op in ("index_copy", "index_put") or rearranges(node):
-        node = source(node)
-    return node.op != "call_function" or call(node).op in CREATION
+    node: fx.Node | None = written
+    while node is not None and (call(node).op in ("index_copy", "index_put") or rearranges(node)):
+        node = versions.read(source(node), node)
+    return node is not None and (node.op != "call_function" or call(node).op in CREATION)
 
 
 def kind(site: GraphSite) -> Kind | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.attend import attend
 from attn_compiler.runtime.call import operands_of
+from attn_compiler.runtime.reading import read_variant
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, attend_densely, by_group
 from attn_compiler.testing.budget import assert_all_within_budget
@@ -48,6 +49,31 @@ class Case:
 
     def leaves(self) -> list[Tensor]:
         return [self.q, self.k, self.v, *(self.tables[name] for name in self.names()[3:])]
+
+
+def variant_of(slots: Mapping[str, object], *, heads: int = 4, kv_heads: int = 2, length: int = 300, dim: int = 8) -> Variant:
+    """What the slots of a policy mean in an attention of these sizes."""
+    sizes = {"heads": heads, "kv_heads": kv_heads, "q_len": length, "k_len": length, "head_dim": dim}
+    return read_variant(slots, Variant(), **sizes, values=None, layer=0, layers=1)
+
+
+def drawn_case(
+    slots: Mapping[str, object],
+    tables: Mapping[str, Tensor],
+    q_len: int,
+    k_len: int,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    value_dim: int | None = None,
+) -> Case:
+    """What slots mean, on random operands of a batch of two, with those of the tables that it reads."""
+    generator = torch.Generator().manual_seed(q_len)
+    shapes = (2, heads, q_len, dim), (2, kv_heads, k_len, dim), (2, kv_heads, k_len, value_dim or dim)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    variant = variant_of(slots, heads=heads, kv_heads=kv_heads, dim=dim)
+    return Case(variant, q, k, v, {table: tables[table] for table in variant.tables()})
 
 
 Attend = Callable[[Case], Tensor]

@@ -104,6 +104,17 @@ def test_tokens_are_those_of_the_parallel_form(asked: Mapping[str, object], form
     assert all(tuple(state.shape) == (2, 4 if asked is FADES else 2, 9, 9) for state in states)
 
 
+def test_a_cache_of_other_tables_has_a_state_of_those() -> None:
+    slopes = policy(({}, {**FADING, "state": "decay(slopes)"})) | {"labels": {"slopes": {"given": "slopes"}}}
+    model, x = llama(1), torch.randn(2, 2, 5, 8)
+    pasts = []
+    for slope in (0.1, 2.0):
+        layer = attn.cache(model, slopes, tables={"slopes": torch.full((4,), slope)}).layers[0]
+        layer.update(x, x)
+        pasts.append(layer.past)
+    assert not torch.equal(*pasts)
+
+
 def test_a_model_that_attends_otherwise_is_told_so() -> None:
     """There are no keys that it could meet."""
     model, (tokens, valid) = llama(1), prompt(0)

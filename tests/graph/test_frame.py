@@ -132,13 +132,27 @@ def test_a_static_cache_is_read_at_the_given_places() -> None:
     assert where.position.op == "table"
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_static_cache_that_rolls_says_nothing_of_positions(copied: bool) -> None:
+def rolled(cache: Tensor, new: Tensor) -> Tensor:
+    keys = cache.roll(-1, dims=2)
+    keys[:, :, torch.tensor([-1])] = new
+    return keys
+
+
+def rolled_and_copied(cache: Tensor, new: Tensor) -> Tensor:
+    return cache.copy_(rolled(cache, new))
+
+
+def rolled_in_place(cache: Tensor, new: Tensor) -> Tensor:
+    cache.copy_(cache.roll(-1, dims=2))
+    cache[:, :, torch.tensor([-1])] = new
+    return cache
+
+
+@pytest.mark.parametrize("update", [rolled, rolled_and_copied, rolled_in_place])
+def test_a_static_cache_that_rolls_says_nothing_of_positions(update: Callable[[Tensor, Tensor], Tensor]) -> None:
     def decode(y: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
         query = split(projection(y))
-        rolled = cache.roll(-1, dims=2)
-        rolled[:, :, torch.tensor([-1])] = query
-        keys = cache.copy_(rolled) if copied else rolled
+        keys = update(cache, query)
         return F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
 
     cache, mask = torch.randn(BATCH, HEADS, 9, WIDTH), torch.ones(BATCH, 1, 1, 9, dtype=torch.bool)

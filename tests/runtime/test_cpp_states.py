@@ -13,8 +13,7 @@ from attn_compiler.errors import ShapeError
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.runtime.cpp import CppTarget
-from attn_compiler.runtime.reading import read_variant
-from attn_compiler.testing import Case, assert_all_within_budget, on, plain
+from attn_compiler.testing import assert_all_within_budget, drawn_case, on, plain, variant_of
 
 TABLES = {
     "slopes": torch.tensor([0.1, 0.4, 0.2, 0.9], dtype=torch.float64),
@@ -39,18 +38,8 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 LENGTHS = [(130, 130, 2), (1, 97, 4), (67, 97, 2), (97, 67, 4), (33, 1, 4)]
 
 
-def variant_of(slots: Mapping[str, object]) -> Variant:
-    return read_variant(
-        slots, Variant(), heads=4, kv_heads=2, q_len=300, k_len=300, head_dim=6, values=None, layer=0, layers=1
-    )  # fmt: skip
-
-
 def check(name: str, q_len: int, k_len: int, kv_heads: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(q_len)
-    shapes = (2, 4, q_len, 6), (2, kv_heads, k_len, 6), (2, kv_heads, k_len, 40)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    variant = variant_of(VARIANTS[name])
-    case = Case(variant, q, k, v, {table: TABLES[table] for table in variant.tables()}).to(dtype)
+    case = drawn_case(VARIANTS[name], TABLES, q_len, k_len, kv_heads=kv_heads, dim=6, value_dim=40).to(dtype)
     with torch.no_grad():
         exact = on("reference")(case.to(torch.float64))
         assert_all_within_budget([on("cpp")(case)], [exact], lambda: [plain(case)], [name])
@@ -82,7 +71,7 @@ def site(tokens: int) -> Site:
 
 
 def test_a_site_gets_the_kernel_where_its_length_pays() -> None:
-    variant = variant_of(VARIANTS["causal"])
+    variant = variant_of(VARIANTS["causal"], dim=6)
     found = CppTarget().carry(site(1024), variant)
     assert isinstance(found, Carried)
     assert found.form == "a generated kernel, whose state stays in the cache"

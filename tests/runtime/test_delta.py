@@ -11,10 +11,8 @@ from torch import Tensor
 
 import attn_compiler as attn
 from attn_compiler.algebra import wire
-from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime.reading import read_variant
-from attn_compiler.testing import Case, assert_case, assert_within_budget
+from attn_compiler.testing import Case, assert_case, assert_within_budget, drawn_case, variant_of
 
 TOKENS = 150
 GENERATOR = torch.Generator().manual_seed(4)
@@ -30,18 +28,9 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def variant_of(name: str) -> Variant:
-    return read_variant(
-        VARIANTS[name], Variant(), heads=4, kv_heads=2, q_len=TOKENS, k_len=TOKENS, head_dim=8, values=None, layer=0, layers=1
-    )  # fmt: skip
-
-
 def case_of(name: str, q_len: int, k_len: int, kv_heads: int) -> Case:
-    generator = torch.Generator().manual_seed(q_len)
-    shapes = (2, 4, q_len, 8), (2, kv_heads, k_len, 8), (2, kv_heads, k_len, 8)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    variant = variant_of(name)
-    return Case(variant, q, k, v, {table: TABLES[table][..., :k_len] for table in variant.tables()})
+    tables = {table: values[..., :k_len] for table, values in TABLES.items()}
+    return drawn_case(VARIANTS[name], tables, q_len, k_len, kv_heads=kv_heads)
 
 
 def recurrent(case: Case, *, gated: bool, scale: float) -> Tensor:
@@ -84,10 +73,10 @@ def test_chunks_and_their_gradients_are_those_of_the_meaning(
 
 
 def test_a_delta_rule_travels_as_text() -> None:
-    variant = variant_of("gated")
+    variant = variant_of(VARIANTS["gated"])
     assert wire.read(wire.write(variant)) == variant
     assert variant.delta is not None
-    assert variant.normalizer.output == variant_of("delta").normalizer.output
+    assert variant.normalizer.output == variant_of(VARIANTS["delta"]).normalizer.output
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from attn_compiler.planning.resolve import Asked
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.runtime import gather, linear
 from attn_compiler.runtime.cpp import CppTarget
-from attn_compiler.runtime.reading import read_variant
 from attn_compiler.runtime.targets import TARGETS
 from attn_compiler.targets import gathered
-from attn_compiler.testing import Case, assert_all_within_budget, assert_case, assert_within_budget
+from attn_compiler.testing import assert_all_within_budget, assert_case, assert_within_budget, drawn_case, variant_of
 
 TABLES = {
     "ok": torch.rand(2, 300, generator=torch.Generator().manual_seed(3)) < 0.8,
@@ -51,20 +50,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 LENGTHS = [(130, 130, 2), (64, 64, 4), (1, 97, 4), (67, 97, 2), (97, 67, 1), (1, 1, 2)]
 
 
-def variant_of(slots: Mapping[str, object]) -> Variant:
-    return read_variant(
-        slots, Variant(), heads=4, kv_heads=2, q_len=300, k_len=300, head_dim=8, values=None, layer=0, layers=1
-    )  # fmt: skip
-
-
-def case_of(name: str, q_len: int, k_len: int, kv_heads: int) -> Case:
-    generator = torch.Generator().manual_seed(q_len)
-    shapes = (2, 4, q_len, 8), (2, kv_heads, k_len, 8), (2, kv_heads, k_len, 8)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    variant = variant_of(VARIANTS[name])
-    return Case(variant, q, k, v, {table: TABLES[table] for table in variant.tables()})
-
-
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """States are always taken where they may be, and the kernel's runs are counted."""
@@ -81,7 +66,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_states_and_their_gradients_are_what_all_scores_would_give(
     name: str, q_len: int, k_len: int, kv_heads: int, runs: list[int]
 ) -> None:
-    assert_case(case_of(name, q_len, k_len, kv_heads), torch.float32, "cpp")
+    assert_case(drawn_case(VARIANTS[name], TABLES, q_len, k_len, kv_heads=kv_heads), torch.float32, "cpp")
     assert len(runs) == 4  # forward, and one for each gradient
 
 

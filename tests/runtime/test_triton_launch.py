@@ -88,13 +88,19 @@ def test_what_would_wait_is_seen(wait: Callable[[Tensor], object]) -> None:
     assert seen.names & set(WAITS)
 
 
-def test_a_second_call_of_a_shape_puts_nothing_new_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for run in CALLS.values():
-        run(VARIANTS["by head"])
+def test_only_the_first_call_of_a_shape_puts_tables_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[object] = []
     for module in (triton_kernels, triton_gradients, triton_decode):
-        monkeypatch.setattr(module, "on_device", lambda *_: pytest.fail("copied again"))
-    for run in CALLS.values():
-        run(VARIANTS["by head"])
+        put = module.on_device
+        monkeypatch.setattr(module, "on_device", lambda *given, put=put: copied.append(given) or put(*given))
+    triton_decode._on.cache_clear()  # groups of heads are those of many shapes
+    fresh = {"mask": "causal", "empty_rows": "mean", "heads": {"1::2": {"mask": "causal & window(7)"}}}
+    for name, run in CALLS.items():
+        run(fresh)
+        assert copied, name
+        copied.clear()
+        run(fresh)
+        assert not copied, name
 
 
 def test_a_log_sum_exp_that_wants_a_gradient_is_refused() -> None:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from attn_compiler import attend
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.variant import Variant
-from attn_compiler.runtime.reading import read_variant
 from attn_compiler.targets import gathered
 from attn_compiler.targets.linear import Linear, linear
-from attn_compiler.testing import Case, assert_case
+from attn_compiler.testing import assert_case, drawn_case, variant_of
 
 TABLES = {
     "slopes": torch.tensor([0.1, 0.4, 0.2, 0.9], dtype=torch.float64),
@@ -45,20 +43,6 @@ NOT_LINEAR: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def variant_of(slots: Mapping[str, object]) -> Variant:
-    return read_variant(
-        slots, Variant(), heads=4, kv_heads=2, q_len=300, k_len=300, head_dim=8, values=None, layer=0, layers=1
-    )  # fmt: skip
-
-
-def case_of(name: str, q_len: int, k_len: int, kv_heads: int) -> Case:
-    generator = torch.Generator().manual_seed(q_len)
-    shapes = (2, 4, q_len, 8), (2, kv_heads, k_len, 8), (2, kv_heads, k_len, 6)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    variant = variant_of(VARIANTS[name])
-    return Case(variant, q, k, v, {table: TABLES[table] for table in variant.tables()})
-
-
 @pytest.fixture
 def by_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are always taken where they may be."""
@@ -69,7 +53,7 @@ def by_states(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("q_len", "k_len", "kv_heads"), [(130, 130, 2), (1, 97, 4), (67, 97, 2), (97, 67, 4)])
 @pytest.mark.usefixtures("by_states")
 def test_states_compute_what_scores_would(name: str, q_len: int, k_len: int, kv_heads: int) -> None:
-    assert_case(case_of(name, q_len, k_len, kv_heads), torch.float32)
+    assert_case(drawn_case(VARIANTS[name], TABLES, q_len, k_len, kv_heads=kv_heads, value_dim=6), torch.float32)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -102,7 +86,7 @@ def test_states_are_taken_where_they_save_work(length: int, taken: int, monkeypa
 @pytest.mark.usefixtures("by_states")
 def test_a_gate_that_closes_forgets_all_before_it() -> None:
     """The running sum falls by a thousand: nothing overflows, and the gradients are numbers."""
-    case = case_of("gate", 130, 130, 2)
+    case = drawn_case(VARIANTS["gate"], TABLES, 130, 130, value_dim=6)
     gate = case.tables["gate"].clone()
     gate[..., 40:] -= 1000
     leaves = [x.float().requires_grad_() for x in (case.q, case.k, case.v, gate[..., :130])]

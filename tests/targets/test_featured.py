@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.variant import Variant
-from attn_compiler.runtime.reading import read_variant
-from attn_compiler.testing import check_variant
+from attn_compiler.testing import check_variant, variant_of
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -34,12 +32,6 @@ TABLES = {
     "hedgehog_q": drawn(4, 8, 3),
     "hedgehog_k": drawn(4, 8, 3, seed=1),
 }
-
-
-def variant_of(slots: Mapping[str, object]) -> Variant:
-    return read_variant(
-        slots, Variant(), heads=4, kv_heads=2, q_len=13, k_len=13, head_dim=8, values=None, layer=0, layers=1
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from attn_compiler import attend, reference
 from attn_compiler.algebra import wire
-from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import LanguageError, PolicyError, ShapeError
-from attn_compiler.runtime.reading import read_variant
-from attn_compiler.testing import assert_within_budget, check_variant
+from attn_compiler.testing import assert_within_budget, check_variant, variant_of
 
 HEADS, KV_HEADS, TOKENS, DIM = 4, 2, 13, 6
 DISTANCE = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
@@ -37,38 +35,32 @@ NEAR_OUT = SOFT.softmax(-1) @ ALL_V
 FAR_OUT = WEIGHTS @ ALL_V / (WEIGHTS.sum(-1, keepdim=True) + 1e-6)
 
 
-def same(mix: Mapping[str, object], expected: Tensor, tables: Mapping[str, Tensor] | None = None) -> None:
+def assert_same(mix: Mapping[str, object], expected: Tensor, tables: Mapping[str, Tensor] | None = None) -> None:
     for run in (attend, reference):
         found = run(Q, K, V, {"mix": mix}, tables=tables)
         assert isinstance(found, Tensor)
         assert_within_budget(found, expected, expected)
 
 
-def variant_of(slots: Mapping[str, object]) -> Variant:
-    return read_variant(
-        slots, Variant(), heads=4, kv_heads=2, q_len=13, k_len=13, head_dim=8, values=None, layer=0, layers=1
-    )  # fmt: skip
-
-
 def test_branches_are_added() -> None:
-    same({"how": "sum", "branches": BRANCHES}, NEAR_OUT + FAR_OUT)
+    assert_same({"how": "sum", "branches": BRANCHES}, NEAR_OUT + FAR_OUT)
 
 
 def test_branches_are_added_by_weight() -> None:
     amount = torch.rand(HEADS, dtype=torch.float64)
     mix = {"how": "sum", "branches": BRANCHES, "weights": {"far": "amount", "near": 0.5}}
-    same(mix, 0.5 * NEAR_OUT + amount[:, None, None] * FAR_OUT, {"amount": amount})
+    assert_same(mix, 0.5 * NEAR_OUT + amount[:, None, None] * FAR_OUT, {"amount": amount})
 
 
 def test_lerp_gives_the_other_branch_what_is_left_of_one() -> None:
-    same({"how": "lerp", "branches": BRANCHES, "weights": {"far": 0.3}}, 0.3 * FAR_OUT + 0.7 * NEAR_OUT)
+    assert_same({"how": "lerp", "branches": BRANCHES, "weights": {"far": 0.3}}, 0.3 * FAR_OUT + 0.7 * NEAR_OUT)
 
 
 def test_a_gate_is_the_sigmoid_of_a_parameter_of_each_head() -> None:
     logits = drawn(HEADS, seed=3)
     share = torch.sigmoid(logits)[:, None, None]
     mix = {"how": "gate", "branches": BRANCHES, "weights": {"near": "logits"}}
-    same(mix, share * NEAR_OUT + (1 - share) * FAR_OUT, {"logits": logits})
+    assert_same(mix, share * NEAR_OUT + (1 - share) * FAR_OUT, {"logits": logits})
 
 
 def test_branches_of_one_softmax_are_that_softmax() -> None:
@@ -83,7 +75,7 @@ def test_keys_that_two_branches_see_count_twice() -> None:
     mix = {"how": "lse", "branches": {"all": {"mask": "causal"}, "first": {"mask": "causal & sinks(1)"}}}
     scores = SCORES.masked_fill(DISTANCE < 0, -math.inf)
     scores[..., 0] += math.log(2)
-    same(mix, scores.softmax(-1) @ ALL_V)
+    assert_same(mix, scores.softmax(-1) @ ALL_V)
 
 
 def test_a_softmax_and_features_share_one_denominator_as_in_lolcats() -> None:
@@ -91,14 +83,14 @@ def test_a_softmax_and_features_share_one_denominator_as_in_lolcats() -> None:
     exponentials = factor * (SOFT - SOFT.amax(-1, keepdim=True)).exp()
     expected = (exponentials @ ALL_V + WEIGHTS @ ALL_V) / (exponentials + WEIGHTS).sum(-1, keepdim=True)
     mix = {"how": "shared_denominator", "branches": BRANCHES, "weights": {"near": "factor"}}
-    same(mix, expected, {"factor": factor[:, 0, 0]})
+    assert_same(mix, expected, {"factor": factor[:, 0, 0]})
 
 
 def test_linear_and_softmax_branches_are_weighed_by_what_their_weights_sum_to() -> None:
     exponentials = SOFT.exp()
     mass = WEIGHTS.sum(-1, keepdim=True) + 1e-6
     share = mass / (mass + exponentials.sum(-1, keepdim=True))
-    same({"how": "lse", "branches": BRANCHES}, share * FAR_OUT + (1 - share) * NEAR_OUT)
+    assert_same({"how": "lse", "branches": BRANCHES}, share * FAR_OUT + (1 - share) * NEAR_OUT)
 
 
 def test_slots_beside_a_mix_hold_for_every_branch() -> None:
