@@ -47,6 +47,10 @@ class Adapted(nn.Module):
         assert self._running is not None
         return self._running(*args, **kwargs)
 
+    def run(self, model: nn.Module) -> None:
+        """Adapt another model of the same attentions from now on."""
+        self.model, self.__dict__["_running"] = model, None
+
     def save(self, path: str | Path | None = None) -> Path:
         """Write the parameters, by default to the file that the policy calls `parameters:`."""
         if path is None and not self.policy.parameters:

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from attn_compiler.adaptation.adapted import Adapted, PolicyLike, adapt
 from attn_compiler.adaptation.lessons import Student, teaching
+from attn_compiler.adaptation.low_rank import LowRank, with_low_rank
 from attn_compiler.adaptation.progress import Progress, Settings, read_progress
 from attn_compiler.algebra import wire
 from attn_compiler.backend import read_settings
 from attn_compiler.errors import ShapeError
+from attn_compiler.planning.plan import Decision
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]  # what a model is called with once
 Tell = Callable[[int, float], None]  # the number of a step, and its loss
 LOGITS = "logits"  # the name of the loss of the whole model
+LOW_RANK_RATE = 0.1  # of the rate: weights that mean something already are changed with more care than parameters that do not
 _LEAST = 1e-12  # what an attention gives at least, for errors relative to it
 
 
@@ -41,6 +44,7 @@ def distill(
     *,
     steps: int,
     logits: int = 0,
+    low_rank: int = 0,
     rate: float = 0.01,
     state: str | Path | None = None,
     save_every: int = 50,
@@ -50,6 +54,9 @@ def distill(
 ) -> Distilled:
     """Train for `steps` batches, each attention on what it reads in the unchanged model; then for `logits` more on its logits.
 
+    With `low_rank`, that second part may also change the linear maps beside each attention, by matrices of that rank. The result
+    then owns a copy of the model, with the changes in its weights; the given model is never changed.
+
     With a `state` file, training that was broken off goes on where it was: the batches that it has seen are passed over. The
     file of a training with other settings, or of attentions that compute something else, is refused.
     The rate falls to zero along a cosine, in each of the two parts.
@@ -58,16 +65,20 @@ def distill(
     first = next(given, None)
     if first is None:
         raise ShapeError("there is nothing to learn from: `batches` is empty")
+    if low_rank and not logits:
+        raise ShapeError(f"low_rank={low_rank} learns from the model's logits: say for how many steps, as logits=100")
     was_training = model.training
     model.eval()
     try:
         adapted = adapt(model, policy, *called_with(first), tables=tables, values=values)
-        settings: Settings = {"attentions": _meaning(adapted), "steps": steps, "logits": logits, "rate": rate}
+        settings: Settings = {
+            "attentions": _meaning(adapted), "steps": steps, "logits": logits, "low rank": low_rank, "rate": rate,
+        }  # fmt: skip
         training = _Training(adapted, settings, Path(state) if state else None)
         training.run(chain([first], given), steps, logits, rate, save_every, tell)
     finally:
         model.train(was_training)
-    return Distilled(adapted, {name: tuple(losses) for name, losses in training.progress.curve.items()})
+    return Distilled(training.finished(), {name: tuple(losses) for name, losses in training.progress.curve.items()})
 
 
 def called_with(batch: Batch) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -77,10 +88,13 @@ def called_with(batch: Batch) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
+def _decided(adapted: Adapted) -> list[Decision]:
+    return [decision for decision in adapted.report.plan.decisions if decision.target is not None]
+
+
 def _meaning(adapted: Adapted) -> str:
     """A digest of what the attentions compute that are trained, whatever the policy calls it and its file holds."""
-    decided = (d for d in adapted.report.plan.decisions if d.target is not None)
-    said = "\n".join(f"{d.site.name} {d.site.layer} {wire.write(d.variant)}" for d in decided)
+    said = "\n".join(f"{d.site.name} {d.site.layer} {wire.write(d.variant)}" for d in _decided(adapted))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -88,33 +102,49 @@ class _Training:
     """What one call of `distill` works on."""
 
     def __init__(self, adapted: Adapted, settings: Settings, state: Path | None) -> None:
-        self.adapted, self.state = adapted, state
-        self.optimizer = torch.optim.Adam(adapted.learned.values())
-        learned = adapted.learned
-        self.progress = read_progress(state, settings, learned, self.optimizer) if state else Progress(settings)
-        teacher = teaching(read_settings(adapted.options, None), learned.keys(), self._teach)
-        self._watched = torch.compile(adapted.model, backend=teacher)
+        self.adapted, self.state, self._teacher = adapted, state, adapted.model
+        self._changes = self._may_change(int(settings["low rank"])) if settings["low rank"] else None
+        changes = self._changes.learned if self._changes else {}
+        self.learned = {**adapted.learned, **changes}
+        own = {"params": list(adapted.learned.values()), "share": 1.0}
+        self.optimizer = torch.optim.Adam([own, {"params": list(changes.values()), "share": LOW_RANK_RATE}] if changes else [own])
+        self.progress = read_progress(state, settings, self.learned, self.optimizer) if state else Progress(settings)
+        teacher = teaching(read_settings(adapted.options, None), adapted.learned.keys(), self._teach)
+        self._watched = torch.compile(self._teacher, backend=teacher)
+
+    def _may_change(self, rank: int) -> LowRank:
+        """Have the student run a copy of the model, whose projections can change."""
+        changes = with_low_rank(self._teacher, rank, sorted({d.site.name for d in _decided(self.adapted)}))
+        self.adapted.run(changes.model)
+        return changes
 
     def run(self, batches: Iterator[Batch], steps: int, logits: int, rate: float, save_every: int, tell: Tell | None) -> None:
         done, total = self.progress.step, steps + logits
         for number, batch in enumerate(islice(batches, done, total), done):
             part = number / steps if number < steps else (number - steps) / logits
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * (1 + math.cos(math.pi * part)) / 2
+                group["lr"] = group["share"] * rate * (1 + math.cos(math.pi * part)) / 2
             self.optimizer.zero_grad()
             args, kwargs = called_with(batch)
             loss = self._sites(args, kwargs) if number < steps else self._whole(args, kwargs)
             self.optimizer.step()
             self.progress.step = number + 1
             if self.state and (number + 1) % save_every == 0:
-                self.progress.write(self.state, self.adapted.learned, self.optimizer)
+                self.progress.write(self.state, self.learned, self.optimizer)
             if tell:
                 tell(number + 1, loss)
         self.adapted.steps += self.progress.step
         if self.state:
-            self.progress.write(self.state, self.adapted.learned, self.optimizer)
+            self.progress.write(self.state, self.learned, self.optimizer)
         if self.progress.step < total:
             raise ShapeError(f"`batches` ended after {self.progress.step} of {total} steps: give as many, or an endless iterator")
+
+    def finished(self) -> Adapted:
+        """The adapted model, with changes as part of its weights."""
+        if self._changes:
+            self._changes.merge()
+            self.adapted.run(self._changes.model)
+        return self.adapted
 
     def _sites(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """One step in which every attention learns from its own output: their parts of the parameters have nothing in common."""
@@ -133,11 +163,11 @@ class _Training:
     def _whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """One step on what the whole model says."""
         with torch.no_grad():
-            right = logits_of(self.adapted.model(*args, **kwargs)).log_softmax(-1)
+            right = logits_of(self._teacher(*args, **kwargs)).log_softmax(-1)
         said = logits_of(self.adapted(*args, **kwargs)).log_softmax(-1)
         loss = (right.exp() * (right - said)).sum(-1).mean()
-        gradients = torch.autograd.grad(loss, list(self.adapted.learned.values()))
-        for value, gradient in zip(self.adapted.learned.values(), gradients, strict=True):
+        gradients = torch.autograd.grad(loss, list(self.learned.values()))
+        for value, gradient in zip(self.learned.values(), gradients, strict=True):
             value.grad = gradient
         self.progress.curve.setdefault(LOGITS, []).append(loss.item())
         return loss.item()

@@ -13,6 +13,7 @@ from attn_compiler.errors import PolicyError
 from attn_compiler.whole_file import whole_file
 
 Settings = Mapping[str, str | int | float]  # of a training, which goes on under the same ones only
+Learned = Mapping[str, nn.Parameter]
 
 
 @dataclass
@@ -23,25 +24,25 @@ class Progress:
     step: int = 0
     curve: dict[str, list[float]] = field(default_factory=dict)
 
-    def write(self, path: Path, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> None:
+    def write(self, path: Path, learned: Learned, optimizer: torch.optim.Optimizer) -> None:
         """Write all that going on takes."""
         held = {
             "settings": dict(self.settings),
             "step": self.step,
             "curve": self.curve,
-            "learned": dict(learned.state_dict()),
+            "learned": {name: value.detach() for name, value in learned.items()},
             "optimizer": optimizer.state_dict(),
         }
         with whole_file(path) as file:
             torch.save(held, file)
 
 
-def read_progress(path: Path, settings: Settings, learned: nn.ParameterDict, optimizer: torch.optim.Optimizer) -> Progress:
+def read_progress(path: Path, settings: Settings, learned: Learned, optimizer: torch.optim.Optimizer) -> Progress:
     """Go on where a file says that training was: fills parameters and optimizer. Without a file, from the beginning."""
     if not path.is_file():
         return Progress(settings)
     held = torch.load(path, weights_only=True)
-    shapes, wanted = _shapes(held["learned"]), _shapes(learned.state_dict())
+    shapes, wanted = _shapes(held["learned"]), _shapes(learned)
     if shapes != wanted:
         raise PolicyError(f"{path} is the training of other parameters, {shapes}, where this model has {wanted}: remove it")
     before = held.get("settings", {})
@@ -51,7 +52,9 @@ def read_progress(path: Path, settings: Settings, learned: nn.ParameterDict, opt
             f"{path} is a training whose {other} is {before.get(other, 'not known')}, where this one has {settings[other]}: "
             "ask for the same, or remove it"
         )
-    learned.load_state_dict(held["learned"])
+    with torch.no_grad():
+        for name, value in learned.items():
+            value.copy_(held["learned"][name])
     optimizer.load_state_dict(held["optimizer"])
     return Progress(settings, held["step"], held["curve"])
 

@@ -104,6 +104,52 @@ def test_the_logits_of_the_whole_model_are_learned_behind_that() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def changed_by(distilled: attn.Distilled, model: Model) -> dict[str, Tensor]:
+    before = model.state_dict()
+    now = distilled.model.model.state_dict()
+    assert now.keys() == before.keys()
+    return {name: value - before[name] for name, value in now.items() if not torch.equal(value, before[name])}
+
+
+def test_projections_change_by_as_many_ranks_as_asked() -> None:
+    model, given = Model(), [next(batches())] * 41
+    before = copy.deepcopy(model.state_dict())
+    alone = attn.distill(model, HEDGEHOG, given, steps=1, logits=40).curve["logits"]
+    distilled = attn.distill(model, HEDGEHOG, given, steps=1, logits=40, low_rank=2)
+    changes = changed_by(distilled, model)
+    assert list(changes) == ["layers.0.qkv.weight", "layers.1.qkv.weight"]
+    assert all(torch.linalg.matrix_rank(change, atol=1e-5) == 2 for change in changes.values())
+    assert distilled.curve["logits"][0] == pytest.approx(alone[0])
+    assert distilled.curve["logits"][-1] < alone[-1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_returned_computes_what_was_trained() -> None:
+    given = [next(batches())] * 12
+    distilled = attn.distill(Model(), HEDGEHOG, given, steps=1, logits=10, low_rank=2)
+    one_more = attn.distill(Model(), HEDGEHOG, given, steps=1, logits=11, low_rank=2)
+    right = Model()(given[0]).log_softmax(-1)
+    with torch.no_grad():
+        wrong = (right.exp() * (right - distilled.model(given[0]).log_softmax(-1))).sum(-1).mean()
+    assert wrong < distilled.curve["logits"][0]
+    assert wrong.item() == pytest.approx(one_more.curve["logits"][-1], rel=0.05)
+
+
+def test_changed_projections_go_on_where_training_was_broken_off(tmp_path: Path) -> None:
+    model, asked = Model(), {"steps": 2, "logits": 3, "low_rank": 2}
+    whole = attn.distill(model, HEDGEHOG, batches(), **asked)
+    with pytest.raises(ShapeError, match="ended after 4 of 5"):
+        attn.distill(model, HEDGEHOG, islice(batches(), 4), **asked, state=tmp_path / "training.pt")
+    again = attn.distill(model, HEDGEHOG, batches(), **asked, state=tmp_path / "training.pt")
+    expected = changed_by(whole, model)
+    assert all(torch.equal(change, expected[name]) for name, change in changed_by(again, model).items())
+
+
+def test_changes_of_projections_need_logits_to_learn_from() -> None:
+    with pytest.raises(ShapeError, match="low_rank=4 learns from the model's logits: say for how many steps"):
+        attn.distill(Model(), HEDGEHOG, batches(), steps=1, low_rank=4)
+
+
 def test_nothing_to_learn_from_is_said() -> None:
     with pytest.raises(ShapeError, match="`batches` is empty"):
         attn.distill(Model(), HEDGEHOG, [], steps=1)
