@@ -18,6 +18,7 @@ from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
+CARRIED = ("feature", "seen")
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
@@ -68,7 +69,7 @@ def objection(site: Site, variant: Variant) -> str | None:
     derived = [table.name for part in variant.parts() for table in part.derived]
     if derived and isinstance(site.k_len, str):
         return f'the table "{derived[0]}" follows from the number of keys, which changes from call to call'
-    return passed_over(variant)
+    return passed_over(variant, CARRIED)
 
 
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:

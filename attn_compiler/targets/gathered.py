@@ -47,9 +47,13 @@ def gatherable(operands: Operands, variant: Variant, gather: Gather) -> Linear |
 
 def pays(found: Linear, q_len: int, k_len: int, features: int, value_dim: int) -> bool:
     """Whether states save at least half of the multiplications."""
+    return 2 * by_states(found, q_len, k_len, features, value_dim) <= q_len * k_len * (features + value_dim)
+
+
+def by_states(found: Linear, q_len: int, k_len: int, features: int, value_dim: int) -> int:
+    """How many multiplications states take."""
     near = 0 if found.behind is None else min(q_len, NEAR)
-    by_states = (q_len + k_len) * features * value_dim + q_len * near * (features + value_dim)
-    return 2 * by_states <= q_len * k_len * (features + value_dim)
+    return (q_len + k_len) * features * value_dim + q_len * near * (features + value_dim)
 
 
 def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays: Arrays, gather: Gather) -> Sums:

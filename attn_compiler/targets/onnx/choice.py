@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ExportError, did_you_mean
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.gathered import by_states
+from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx.spec import Spec
 from attn_compiler.targets.onnx.walk import STEP, Contents, walks
 from attn_compiler.targets.operands import head_groups
@@ -19,6 +21,7 @@ STRATEGIES: Mapping[str, str] = {
     "scan": "a loop over blocks of queries, each with the keys in reach",
     "either": "the keys in reach, or all of them where queries are few",
     "listed": "a loop over blocks of queries, each with the tiles of keys that a list names",
+    "states": "a loop over chunks of tokens, each of which meets the state that earlier ones left",
 }
 ROWS = 128  # queries of a block: fewer cost calls, more cost keys that only some of them see
 LISTING = 1.1  # what a key from a list costs beside one among neighbors
@@ -50,9 +53,20 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     if static and wanted in ("auto", "listed") and not all(_needs_all(spec, variant) for _, variant in groups):
         found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
         costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
+    if any(linear(variant) for _, variant in groups):
+        cost = sum(_states_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
+        costs["states"] = cost if static else -1.0  # all others' time grows with the square of a length
     if wanted != "auto":
         return wanted if wanted in (*costs, "either") else "dense"
     return min(costs, key=costs.__getitem__)
+
+
+def _states_cost(spec: Spec, variant: Variant, likely: Likely) -> float:
+    """What gathering by states costs, in pairs of query and key."""
+    found, features = linear(variant), variant.feature.width(spec.dim)
+    if found is None:
+        return float(likely.queries * likely.keys)
+    return by_states(found, likely.queries, likely.keys, features, spec.value_dim) / (features + spec.value_dim)
 
 
 def _few_among_many(spec: Spec, variants: Sequence[Variant]) -> bool:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
-from attn_compiler.targets.onnx.nodes import Nodes, Value
+from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value
 from attn_compiler.targets.onnx.scope import Scope
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import Sides
@@ -68,7 +68,7 @@ def attend(group: Group) -> ir.Value:
 
 def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     nodes = scope.nodes
-    products = _grouped(scope, block.q, nodes.op("Transpose", block.k, perm=[0, 1, 3, 2]), block.kv_heads)
+    products = grouped(scope, block.q, nodes.op("Transpose", block.k, perm=[0, 1, 3, 2]), block.kv_heads)
     if not variant.score.mentions(e.score, e.dot):  # what does not ask q and k has an axis only where it changes
         return nodes.op("Expand", scope.scores.real_tensor(variant.score), nodes.op("Shape", products))
     if scaled_ahead(variant):
@@ -85,7 +85,7 @@ def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     return scope.scores.real_tensor(computed, known)
 
 
-def _grouped(scope: Scope, left: ir.Value, right: ir.Value, kv_heads: int) -> ir.Value:
+def grouped(scope: Scope, left: ir.Value, right: ir.Value, kv_heads: int) -> ir.Value:
     """`left @ right`, where several heads of `left` share one of `right`: their rows stand below each other."""
     nodes, heads = scope.nodes, len(scope.heads)
     if heads == kv_heads:
@@ -122,7 +122,7 @@ def _softmax(scope: Scope, block: Block, scores: ir.Value, visible: Value, empty
         scores = nodes.op("Add", scores, hidden)
     if holes:
         scores = nodes.op("Max", scores, lowest)
-    out = _grouped(scope, nodes.op("Softmax", scores, axis=-1), block.v, block.kv_heads)
+    out = grouped(scope, nodes.op("Softmax", scores, axis=-1), block.v, block.kv_heads)
     if empty is None or not (holes or isinstance(visible, ir.Value)):
         return out
     if holes:
@@ -148,6 +148,13 @@ def _general(scope: Scope, block: Block, variant: Variant, scores: ir.Value, vis
     weights = nodes.op("Where", seen, weights, zero)
     sees = _any(nodes, seen)
     mass = nodes.op("Where", sees, nodes.op("ReduceSum", weights, nodes.vector(-1), keepdims=1), nodes.constant(1, real))
-    total = _grouped(scope, weights, block.v, block.kv_heads)
+    total = grouped(scope, weights, block.v, block.kv_heads)
+    if normalizer.counts:
+        ones = nodes.op("Cast", nodes.op("Expand", seen, nodes.op("Shape", weights)), to=int(DTYPES[real]))
+        count = nodes.op("ReduceSum", ones, nodes.vector(-1), keepdims=1)
+        known |= {
+            e.seen: nodes.op("Max", count, nodes.constant(1, real)),
+            e.values: grouped(scope, ones, block.v, block.kv_heads),
+        }
     out = scope.scores.real_tensor(normalizer.output, {**known, e.mass: mass, e.acc: total})
     return out if empty is None else nodes.op("Where", sees, out, empty)

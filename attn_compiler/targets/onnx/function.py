@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,16 +12,19 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx.cache import appended, let_go
 from attn_compiler.targets.onnx.choice import shortest
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.either import either
 from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
 from attn_compiler.targets.onnx.listed import listed
+from attn_compiler.targets.onnx.mapped import mapped
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
 from attn_compiler.targets.onnx.spec import OPSET, Spec
+from attn_compiler.targets.onnx.states import states
 from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
@@ -70,6 +74,9 @@ def _parts(
     if strategy == "listed":
         for members, walk in walks(spec, heads, variant, contents):
             yield members, variant, partial(listed, walk=walk)
+    elif strategy == "states":
+        found = linear(variant)
+        yield heads, variant, dense if found is None else partial(states, found=found)
     elif strategy == "either":
         yield heads, variant, partial(either, below=shortest(spec, variant))
     else:
@@ -92,13 +99,13 @@ def _group(
     k_len = spec.k_len if isinstance(spec.k_len, int) else nodes.size(inputs.k, 2)
     scope = Scope(spec, nodes, inputs, tuple(heads), All(q_len), All(k_len))
     q, k, v = (_cast(nodes, x, spec.dtype, scope.real) for x in (q, k, v))
-    placed = spec.in_places(variant)
+    block, placed = mapped(scope, Block(q, k, v, len(kv)), spec.in_places(variant))
     if scaled_ahead(placed):
-        q = nodes.op("Mul", q, scope.scores.real_tensor(placed.scale))
+        block = replace(block, q=nodes.op("Mul", block.q, scope.scores.real_tensor(placed.scale)))
     empty = None if spec.always_sees(variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
     mask = spec.in_positions(variant.mask)
     step = dilation(mask) if spec.position == e.i and spec.q_len == spec.k_len else 1
-    group = Group(scope, Block(q, k, v, len(kv)), placed, empty, sides(mask), spec.first, step)
+    group = Group(scope, block, placed, empty, sides(mask), spec.first, step)
     out = (strategy if _suits(group, strategy) else dense)(group)
     return _cast(nodes, out, scope.real, spec.dtype)
 
@@ -108,6 +115,8 @@ def _suits(group: Group, run: Strategy) -> bool:
     whole = group.variant.empty_rows is EmptyRows.UNMASKED and group.empty is not None
     if isinstance(run, partial) and run.func is listed:
         return not whole
+    if isinstance(run, partial) and run.func is states:
+        return scaled_ahead(group.variant) and (run.keywords["found"].behind is None or group.first is not None)
     return not whole and group.first is not None and (group.sides.bounded or group.step > 1)
 
 

@@ -54,9 +54,21 @@ class Nodes:
     def op(self, operator: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """The one result of a standard operator."""
         result = self.named(operator.lower())
-        attrs = ir.convenience.convert_attributes(attributes)
-        self.written.append(ir.Node("", operator, inputs, attributes=attrs, outputs=[result], name=f"{result.name}_node"))
+        self.write(operator, inputs, [result], attributes)
         return result
+
+    def write(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        results: Sequence[ir.Value],
+        attributes: Mapping[str, Attribute],
+        domain: str = "",
+    ) -> None:
+        """Write an operator with as many results as there are names for them."""
+        attrs = ir.convenience.convert_attributes(attributes)
+        name = f"{results[0].name}_node"
+        self.written.append(ir.Node(domain, operator, inputs, attributes=attrs, outputs=results, name=name))
 
     def named(self, stem: str) -> ir.Value:
         """A value with a name of its own."""
@@ -109,3 +121,22 @@ class Nodes:
         nodes = Nodes(self.shared)
         inputs, outputs = body(nodes)
         return ir.Graph(inputs, outputs, nodes=nodes.written, name=name)
+
+    def carrying(
+        self, step: Step, carried: Sequence[ir.Value], types: Sequence[str], numbers: ir.Value
+    ) -> tuple[list[ir.Value], ir.Value]:
+        """Go over numbers with values that each step hands on; those after the last, and what steps give along a new axis 2."""
+
+        def body(inner: Nodes) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+            given = [ir.Value(name=inner.named("carried").name, type=ir.TensorType(DTYPES[held])) for held in types]
+            number = ir.Value(name=inner.named("number").name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+            left, out = step(inner, number, given)
+            return [*given, number], [*left, out]
+
+        after, stacked = [self.named("after") for _ in carried], self.named("scan")
+        attributes: dict[str, Attribute] = {"num_scan_inputs": 1, "scan_output_axes": [2], "body": self.inside(body, "chunk")}
+        self.write("Scan", [*carried, numbers], [*after, stacked], attributes)
+        return after, stacked
+
+
+Step = Callable[[Nodes, ir.Value, Sequence[ir.Value]], tuple[Sequence[ir.Value], ir.Value]]

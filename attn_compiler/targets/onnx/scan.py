@@ -29,14 +29,14 @@ def scan(group: Group) -> ir.Value:
     assert first is not None
     nodes = scope.nodes
     sizes: dict[Expr, Value] = {e.q_len: scope.queries.count, e.k_len: scope.keys.count, FIRST: scope.masks.read(first)}
-    sizes[STEP] = _counter(nodes, sizes).read(minimum(group.step, e.q_len)) if group.step > 1 else 1
-    sizes[SIZE] = _counter(nodes, sizes).read(minimum(e.q_len // STEP, ROWS))
-    sizes[EACH] = _counter(nodes, sizes).read(((e.q_len + STEP - 1) // STEP + SIZE - 1) // SIZE)
-    counter = _counter(nodes, sizes)
+    sizes[STEP] = counting(nodes, sizes).read(minimum(group.step, e.q_len)) if group.step > 1 else 1
+    sizes[SIZE] = counting(nodes, sizes).read(minimum(e.q_len // STEP, ROWS))
+    sizes[EACH] = counting(nodes, sizes).read(((e.q_len + STEP - 1) // STEP + SIZE - 1) // SIZE)
+    counter = counting(nodes, sizes)
 
     def step(inner: Nodes) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
         number = ir.Value(name=inner.named("block").name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-        local = _counter(inner, {**sizes, BLOCK: number})
+        local = counting(inner, {**sizes, BLOCK: number})
         stop = local.read(START + (SIZE - 1) * STEP + 1)
         queries = Neighbors(local.read(START), stop, sizes[SIZE], sizes[STEP])
         keys = _in_reach(group, local, sizes[STEP])
@@ -50,7 +50,7 @@ def scan(group: Group) -> ir.Value:
     return _in_order(nodes, rows, counter) if group.step > 1 else _joined(nodes, rows, counter)
 
 
-def _counter(nodes: Nodes, known: Mapping[Expr, Value]) -> Printer:
+def counting(nodes: Nodes, known: Mapping[Expr, Value]) -> Printer:
     """Prints what is counted: lengths, and where blocks begin and end."""
     return Printer(nodes, lambda leaf, _: known[leaf], "float64")
 
