@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from tiles import add, draw, dropped, give, key_word, norm, query_words, read, rows, take
+from tiles import add, draw, dropped, give, key_word, norm, numbered, outward, query_words, read, rows, take
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -31,7 +31,6 @@ def backward(
     keys, values = take(rows(k, b, kv, j), DIM, WIDTH), take(rows(v, b, kv, j), VALUE_DIM, VALUE_WIDTH)
     acc_k, acc_v = tl.zeros([BLOCK_K, WIDTH], tl.float32), tl.zeros([BLOCK_K, VALUE_WIDTH], tl.float32)
     of_norm = tl.zeros([BLOCK_K, 1], tl.float32)
-    count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
     for member in tl.range(tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)):
         h = tl.load(members + member)
         schedule = tl.load(schedule_of + b * tl.load(starts + tl.num_programs(1)) + member)
@@ -50,27 +49,20 @@ def backward(
                 if ORDERED:
                     i = tl.load(q_order + i)
                 queries, of_out = take(rows(q, b, h, i.T), DIM, WIDTH), take(rows(above, b, h, i.T), VALUE_DIM, VALUE_WIDTH)
-                query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+                query, count = numbered(b, h, i, heads, q_len)
                 base, factor = tl.load(numbers + query), tl.load(numbers + count + query)
                 pull = tl.load(numbers + 2 * count + query)
                 # <per query>
                 dot = tl.dot(keys, queries.T, input_precision="ieee")
                 score = dot * 0.125  # <score>
-                if phase == 0:
+                if phase != 1:
                     visible = column < q_len  # <visible>
                     score = tl.where(visible, score, -INFINITY)
-                if phase == 2:
-                    left = (tl.load(numbers + 3 * count + query) != 0.0) & (column < q_len)
-                    score = tl.where(left, score, -INFINITY)
                 along_value = tl.dot(values, of_out.T, input_precision="ieee")
                 if DROPS:
-                    first, second = query_words(drawn, i)
-                    gone = dropped(first, second, word, DROPPED)
-                    along_value = tl.where(gone, 0.0, along_value)
+                    factor = tl.where(dropped(query_words(drawn, i), word, DROPPED), 0.0, factor)
                 of_weight = along_value * factor + pull
                 weight, of_score = tl.exp2(score - base), of_weight * tl.exp2(score - base)  # <score gradient>
-                if DROPS:
-                    weight = tl.where(gone, 0.0, weight)
                 acc_v = tl.dot((weight * factor).to(of_out.dtype), of_out, acc_v, input_precision="ieee")
                 of_dot = of_score * 0.125  # <dot gradient>
                 acc_k = tl.dot(of_dot.to(queries.dtype), queries, acc_k, input_precision="ieee")
@@ -79,7 +71,6 @@ def backward(
                 inside = (row < k_len) & (column < q_len)
                 # <pair sums>
     if NORMED:
-        length = norm(keys)
-        acc_k += tl.where(length == 0.0, 0.0, of_norm / length) * keys.to(tl.float32)
+        acc_k += outward(of_norm, keys)
     give(rows(of_k, b, kv, j), acc_k, row < k_len, DIM, WIDTH)
     give(rows(of_v, b, kv, j), acc_v, row < k_len, VALUE_DIM, VALUE_WIDTH)

@@ -6,7 +6,24 @@ pair that sees each other has gradient of the weight = factor * (above · v) + p
 
 import triton
 import triton.language as tl
-from tiles import add, draw, dropped, give, key_word, norm, query_words, read, rows, take, task
+from tiles import (
+    add,
+    draw,
+    dropped,
+    give,
+    key_word,
+    norm,
+    note,
+    numbered,
+    outward,
+    products,
+    query_words,
+    read,
+    rows,
+    take,
+    task,
+    untouched,
+)
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -28,8 +45,6 @@ def backward(
     listed, q_order, k_order = visits[3:]
     # <tables>
     # <per head>
-    if DROPS:
-        drawn = draw(tables[0], b * heads + h)  # <drawn>
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
     i = tl.minimum(row, q_len - 1)
     if ORDERED:
@@ -37,23 +52,18 @@ def backward(
     queries, of_out = take(rows(q, b, h, i), DIM, WIDTH), take(rows(above, b, h, i), VALUE_DIM, VALUE_WIDTH)
     # <per query>
     if DROPS:
-        first, second = query_words(drawn, i)
-    count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
-    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+        drawn = draw(tables[0], b * heads + h)  # <drawn>
+        words = query_words(drawn, i)
+    query, count = numbered(b, h, i, heads, q_len)
     peak, mass = tl.load(kept + query), tl.load(kept + count + query)
     saw, inside = peak != -INFINITY, row < q_len
-    along = tl.sum(take(rows(out, b, h, i), VALUE_DIM, VALUE_WIDTH).to(tl.float32) * of_out.to(tl.float32), 1, keep_dims=True)
-    along = tl.where(saw, along, 0.0)
+    along = tl.where(saw, products(take(rows(out, b, h, i), VALUE_DIM, VALUE_WIDTH), of_out), 0.0)
     factor, pull = 1.0 / mass, -along / mass  # <numbers>
     factor, base = tl.where(saw, factor, 0.0), tl.where(saw, peak, 0.0)
-    tl.store(numbers + query, base, mask=inside)
-    tl.store(numbers + count + query, factor, mask=inside)
-    tl.store(numbers + 2 * count + query, pull + tl.zeros_like(along), mask=inside)
+    note(numbers, query, count, (base, factor, pull), inside)
     # <query sums>
 
-    acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
-    of_norm = tl.zeros([BLOCK_Q, 1], tl.float32)
-    highest = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
+    highest, of_norm, acc = untouched(BLOCK_Q, WIDTH)
     for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
         steps, seen = tl.cdiv(k_len, BLOCK_K), False  # <steps>
         for step in tl.range(0, steps):
@@ -66,25 +76,22 @@ def backward(
             # <per key>
             dot = tl.dot(queries, keys.T, input_precision="ieee")
             score = dot * 0.125  # <score>
-            if phase == 0:
-                visible = column < k_len  # <visible>
+            if phase != 1:
+                visible = (column < k_len) & ~seen  # <visible>
                 score = tl.where(visible, score, -INFINITY)
             if FILLS:
-                score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
                 highest = tl.maximum(highest, tl.max(score, 1, keep_dims=True))
             along_value = tl.dot(of_out, values.T, input_precision="ieee")
             if DROPS:
-                along_value = tl.where(dropped(first, second, key_word(drawn, j), DROPPED), 0.0, along_value)
+                along_value = tl.where(dropped(words, key_word(drawn, j), DROPPED), 0.0, along_value)
             of_weight = along_value * factor + pull
             of_score = of_weight * tl.exp2(score - base)  # <score gradient>
             of_dot = of_score * 0.125  # <dot gradient>
             acc = tl.dot(of_dot.to(keys.dtype), keys, acc, input_precision="ieee")
             if NORMED:
                 of_norm += of_score  # <norm gradient>
-        if FILLS:
-            if phase == 1:
-                tl.store(numbers + 3 * count + query, tl.cast(highest == -INFINITY, tl.float32), mask=inside)
+    if FILLS:
+        note(numbers + 3 * count, query, count, (tl.where(seen, 0.0, 1.0),), inside)
     if NORMED:
-        length = norm(queries)
-        acc += tl.where(length == 0.0, 0.0, of_norm / length) * queries.to(tl.float32)
+        acc += outward(of_norm, queries)
     give(rows(of_q, b, h, i), acc, inside, DIM, WIDTH)

@@ -5,7 +5,7 @@ Which keys these may see follows from the positions of the queries, when the ker
 
 import triton
 import triton.language as tl
-from tiles import absorb, collect, give, norm, read, rows, some, take, within
+from tiles import absorb, collect, give, highest, norm, note, numbered, reached, read, rows, some, take, untouched
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -25,39 +25,31 @@ def decode(
     """For each slice and query, `sums` take that of weight * v, `peaks` and `masses` the largest score and the sum of weights."""
     # <tables>
     number, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, kv = tl.load(starts + group), tl.load(owners + group)
-    last = (tl.load(starts + group + 1) - first) * q_len - 1
+    start, kv = tl.load(starts + group), tl.load(owners + group)
+    last = (tl.load(starts + group + 1) - start) * q_len - 1
     # <per head>
 
     row = tl.arange(0, BLOCK_Q)[:, None]  # the queries of one head, then those of the next
     place = tl.minimum(row, last)
-    h, i = tl.load(members + first + place // q_len), place % q_len
+    h, i = tl.load(members + start + place // q_len), place % q_len
     queries = take(rows(q, b, h, i), DIM, WIDTH)
     # <per query>
-    count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
-    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+    query, count = numbered(b, h, i, heads, q_len)
+    peak, mass, acc = untouched(BLOCK_Q, VALUE_WIDTH)
 
     if EVERY:
         # An earlier launch has found who sees no key: those meet all, in parts of their own.
-        peak = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
-        for part in tl.range(0, tl.num_programs(0)):
-            peak = tl.maximum(peak, tl.load(peaks + part * count + query))
-        left = peak == -INFINITY
+        left = highest(peaks, count, query, tl.num_programs(0)) == -INFINITY
         start = tl.where(tl.max(tl.cast(left, tl.int32)) != 0, k_len, 0)
-        split, reached = start, start
+        split, met = start, start
     else:
         position = i + first_query  # <position>
-        position = tl.cast(position, tl.int64) - first_key
-        split = within(tl.cast(FIRST_KEYS, tl.int64) - first_key, k_len)
-        start = tl.maximum(split, within(tl.min(position) - FARTHEST, k_len))
-        reached = split + tl.maximum(0, within(tl.max(position) - NEAREST + 1, k_len) - start)
-    length = tl.cdiv(tl.cdiv(reached, tl.num_programs(0)), BLOCK_K) * BLOCK_K
+        position, first = tl.cast(position, tl.int64) - first_key, tl.cast(FIRST_KEYS, tl.int64) - first_key
+        split, start, met = reached(position, first, k_len, NEAREST, FARTHEST)
+    length = tl.cdiv(tl.cdiv(met, tl.num_programs(0)), BLOCK_K) * BLOCK_K
     begin = number * length
-    end = tl.minimum(begin + length, reached)
+    end = tl.minimum(begin + length, met)
 
-    peak = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
-    mass = tl.zeros([BLOCK_Q, 1], tl.float32)
-    acc = tl.zeros([BLOCK_Q, VALUE_WIDTH], tl.float32)
     for step in tl.range(begin, end, BLOCK_K):
         column = step + tl.arange(0, BLOCK_K)[None, :]
         j = tl.minimum(tl.where(column < split, column, column - split + start), k_len - 1)

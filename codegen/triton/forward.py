@@ -2,7 +2,23 @@
 
 import triton
 import triton.language as tl
-from tiles import absorb, collect, draw, dropped, give, key_word, norm, query_words, read, rows, take, task
+from tiles import (
+    absorb,
+    collect,
+    draw,
+    dropped,
+    give,
+    key_word,
+    norm,
+    note,
+    numbered,
+    query_words,
+    read,
+    rows,
+    take,
+    task,
+    untouched,
+)
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -10,7 +26,7 @@ WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # the same, up to a pow
 PHASES, STRETCHES = tl.constexpr(2), tl.constexpr(1)
 INFINITY, LN2 = tl.constexpr(float("inf")), tl.constexpr(0.6931471805599453)
 DROPPED = tl.constexpr(429496730)
-BY_PEAK = DROPS = FILLS = MEAN = ORDERED = False
+BY_PEAK = DROPS = MEAN = ORDERED = False
 # </constants>
 
 
@@ -29,8 +45,6 @@ def forward(
     listed, q_order, k_order = visits[3:]
     # <tables>
     # <per head>
-    if DROPS:
-        drawn = draw(tables[0], b * heads + h)  # <drawn>
 
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]  # queries are the rows of a tile, keys the columns
     i = tl.minimum(row, q_len - 1)
@@ -39,11 +53,10 @@ def forward(
     queries = take(rows(q, b, h, i), DIM, WIDTH)
     # <per query>
     if DROPS:
-        first, second = query_words(drawn, i)
+        drawn = draw(tables[0], b * heads + h)  # <drawn>
+        words = query_words(drawn, i)
 
-    peak = tl.full([BLOCK_Q, 1], -INFINITY, tl.float32)
-    mass = tl.zeros([BLOCK_Q, 1], tl.float32)
-    acc = tl.zeros([BLOCK_Q, VALUE_WIDTH], tl.float32)
+    peak, mass, acc = untouched(BLOCK_Q, VALUE_WIDTH)
     for phase in tl.static_range(PHASES):  # tiles with hidden pairs; tiles without; all, for queries that saw no key
         steps, seen = tl.cdiv(k_len, BLOCK_K), False  # <steps>
         for step in tl.range(0, steps):
@@ -56,31 +69,22 @@ def forward(
             # <per key>
             dot = tl.dot(queries, keys.T, input_precision="ieee")
             score = dot * 0.125  # <score>
-            if MEAN:
-                score = score if phase < 2 else tl.zeros_like(dot)
-            if phase == 0:
-                visible = column < k_len  # <visible>
+            if phase != 1:
+                visible = (column < k_len) & ~seen  # <visible>
                 score = tl.where(visible, score, -INFINITY)
-            if FILLS:
-                score = tl.where(seen | (column >= k_len), -INFINITY, score) if phase == 2 else score
             if BY_PEAK:
                 weight, peak, mass, acc = absorb(score, peak, mass, acc)
             else:
                 weight = score  # <weight>
-                if MEAN:
-                    weight = weight if phase < 2 else 1.0
                 weight, peak, mass = collect(score, weight, peak, mass)
             if DROPS:
-                gone = dropped(first, second, key_word(drawn, j), DROPPED)
+                gone = dropped(words, key_word(drawn, j), DROPPED)
                 if MEAN:
                     gone = gone & (phase < 2)
                 weight = tl.where(gone, 0.0, weight)
             acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
     seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
-    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
-    if totals is not None:
-        tl.store(totals + query, tl.where(seen, total, -INFINITY), mask=row < q_len)
-    if kept is not None:
-        tl.store(kept + query, tl.where(seen, peak, -INFINITY), mask=row < q_len)
-        tl.store(kept + tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len + query, mass, mask=row < q_len)
+    query, count = numbered(b, h, i, heads, q_len)
+    note(totals, query, count, (tl.where(seen, total, -INFINITY),), row < q_len)
+    note(kept, query, count, (tl.where(seen, peak, -INFINITY), mass), row < q_len)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from tiles import give, read, rows
+from tiles import give, note, numbered, read, rows
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -24,8 +24,7 @@ def merge(
     # <per head>
     i = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     # <per query>
-    count = tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
-    query = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+    query, count = numbered(b, h, i, heads, q_len)
 
     peak = tl.full([PARTS, 1], -INFINITY, tl.float32)
     for first in tl.range(0, parts, PARTS):
@@ -52,5 +51,4 @@ def merge(
     mass, acc = tl.sum(mass, 0, keep_dims=True), tl.sum(acc, 0, keep_dims=True)
     factor, total, filling = 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), i < q_len, VALUE_DIM, VALUE_WIDTH)
-    if totals is not None:
-        tl.store(totals + query, tl.where(seen, total, -INFINITY))
+    note(totals, query, count, (tl.where(seen, total, -INFINITY),), i < q_len)

@@ -66,6 +66,36 @@ def give(row, x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def numbered(b, h, i, heads, q_len):
+    """The number of a query among those of all heads and rows of the batch, and how many these are."""
+    return (tl.cast(b, tl.int64) * heads + h) * q_len + i, tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len
+
+
+@triton.jit
+def note(numbers, query, count, found, inside):
+    """Write what was found of each query that is `inside`, one number behind those of all others, where they are wanted."""
+    if numbers is not None:
+        for n in tl.static_range(len(found)):
+            tl.store(numbers + n * count + query, found[n] + tl.zeros(query.shape, tl.float32), mask=inside)
+
+
+@triton.jit
+def untouched(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest score, a sum, and the sums of a row, of queries that have met no key."""
+    nothing = tl.zeros([QUERIES, 1], tl.float32)
+    return nothing - INFINITY, nothing, tl.zeros([QUERIES, WIDTH], tl.float32)
+
+
+@triton.jit
+def highest(peaks, count, query, parts):
+    """The largest score of each query that any of some parts has found."""
+    peak = tl.load(peaks + query)
+    for part in tl.range(1, parts):
+        peak = tl.maximum(peak, tl.load(peaks + part * count + query))
+    return peak
+
+
+@triton.jit
 def absorb(score, peak, mass, acc):
     """The weights of a tile, relative to the peak, and the sums brought to that of all tiles so far."""
     highest = tl.maximum(peak, tl.max(score, 1, keep_dims=True))
@@ -99,7 +129,7 @@ def draw(seed, task):
 
 @triton.jit
 def query_words(drawn, i):
-    """The two random words of queries."""
+    """The two random words of each query."""
     x = mixed(drawn + i.to(tl.uint64))
     return x.to(tl.uint32), (x >> 32).to(tl.uint32)
 
@@ -112,8 +142,9 @@ def key_word(drawn, j):
 
 
 @triton.jit
-def dropped(first, second, word, DROPPED: tl.constexpr):
+def dropped(words, word, DROPPED: tl.constexpr):
     """Whether the weight of a pair is dropped: this follows from its words alone, in whatever order pairs are met."""
+    first, second = words
     x = (first ^ word) * 0x7FEB352D
     x = ((x ^ (x >> 15)) + second) * 0x846CA68B
     x = (x ^ (x >> 16)) * 0x9E3779B1
@@ -127,10 +158,30 @@ def within(place, k_len):
 
 
 @triton.jit
+def reached(position, first, k_len, NEAREST: tl.constexpr, FARTHEST: tl.constexpr):
+    """What queries at some places may see of the keys: how many first ones, where the others start, how many both are."""
+    split = within(first, k_len)
+    start = tl.maximum(split, within(tl.min(position) - FARTHEST, k_len))
+    return split, start, split + tl.maximum(0, within(tl.max(position) - NEAREST + 1, k_len) - start)
+
+
+@triton.jit
+def products(x, y):
+    """The sum of the products of each row with its counterpart."""
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1, keep_dims=True)
+
+
+@triton.jit
 def norm(x):
     """The length of each row."""
-    x = x.to(tl.float32)
-    return tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
+    return tl.sqrt(products(x, x))
+
+
+@triton.jit
+def outward(of_norm, x):
+    """The gradient of each row that the gradient of its length asks for."""
+    length = norm(x)
+    return tl.where(length == 0.0, 0.0, of_norm / length) * x.to(tl.float32)
 
 
 @triton.jit

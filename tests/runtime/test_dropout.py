@@ -114,7 +114,7 @@ def test_a_kernel_with_dropout_can_be_read() -> None:
     assert source.count("dropped(work.queries.first[n], work.queries.second[n], keys.word[j])") == 2
     source = attn.kernel_source(VARIANTS["causal"], q_len=64, k_len=64, heads=4, head_dim=8, target="triton")
     assert "DROPPED = tl.constexpr(1288490189)  # 0.3 of 2^32" in source
-    assert "gone = dropped(first, second, key_word(drawn, j), DROPPED)" in source
+    assert "gone = dropped(words, key_word(drawn, j), DROPPED)" in source
 
 
 @pytest.mark.parametrize("name", ["causal", "dilated", "per head"])

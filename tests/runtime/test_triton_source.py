@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -16,10 +17,14 @@ from typer.testing import CliRunner
 
 import attn_compiler as attn
 from attn_compiler.cli import app
+from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.triton_launch import load
+from attn_compiler.runtime.triton_orders import order
+from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind
 from attn_compiler.targets.triton.launch import parts
 from attn_compiler.testing import assert_within_budget
 
+LONGEST = 60  # lines of a function
 GOLDENS = Path(__file__).parent.parent / "goldens" / "triton"
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "window": {"mask": "causal & window(256)"},
@@ -65,6 +70,16 @@ def test_no_hole_and_no_open_question_is_left(name: str) -> None:
 
 def test_a_line_is_short_enough_to_read() -> None:
     assert all(len(line) <= 130 for name in VARIANTS for line in source(name).splitlines() if "sequence(" not in line)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_generated_kernel_is_as_short_as_any_function(name: str, kind: Kind) -> None:
+    """What a formula says is all that may be added to a skeleton: geometries of several axes are longer."""
+    q_len = 1 if kind == "decode" else 4096
+    shape = shape_of(VARIANTS[name], q_len=q_len, k_len=4096, heads=8, head_dim=64, target="triton")
+    tree = ast.parse(order(shape, kind, Blocks(), "sm_90").text)
+    assert max((f.end_lineno or 0) - f.lineno + 1 for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)) <= LONGEST
 
 
 def test_heads_that_differ_have_kernels_of_their_own() -> None:

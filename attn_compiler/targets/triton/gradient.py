@@ -36,7 +36,7 @@ def by_query(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
     every = ("seen = highest != -INFINITY", "steps = tl.where(tl.min(tl.cast(seen, tl.int32)) == 0, tl.cdiv(k_len, BLOCK_K), 0)")
     fills = spec.variant.empty_rows is EmptyRows.UNMASKED
     holes = {
-        **pair(printer, spec, INSIDE),
+        **pair(printer, spec, INSIDE, ("visible = (column < k_len) & ~seen",) if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
         **_slopes(printer, slopes, e.q_norm),
         "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.through_factor(e.mass))],
@@ -51,10 +51,12 @@ def by_key(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
     """The kernel that finds the gradients of k, v and of all other tables, from what the other one found for each query."""
     printer, slopes = printer_of(spec, "backward_kv.py", _BY_KEY), Slopes(spec)
     printer.axes = (Level.ROW, Level.LANE)
+    fills = spec.variant.empty_rows is EmptyRows.UNMASKED
     every = ("steps = tl.where(tl.load(unseeing + b * heads + h) != 0, tl.cdiv(q_len, BLOCK_Q), 0)",)
+    left = ("visible = (tl.load(numbers + 3 * count + query) != 0.0) & (column < q_len)",)
     holes = {
-        **pair(printer, spec, INSIDE),
-        **walk(iteration.stretches, every if spec.variant.empty_rows is EmptyRows.UNMASKED else ()),
+        **pair(printer, spec, INSIDE, left if fills else ()),
+        **walk(iteration.stretches, every if fills else ()),
         **_slopes(printer, slopes, e.k_norm),
         "pair sums": _sums(printer, {x: slopes.of_pair(x) for x in slopes.reads(*wanted)}),
     }

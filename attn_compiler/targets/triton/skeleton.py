@@ -73,7 +73,7 @@ def _with_tools(text: str) -> str:
 
 
 _FUNCTION = re.compile(r"^@triton\.jit\ndef (\w+)\(.*\n(?:(?:    .*)?\n)*", re.MULTILINE)
-_IMPORT = re.compile(r"^from tiles import .*\n", re.MULTILINE)
+_IMPORT = re.compile(r"^from tiles import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
 
 @lru_cache

@@ -40,15 +40,16 @@ class Iteration:
 def source(spec: Spec, iteration: Iteration) -> str:
     """The forward kernel of a spec."""
     printer = printer_of(spec, "forward.py")
-    fills = spec.variant.empty_rows in (EmptyRows.MEAN, EmptyRows.UNMASKED)
-    seen = () if spec.variant.empty_rows is EmptyRows.MEAN else ("seen = peak != -INFINITY",)
+    mean = spec.variant.empty_rows is EmptyRows.MEAN
+    fills = mean or spec.variant.empty_rows is EmptyRows.UNMASKED
     every = ("seen = peak != -INFINITY", "steps = tl.where(tl.min(tl.cast(seen, tl.int32)) == 0, tl.cdiv(k_len, BLOCK_K), 0)")
+    left = ("visible = (column < k_len) & ~seen", *(["score = tl.zeros_like(dot)"] if mean else []))
     holes = {
-        **pair(printer, spec, INSIDE),
+        **pair(printer, spec, INSIDE, left if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
-        "result": [*result(printer, spec), *seen],
+        "result": [*result(printer, spec), *([] if mean else ["seen = peak != -INFINITY"])],
     }
-    facts = {"FILLS": fills, "MEAN": spec.variant.empty_rows is EmptyRows.MEAN, "ORDERED": iteration.ordered}
+    facts = {"MEAN": mean, "ORDERED": iteration.ordered}
     return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
 
 
@@ -70,14 +71,26 @@ def printer_of(spec: Spec, name: str, leaves: Leaves = LEAVES) -> Printer:
     return Printer(dialect(), tables, names, taken | {name for name, _ in tables.values()}, leaves)
 
 
-def pair(printer: Printer, spec: Spec, inside: Expr) -> Holes:
-    """What is known of a pair of tokens, of which one may stand beyond the last; scores by the peak are in base two."""
+def pair(printer: Printer, spec: Spec, inside: Expr, left: Sequence[str] = ()) -> Holes:
+    """What is known of a pair of tokens, of which one may stand beyond the last; scores by the peak are in base two.
+
+    `left` are the statements of the third phase that say which pairs queries meet that saw no key.
+    """
     mask = spec.variant.mask
+    visible = printer.assign("visible", inside if mask == e.true else inside & mask, real="exact")
+    weight = [] if spec.by_peak else printer.assign("weight", spec.variant.normalizer.weight)
+    if left and spec.variant.empty_rows is EmptyRows.MEAN:
+        weight += ["weight = weight if phase < 2 else 1.0"]
     return {
-        "visible": printer.assign("visible", inside if mask == e.true else inside & mask, real="exact"),
+        "visible": either("phase == 0", visible, left) if left else visible,
         "score": printer.assign("score", in_base_two(spec.score) if spec.by_peak else spec.score),
-        "weight": [] if spec.by_peak else printer.assign("weight", spec.variant.normalizer.weight),
+        "weight": weight,
     }
+
+
+def either(fact: str, yes: Sequence[str], no: Sequence[str]) -> list[str]:
+    """Statements where a fact holds, and others where it does not."""
+    return [f"if {fact}:", *(f"    {line}" for line in yes), "else:", *(f"    {line}" for line in no)]
 
 
 def assembled(
@@ -159,7 +172,7 @@ def walk(stretches: int, every: Sequence[str] = ()) -> Holes:
     if not every:
         return {"steps": ends, "other tile": tile}
     return {
-        "steps": ["if phase == 2:", *(f"    {line}" for line in every), "else:", *(f"    {line}" for line in ends)],
+        "steps": either("phase == 2", every, ends),
         "other tile": ["other = step", "if phase < 2:", *(f"    {line}" for line in tile)],
     }
 
