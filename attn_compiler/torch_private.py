@@ -314,12 +314,11 @@ def _fix_shape(tensor: torch.Tensor, name: str) -> None:
     context = TracingContext.try_get()
     if context is None:
         return
-    rank = tensor.dim()
     context.tensor_to_context[tensor] = StatefulSymbolicContext(
-        dynamic_sizes=[DimDynamic.STATIC] * rank,
-        dynamic_strides=[DimDynamic.INFER_STRIDE] * rank,
-        constraint_sizes=[None] * rank,
-        constraint_strides=[None] * rank,
+        dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
+        dynamic_strides=[DimDynamic.INFER_STRIDE] * tensor.dim(),
+        constraint_sizes=[None] * tensor.dim(),
+        constraint_strides=[None] * tensor.dim(),
         view_base_context=None,
         tensor_source=ConstantSource(name),
     )
@@ -334,11 +333,12 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and (exported or any(isinstance(x, torch.nn.Parameter) for x in seen))
 
 
-def drop_claims(graph: fx.Graph) -> None:
-    """Remove what torch.export claims of tensors, and what only such claims read: many a mask."""
-    for claim in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(claim)
-    graph.eliminate_dead_code()
+def drop_claims(program: ExportedProgram) -> None:
+    """Remove what torch.export claims of tensors and of inputs' sizes, and what only such claims read: many a mask."""
+    program._guards_code = []
+    for claim in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        program.graph.erase_node(claim)
+    program.graph.eliminate_dead_code()
 
 
 def forget_values(gm: fx.GraphModule) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from attn_compiler import torch_private as private
 from attn_compiler.generation.kept import Kept
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
@@ -22,11 +21,10 @@ _MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")
 
 def fold(graph: fx.Graph, needs: Mapping[str, Kept]) -> dict[str, list[str]]:
     """Let each attention that is named keep what it needs of its cache, if nobody else reads that; the inputs of those."""
-    private.drop_claims(graph)
     folded = {}
     for node in graph.find_nodes(op="call_function", target=EXPORTED):
         what = Call.read(node.args[1])
-        caches = [_cache(node, x) for x in node.args[0][1:3]]
+        caches = [cache_of(node, x) for x in node.args[0][1:3]]
         need = needs.get(what.name)
         if need is not None and what.ends_together and None not in caches:
             own = [x for x in caches if x]
@@ -52,7 +50,7 @@ def _fold(graph: fx.Graph, node: fx.Node, caches: list[fx.Node], what: Call) -> 
     graph.erase_node(node)
 
 
-def _cache(reader: fx.Node, x: fx.Node) -> fx.Node | None:
+def cache_of(reader: fx.Node, x: fx.Node) -> fx.Node | None:
     """What an input of the program holds and new tokens behind it, if `x` is that, and if `reader` alone reads either."""
     cache = x
     while is_tensor(cache) and _is_view(cache):

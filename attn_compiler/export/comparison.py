@@ -13,7 +13,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.export.prepared import Inputs
 from attn_compiler.export.report import Checked
-from attn_compiler.runtime.exported import attend_eagerly, attend_with_cache
+from attn_compiler.runtime.exported import attend_eagerly, attend_with_cache, attend_with_state
 from attn_compiler.testing.budget import error_of, largest, over_budget
 
 Run = Callable[[Inputs], Sequence[Tensor]]
@@ -45,6 +45,8 @@ class _Plain(fx.Interpreter):
             return attend_eagerly(*args)
         if target is torch.ops.attn_compiler.exported_with_cache.default:
             return attend_with_cache(*args)
+        if target is torch.ops.attn_compiler.exported_with_state.default:
+            return attend_with_state(*args)
         return fx.Interpreter.call_function(self, target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -36,7 +36,8 @@ class Decoder:
 
     def start(self, rows: int) -> Mapping[str, Any]:
         """The past of texts that have not begun."""
-        empty = {name: np.zeros((rows, x.shape[1], 0, x.shape[3]), _DTYPES[x.type]) for name, x in self._past.items()}
+        sizes = {name: [n if isinstance(n, int) else 0 for n in x.shape[1:]] for name, x in self._past.items()}
+        empty = {name: np.zeros((rows, *sizes[name]), _DTYPES[x.type]) for name, x in self._past.items()}
         return {name: self._wrap(x) for name, x in empty.items()}
 
     def step(self, tokens: Tokens, before: int, past: Mapping[str, Any]) -> tuple[NDArray[Any], Mapping[str, Any]]:

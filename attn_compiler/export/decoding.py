@@ -10,11 +10,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
+from attn_compiler.export.states import Remembering, remember, remembers
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
 from attn_compiler.generation.kept import Kept, kept
 from attn_compiler.planning.planner import agreed
@@ -28,31 +30,50 @@ _TRIALS = ((2, 300, 0), (1, 1, 2048), (2, 5, 40))  # rows, new tokens and those 
 
 
 Hold = Callable[[Variant, int], Kept | None]  # what must be kept for a variant of so many heads; None for everything
+Remembers = Callable[[Variant], bool]  # whether a state may take the place of a cache
 
 
-def decoding(step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept) -> Prepared:
+def decoding(
+    step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept, remembering: Remembers = remembers
+) -> Prepared:
     """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
     program = traced(step.module, step.args, {}, step.dynamic_shapes)
     result = rewritten(program, policy, given, OnnxTarget, partial(_at_any_length, policy))
-    needs = {
-        name: need
-        for name, decision in zip(result.names, result.plan.decisions, strict=True)
-        if decision.target and (need := hold(decision.variant, decision.site.heads)) is not None
-    }
+    decided = {name: one for name, one in zip(result.names, result.plan.decisions, strict=True) if one.target}
+    linear = {name: one.variant for name, one in decided.items() if remembering(one.variant)}
+    needs = {name: need for name, one in decided.items() if (need := hold(one.variant, one.site.heads)) is not None}
     before = results(program)
+    private.drop_claims(program)
+    remembered = remember(program.graph, linear)
     folded = fold(program.graph, needs)
+    done = (*remembered, *folded)
     program.graph_module.recompile()
     renamed(program, before)
     called = dict(zip(program.graph_signature.user_inputs, step.inputs, strict=True))
     held = {called[x]: needs[name] for name, inputs in folded.items() for x in inputs}
-    remarks = tuple(f"{name} needs {needs[name]}, and holds every token: {_SHARED}" for name in needs if name not in folded)
+    whole = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
+    remarks = tuple(f"{name} {why}, and holds every token: {_SHARED}" for name, why in whole.items() if name not in done)
     plan = replace(result.plan, remarks=(*result.plan.remarks, *remarks))
+    states = {called[x]: one for one in remembered.values() for x in one.inputs}
+    named = _with_states(step, states)
+    by_name = {new: states[old] for new, old in zip(named.inputs, step.inputs, strict=True) if old in states}
+    caches = {name: str(held.get(name, "every token")) for name in named.inputs if name.endswith(".key")}
     return Prepared(
         replace(result, module=module_of(program), plan=plan),
-        lambda: list(_runs(step, held)),
-        partial(_named, step=step, held=held),
-        caches={name: str(held.get(name, "every token")) for name in step.inputs if name.endswith(".key")},
+        lambda: list(_runs(named, held, by_name)),
+        partial(_named, step=named, held=held),
+        caches=caches | {name: str(one) for name, one in by_name.items() if name.endswith(".state")},
     )
+
+
+def _with_states(step: Stepwise, states: Mapping[str, Remembering]) -> Stepwise:
+    """The same where the keys of some layers are called a state, and their values what that has seen."""
+    names = {name: name.replace(".key", ".state").replace(".value", ".seen") for name in states}
+    outputs = {
+        name.replace("past_key_values", "present"): new.replace("past_key_values", "present") for name, new in names.items()
+    }
+    inputs = tuple(names.get(name, name) for name in step.inputs)
+    return replace(step, inputs=inputs, outputs=tuple(outputs.get(name, name) for name in step.outputs))
 
 
 def _at_any_length(policy: Policy, site: Site) -> Site:
@@ -86,7 +107,7 @@ def _named(model: ir.Model, step: Stepwise, held: Mapping[str, Kept]) -> None:
                 value.shape = ir.Shape([*value.shape[:2], name, value.shape[3]])
 
 
-def _runs(step: Stepwise, held: Mapping[str, Kept]) -> Iterator[Inputs]:
+def _runs(step: Stepwise, held: Mapping[str, Kept], states: Mapping[str, Remembering]) -> Iterator[Inputs]:
     """Random tokens behind a random past."""
     generator = torch.Generator().manual_seed(0)
     for rows, tokens, before in _TRIALS:
@@ -95,6 +116,11 @@ def _runs(step: Stepwise, held: Mapping[str, Kept]) -> Iterator[Inputs]:
         ids = torch.randint(0, step.vocabulary, (rows, new), generator=generator)
         inputs = {"input_ids": ids, "position_ids": torch.arange(past, past + new).expand(rows, -1)}
         for name, x in zip(step.inputs[2:], step.args[2:], strict=True):
-            length = min(past, held[name].most) if name in held else past
-            inputs[name] = torch.randn(rows, x.shape[1], length, x.shape[3], generator=generator).to(x.dtype)
+            if name in states:
+                heads, features, width = states[name].shape
+                sums = torch.rand(rows, heads, features if name.endswith(".state") else 1, width, generator=generator)
+                inputs[name] = (sums * past).to(torch.promote_types(x.dtype, torch.float32))
+            else:
+                length = min(past, held[name].most) if name in held else past
+                inputs[name] = torch.randn(rows, x.shape[1], length, x.shape[3], generator=generator).to(x.dtype)
         yield inputs

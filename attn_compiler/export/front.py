@@ -101,9 +101,8 @@ def _for_genai(
     from attn_compiler.export.stepwise import stepwise
 
     step = stepwise(model, args, kwargs, logits=0)
-    return replace(
-        decoding(step, policy, tables, hold=lambda variant, heads: None), beside={NAME: genai_config(model, step, path)}
-    )
+    whole = decoding(step, policy, tables, hold=lambda variant, heads: None, remembering=lambda variant: False)
+    return replace(whole, beside={NAME: genai_config(model, step, path)})
 
 
 def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str, opset: int) -> ExportReport:

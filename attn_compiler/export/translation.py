@@ -29,6 +29,7 @@ from attn_compiler.targets.onnx.walk import Contents
 
 EXPORTED = torch.ops.attn_compiler.exported.default
 WITH_CACHE = torch.ops.attn_compiler.exported_with_cache.default
+WITH_STATE = torch.ops.attn_compiler.exported_with_state.default
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def translated(rewritten: Rewritten, wanted: str, opset: int) -> Translated:
     for name, spec in specs.items():
         decision = rewritten.plan.decisions[rewritten.names.index(name)]
         likely = Likely(decision.site.q_hint, decision.site.k_hint)
-        strategies[name] = choose(spec, likely, contents[name], wanted)
+        strategies[name] = "states" if spec.call.remembers else choose(spec, likely, contents[name], wanted)
         made = function(spec, strategies[name], contents[name], opset)
         made.metadata_props.update(_metadata(spec, strategies[name], decision))
         model.functions[made.identifier()] = made
@@ -77,7 +78,7 @@ def _called(program: ExportedProgram) -> Iterator[tuple[str, Spec]]:
 
 
 def _attentions(program: ExportedProgram) -> list[Any]:
-    return [node for node in program.graph.nodes if node.target in (EXPORTED, WITH_CACHE)]
+    return [node for node in program.graph.nodes if node.target in (EXPORTED, WITH_CACHE, WITH_STATE)]
 
 
 def _symbolic(name: str, result: Tensor | tuple[Tensor, ...], *operands: Tensor) -> Tensor | Sequence[Tensor]:
@@ -103,7 +104,7 @@ def _contents(program: ExportedProgram) -> Iterator[tuple[str, Contents]]:
 def _spec(call: Call, operands: Sequence[Tensor]) -> Spec:
     q, k, v, *past = operands[: call.operands]
     tables = zip(call.tables, operands[call.operands :], strict=True)
-    keys = k.shape[2] + past[0].shape[2] if past else k.shape[2]
+    keys = k.shape[2] + past[0].shape[2] if call.held else k.shape[2]
     stored = tuple(Stored(name, _dtype(table), shape_of(table.shape)) for name, table in tables)
     return Spec(
         call, stored, length(q.shape[0]), q.shape[1], k.shape[1], length(q.shape[2]), length(keys), q.shape[3], v.shape[3],
@@ -119,6 +120,7 @@ def _metadata(spec: Spec, strategy: str, decision: Decision) -> Mapping[str, str
     sizes = {"heads": spec.heads, "kv_heads": spec.kv_heads, "q_len": spec.q_len, "k_len": spec.k_len, "head_dim": spec.dim}
     if spec.call.held:
         sizes |= dict(zip(("first", "latest"), spec.call.held, strict=True))
+    sizes |= {"remembers": "state"} if spec.call.remembers else {}
     return {
         "attn.computes": whole(formulas(decision.variant, decision.site)),
         "attn.variant": wire.write(spec.call.variant),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
 from attn_compiler.targets.onnx.spec import FIRST_QUERY, Q_POSITIONS, Call
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import remembered
 from attn_compiler.targets.torch_target import Result, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
@@ -23,6 +24,7 @@ CARRIED = ("feature", "seen")
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("exported_with_cache(Tensor[] operands, str what) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_library.define("exported_with_state(Tensor[] operands, str what) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,18 @@ def objection(site: Site, variant: Variant) -> str | None:
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:
     """What the exported function computes, by PyTorch's operators."""
     call = Call.read(what)
-    q, k, v, *given = operands
-    tables = dict(zip(call.tables, given, strict=True))
-    first = int(tables[FIRST_QUERY]) if FIRST_QUERY in tables else call.first
-    heads = q.shape[1]
-    out, _ = attend_torch(
-        Operands(
-            q, k, v, tables, tables.get(Q_POSITIONS, first), 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers
-        ),
-        call.variant,
-    )
+    out, _ = attend_torch(_given(call, operands[:3], operands[3:]), call.variant)
     return out.contiguous()
+
+
+def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: Tensor | None = None) -> Operands:
+    q, k, v = qkv
+    tables, heads = dict(zip(call.tables, given, strict=True)), q.shape[1]
+    first = int(tables[FIRST_QUERY]) if FIRST_QUERY in tables else call.first
+    at = tables.get(Q_POSITIONS, first)
+    return Operands(
+        q, k, v, tables, at, 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers, past=past
+    )  # fmt: skip
 
 
 def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,6 +98,16 @@ def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Te
     held = Call.read(what).held
     assert held is not None
     return attend_eagerly([q, keys, values, *tables], what), _let_go(keys, *held), _let_go(values, *held)
+
+
+def attend_with_state(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where a state stands for earlier tokens, its features and what it has seen; and both after these tokens."""
+    call = Call.read(what)
+    *qkv, features, seen = operands[:5]
+    given = _given(call, qkv, operands[5:], torch.cat([features, seen], dim=2))
+    out, _ = attend_torch(given, call.variant)
+    state = remembered(replace(given, past=None), call.variant, given.past)
+    return out.contiguous(), state[:, :, :-1], state[:, :, -1:]
 
 
 def _let_go(x: Tensor, first: int, latest: int) -> Tensor:
@@ -107,6 +120,10 @@ def _shapes(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tens
     return _shape([q, k, v], what), torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
+def _states(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _shape(operands[:3], what), torch.empty_like(operands[3]), torch.empty_like(operands[4])
+
+
 def _shape(operands: Sequence[Tensor], what: str) -> Tensor:
     q, _, v, *_ = operands
     return q.new_empty((*q.shape[:3], v.shape[3]))
@@ -116,3 +133,5 @@ _library.impl("exported", attend_eagerly, "CompositeExplicitAutograd")  # type: 
 torch.library.register_fake("attn_compiler::exported", _shape, lib=_library)
 _library.impl("exported_with_cache", attend_with_cache, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::exported_with_cache", _shapes, lib=_library)
+_library.impl("exported_with_state", attend_with_state, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::exported_with_state", _states, lib=_library)

@@ -23,8 +23,8 @@ from attn_compiler.targets.onnx.mapped import mapped
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
-from attn_compiler.targets.onnx.spec import OPSET, Spec
-from attn_compiler.targets.onnx.states import states
+from attn_compiler.targets.onnx.spec import OPSET, Call, Spec
+from attn_compiler.targets.onnx.states import State, continued, states
 from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
@@ -40,12 +40,16 @@ def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) 
     """
     nodes = Nodes()
     q, k, v = given = [ir.Value(name=name) for name in ("q", "k", "v")]
-    past = [ir.Value(name=name) for name in ("past_key", "past_value")] if spec.call.held else []
+    past = [ir.Value(name=name) for name in _past(spec.call)]
     tables = {name: ir.Value(name=f"table{place}_{name.replace('.', '_')}") for place, name in enumerate(spec.call.tables)}
-    if past:
+    if spec.call.held:
         k, v = (appended(nodes, old, new) for old, new in zip(past, (k, v), strict=True))
-    out = _attention(spec, nodes, Inputs(q, k, v, tables), strategy, contents)
-    held = [let_go(nodes, x, *spec.call.held) for x in (k, v)] if spec.call.held else []
+    inputs = Inputs(q, k, v, tables)
+    if spec.call.remembers:
+        out, *held = _continued(spec, nodes, inputs, State(*past))
+    else:
+        out = _attention(spec, nodes, inputs, strategy, contents)
+        held = [let_go(nodes, x, *spec.call.held) for x in (k, v)] if spec.call.held else []
     graph = ir.Graph(
         [*given, *past, *tables.values()],
         [out, *held],
@@ -56,12 +60,26 @@ def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) 
     return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
 
 
+def _past(call: Call) -> tuple[str, ...]:
+    return ("past_key", "past_value") if call.held else ("past_state", "past_seen") if call.remembers else ()
+
+
+def _continued(spec: Spec, nodes: Nodes, inputs: Inputs, past: State) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """What all heads compute where the past is a state, and the state after them."""
+    variant = spec.call.variant
+    found, group = linear(variant), _group(spec, nodes, inputs, range(spec.heads), variant)
+    assert found is not None
+    out, state = continued(group, found, past)
+    assert state is not None
+    return _cast(nodes, out, group.scope.real, spec.dtype), state.sums, state.count
+
+
 def _attention(spec: Spec, nodes: Nodes, inputs: Inputs, strategy: str, contents: Contents) -> ir.Value:
     """What all heads compute."""
     groups = [
         part for heads, own in head_groups(spec.call.variant, spec.heads) for part in _parts(spec, heads, own, strategy, contents)
     ]
-    outs = [_group(spec, nodes, inputs, heads, variant, run) for heads, variant, run in groups]
+    outs = [_computed(_group(spec, nodes, inputs, heads, variant), run) for heads, variant, run in groups]
     joined = outs[0] if len(outs) == 1 else nodes.op("Concat", *outs, axis=1)
     order = [head for heads, _, _ in groups for head in heads]
     return picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
@@ -83,15 +101,14 @@ def _parts(
         yield heads, variant, {"dense": dense, "scan": scan}[strategy]
 
 
-def _group(
-    spec: Spec,
-    nodes: Nodes,
-    inputs: Inputs,
-    heads: Sequence[int],
-    variant: Variant,
-    strategy: Strategy,
-) -> ir.Value:
+def _computed(group: Group, strategy: Strategy) -> ir.Value:
     """What some of the heads compute."""
+    out = (strategy if _suits(group, strategy) else dense)(group)
+    return _cast(group.scope.nodes, out, group.scope.real, group.scope.spec.dtype)
+
+
+def _group(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], variant: Variant) -> Group:
+    """Some of the heads, their operands mapped and scaled."""
     kv = kv_owners(heads, spec.heads // spec.kv_heads)
     q = picked(nodes, inputs.q, heads, spec.heads, 1)
     k, v = (picked(nodes, x, kv, spec.kv_heads, 1) for x in (inputs.k, inputs.v))
@@ -105,9 +122,7 @@ def _group(
     empty = None if spec.always_sees(variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
     mask = spec.in_positions(variant.mask)
     step = dilation(mask) if spec.position == e.i and spec.q_len == spec.k_len else 1
-    group = Group(scope, block, placed, empty, sides(mask), spec.first, step)
-    out = (strategy if _suits(group, strategy) else dense)(group)
-    return _cast(nodes, out, scope.real, spec.dtype)
+    return Group(scope, block, placed, empty, sides(mask), spec.first, step)
 
 
 def _suits(group: Group, run: Strategy) -> bool:

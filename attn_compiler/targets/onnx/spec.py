@@ -40,21 +40,23 @@ class Call:
     layer: int
     layers: int
     held: tuple[int, int] | None = None  # with a cache: the first and the latest keys that the next call is given
+    remembers: bool = False  # whether a state takes the place of the past: that of a linear attention
 
     def write(self) -> str:
         """The call as text."""
-        return json.dumps([self.name, wire.write(self.variant), self.tables, self.first, self.layer, self.layers, self.held])
+        what = [self.name, wire.write(self.variant), self.tables, self.first, self.layer, self.layers, self.held, self.remembers]
+        return json.dumps(what)
 
     @staticmethod
     def read(text: str) -> Call:
         """The call that was written."""
-        name, variant, tables, first, layer, layers, held = json.loads(text)
-        return Call(name, wire.read(variant), tuple(tables), first, layer, layers, held and (held[0], held[1]))
+        name, variant, tables, first, layer, layers, held, remembers = json.loads(text)
+        return Call(name, wire.read(variant), tuple(tables), first, layer, layers, held and (held[0], held[1]), remembers)
 
     @property
     def operands(self) -> int:
-        """How many tensors stand before the tables: q, k, v and, with a cache, the keys and values of the past."""
-        return 5 if self.held else 3
+        """How many tensors stand before the tables: q, k, v and the past, keys and values or the two parts of a state."""
+        return 5 if self.held or self.remembers else 3
 
     @property
     def ends_together(self) -> bool:
