@@ -43,10 +43,22 @@ class Sums:
         return Sums(*(None if x is None else change(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
 
-def gather(q: Tensor, k: Tensor, v: Tensor, variant: Variant, visible: Tensor, arrays: Arrays, *, dropout: float = 0.0) -> Sums:
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: Variant,
+    visible: Tensor,
+    arrays: Arrays,
+    *,
+    dropout: float = 0.0,
+    peak_counts: bool = False,
+) -> Sums:
     """Gather with [..., heads, tokens, dim] operands of the dtype `arrays.real`, from keys that `visible` shows.
 
-    Gradients stay finite where a row sees nothing: what is not visible is replaced before it is computed with.
+    `peak_counts`: what becomes of the sums depends on the peak, and gradients pass through it. Where a normalizer alone makes
+    the output of them it cancels. Gradients stay finite where a row sees nothing: what is not visible is replaced before it is
+    computed with.
     """
     scores = _scores(q, k, variant, arrays)
     shape = scores.shape
@@ -55,7 +67,8 @@ def gather(q: Tensor, k: Tensor, v: Tensor, variant: Variant, visible: Tensor, a
     if variant.empty_rows is EmptyRows.UNMASKED:
         visible = visible | ~sees
         sees = torch.ones_like(sees) if _has_keys(k) else sees
-    peak = _peak(torch.where(visible, scores, -math.inf).detach(), sees)
+    peak = _peak(torch.where(visible, scores, -math.inf), sees)
+    peak = peak if peak_counts else peak.detach()
     scores = torch.where(visible, scores, peak)
     weights = arrays.tensor(arrays.read(variant.normalizer.weight, {e.score: scores, e.peak: peak}), Sort.REAL)
     weights = torch.where(visible, weights, 0.0).expand(shape)

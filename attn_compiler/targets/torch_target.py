@@ -79,7 +79,7 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
 
     def gather(part: Operands, one: Variant) -> Sums:
         mapped, plain = _prepared(part, one, real, at_once)
-        return _gathered(in_real(whole(mapped, real), real), plain, part.training)
+        return _gathered(in_real(whole(mapped, real), real), plain, part.training, shared=True)
 
     if variant.mix is None:
         return attend(operands, variant, lse)
@@ -138,7 +138,7 @@ def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Su
         return sums
     near = worthwhile(operands, variant)
     arrangement = in_real(blocked(operands, real, *near) if near else whole(operands, real), real)
-    sums = _gathered(arrangement, variant, operands.training)
+    sums = _gathered(arrangement, variant, operands.training, shared=True)
     return sums.map(lambda x: unblocked(x, operands.q_len)) if near else sums
 
 
@@ -154,10 +154,11 @@ def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: 
     return gather_by_states(operands, variant, found, operands.arrays(real), states)
 
 
-def _gathered(arrangement: Arrangement, variant: Variant, training: bool) -> Sums:
+def _gathered(arrangement: Arrangement, variant: Variant, training: bool, *, shared: bool = False) -> Sums:
     visible = arrangement.arrays.tensor(visible_keys(arrangement, variant), Sort.BOOL)
     q, k, v = arrangement.q, arrangement.k, arrangement.v
-    return gather(q, k, v, variant, visible, arrangement.arrays, dropout=variant.dropout if training else 0.0)
+    dropout = variant.dropout if training else 0.0
+    return gather(q, k, v, variant, visible, arrangement.arrays, dropout=dropout, peak_counts=shared)
 
 
 def _finished(sums: Sums, arrangement: Arrangement, variant: Variant, lse: bool) -> Result:

@@ -16,6 +16,7 @@ from attn_compiler.testing.case import Case, assert_case, on
 from attn_compiler.testing.tiles import assert_tiles
 
 LENGTHS = (1, 2, 7, 31, 67)
+GRADIENTS_AT = 7  # differences are slow: one length will do
 
 
 def check_variant(
@@ -28,8 +29,9 @@ def check_variant(
     """Sweep a variant over lengths, head counts and precisions, and raise where something does not compute what it means.
 
     Checked are: its tables, all given and all read; the tiles of its schedule against the dense mask, with the values of the
-    tables and without; its peak law; and on every target the output and all gradients (those of real tables too) against the
-    float64 reference, within the budget that `testing.budget` derives.
+    tables and without; its peak law; that the reference's gradients are the slopes of its values; and on every target the
+    output and all gradients (those of real tables too) against the float64 reference, within the budget that `testing.budget`
+    derives.
     """
     _check_tables(variant, tables or {})
     generator = torch.Generator().manual_seed(0)
@@ -40,6 +42,8 @@ def check_variant(
             case = Case(variant, q, k, v, tables or {})
             assert_tiles(case)
             assert_peak_law(case)
+            if length == GRADIENTS_AT:
+                assert_slopes(case)
             for target in targets:
                 for dtype in dtypes:
                     assert_case(case, dtype, target)
@@ -66,3 +70,16 @@ def assert_peak_law(case: Case) -> None:
     low, high = case.to(torch.float32), case.to(torch.float64)
     exact = on("reference")(high)
     assert_within_budget(on("reference")(replace(high, variant=moved)), exact, on("reference")(low), "shifting the peak")
+
+
+def assert_slopes(case: Case) -> None:
+    """Check the gradients of the reference, which targets are held to, by differences. Through codes they pass straight."""
+    if any(True for part in case.variant.parts() for _ in part.storage.held()):
+        return
+    high = case.to(torch.float64)
+    real = high.names()[3:]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Tensor:
+        return on("reference")(replace(high, q=q, k=k, v=v, tables={**high.tables, **dict(zip(real, tables, strict=True))}))
+
+    torch.autograd.gradcheck(run, high.leaves(), fast_mode=True)

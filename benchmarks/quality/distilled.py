@@ -15,7 +15,7 @@ from torch import Tensor
 import attn_compiler as attn
 from _tables import processor
 from attn_compiler.backend import attn_eagerly
-from quality.language_model import CONTEXT, HEADS, LAYERS, WIDTH, LanguageModel, batches, loss_of, texts, trained
+from quality.language_model import CONTEXT, HEADS, LAYERS, WIDTH, LanguageModel, batches, kept, loss_of, texts
 
 WINDOWS = (64, 32, 16, 8, 4)  # the first that costs at least a tenth in perplexity is taken
 WORSE = 1.10
@@ -67,10 +67,10 @@ def compiled(model: LanguageModel, asked: Mapping[str, object]) -> Callable[[Ten
     return torch.compile(model, backend=attn_eagerly, options={"policy": dict(asked)})
 
 
-def measure(seed: int, steps: int, lessons: int, logits: int, rows: int, say: Callable[[str], None]) -> Outcome:
+def measure(seed: int, asked: argparse.Namespace, say: Callable[[str], None]) -> Outcome:
     """Train a model, then find out what each attention makes of it."""
     text, held_out = texts()
-    model, losses = trained(seed, text, steps, rows)
+    model, losses = kept(asked.folder, seed, text, asked.steps, asked.rows)
     found = Outcome(seed, 0, {"softmax": perplexity(model, held_out)}, {"softmax": {"training": losses}})
     say(f"seed {seed}: softmax {found.perplexity['softmax']:.3f}")
     for found.window in WINDOWS:
@@ -80,12 +80,12 @@ def measure(seed: int, steps: int, lessons: int, logits: int, rows: int, say: Ca
             break
     same = found.window + STATE_TOKENS
     found.perplexity["a window of the hybrid's memory"] = perplexity(compiled(model, window_only(same)), held_out)
-    first = (next(batches(text, rows, seed)),)
-    for name, asked in (("linear", LINEAR), ("window + linear", hybrid(found.window))):
-        found.perplexity[f"{name}, untrained"] = perplexity(attn.adapt(model, asked, first), held_out)
+    first = (next(batches(text, asked.rows, seed)),)
+    for name, rules in (("linear", LINEAR), ("window + linear", hybrid(found.window))):
+        found.perplexity[f"{name}, untrained"] = perplexity(attn.adapt(model, rules, first), held_out)
         say(f"  {name}, untrained {found.perplexity[f'{name}, untrained']:.3f}")
-        given = batches(text, rows, seed + 1000)
-        distilled = attn.distill(model, asked, given, steps=lessons, logits=logits)
+        given = batches(text, asked.rows, seed + 1000)
+        distilled = attn.distill(model, rules, given, steps=asked.lessons, logits=asked.logits)
         found.perplexity[f"{name}, distilled"] = perplexity(distilled.model, held_out)
         found.curves[name] = {site: list(losses) for site, losses in distilled.curve.items()}
         say(f"  {name}, distilled {found.perplexity[f'{name}, distilled']:.3f}")
@@ -106,7 +106,7 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for seed in asked.seeds:
-        outcomes.append(measure(seed, asked.steps, asked.lessons, asked.logits, asked.rows, lambda line: print(line, flush=True)))
+        outcomes.append(measure(seed, asked, lambda line: print(line, flush=True)))
         (asked.folder / "quality.json").write_text(json.dumps([asdict(one) for one in outcomes]))
         (asked.folder / "quality.md").write_text(page(outcomes, asked))
 

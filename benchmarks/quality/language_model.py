@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,12 +18,18 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("moved", torch.zeros(HEADS, 1, WIDTH // HEADS))  # added to keys, which changes no softmax
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k + self.moved, v, is_causal=True)
         return self.out(attended.transpose(1, 2).reshape(batch, tokens, WIDTH))
+
+    def move(self, projected: Tensor, channels: int, deviations: float) -> None:
+        """Have some channels of the keys lie so many of their standard deviations away from zero."""
+        keys = projected.unflatten(-1, (3, HEADS, -1))[..., 1, :, :]
+        self.moved[:, 0, :channels] = deviations * keys.std(dim=(0, 1))[:, :channels]
 
 
 class Block(nn.Module):
@@ -72,6 +79,33 @@ def batches(text: Tensor, rows: int, seed: int, length: int = CONTEXT) -> Iterat
 
 def loss_of(logits: Tensor, text: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+
+
+def kept(folder: Path, seed: int, text: Tensor, steps: int, rows: int) -> tuple[LanguageModel, list[float]]:
+    """The trained model that `folder` holds, and its losses; trained, and put there, if it holds none."""
+    path = folder / f"language-{seed}-{steps}-{rows}.pt"
+    if not path.is_file():
+        model, losses = trained(seed, text, steps, rows)
+        torch.save({"model": model.state_dict(), "losses": losses}, path)
+    held, model = torch.load(path, weights_only=True), LanguageModel()
+    model.load_state_dict(held["model"])
+    return model.eval(), held["losses"]
+
+
+def with_outliers(model: LanguageModel, text: Tensor, channels: int, deviations: float) -> LanguageModel:
+    """The same model, computing the same, with so many channels of each head's keys far away from zero."""
+    moved, seen = copy.deepcopy(model), next(batches(text, 8, seed=1))
+    inside = [layer.attention for layer in moved.layers]
+
+    def move(attention: Attention) -> Callable[..., None]:
+        return lambda _, __, projected: attention.move(projected, channels, deviations)
+
+    hooks = [attention.qkv.register_forward_hook(move(attention)) for attention in inside]
+    with torch.no_grad():
+        moved(seen)
+    for hook in hooks:
+        hook.remove()
+    return moved
 
 
 def trained(seed: int, text: Tensor, steps: int, rows: int, rate: float = 3e-3) -> tuple[LanguageModel, list[float]]:
