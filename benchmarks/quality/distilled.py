@@ -19,6 +19,8 @@ from quality.language_model import CONTEXT, HEADS, LAYERS, WIDTH, LanguageModel,
 
 WINDOWS = (64, 32, 16, 8, 4)  # the first that costs at least a tenth in perplexity is taken
 WORSE = 1.10
+DISTILLED, CHANGED = "distilled", "distilled, low rank"
+HYBRIDS = tuple(f"window + linear, {how}" for how in (DISTILLED, CHANGED))
 # A state of 2 · d features holds as many numbers as the keys and values of that many tokens.
 STATE_TOKENS = (2 * (WIDTH // HEADS) * (WIDTH // HEADS + 1)) // (2 * (WIDTH // HEADS))
 
@@ -32,11 +34,10 @@ class Outcome:
     perplexity: dict[str, float]
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    @property
-    def closed(self) -> float:
-        """How much of the gap that a window alone leaves the distilled hybrid closes."""
-        soft, window, hybrid = (self.perplexity[name] for name in ("softmax", "window only", "window + linear, distilled"))
-        return (window - hybrid) / (window - soft)
+    def closed(self, by: str) -> float:
+        """How much of the gap that a window alone leaves is closed."""
+        soft, window = self.perplexity["softmax"], self.perplexity["window only"]
+        return (window - self.perplexity[by]) / (window - soft)
 
 
 def policy(slots: Mapping[str, object]) -> dict[str, object]:
@@ -84,12 +85,12 @@ def measure(seed: int, asked: argparse.Namespace, say: Callable[[str], None]) ->
     for name, rules in (("linear", LINEAR), ("window + linear", hybrid(found.window))):
         found.perplexity[f"{name}, untrained"] = perplexity(attn.adapt(model, rules, first), held_out)
         say(f"  {name}, untrained {found.perplexity[f'{name}, untrained']:.3f}")
-        given = batches(text, asked.rows, seed + 1000)
-        distilled = attn.distill(model, rules, given, steps=asked.lessons, logits=asked.logits)
-        found.perplexity[f"{name}, distilled"] = perplexity(distilled.model, held_out)
-        found.curves[name] = {site: list(losses) for site, losses in distilled.curve.items()}
-        say(f"  {name}, distilled {found.perplexity[f'{name}, distilled']:.3f}")
-    say(f"  the hybrid closes {found.closed:.0%} of the gap")
+        for how, rank in ((DISTILLED, 0), (CHANGED, asked.low_rank)):
+            given, into = batches(text, asked.rows, seed + 1000), f"{name}, {how}"
+            distilled = attn.distill(model, rules, given, steps=asked.lessons, logits=asked.logits, low_rank=rank)
+            found.perplexity[into] = perplexity(distilled.model, held_out)
+            found.curves[into] = {site: list(losses) for site, losses in distilled.curve.items()}
+            say(f"  {into} {found.perplexity[into]:.3f}, closes {found.closed(into):.0%} of the gap")
     return found
 
 
@@ -97,9 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of training the model")
-    parser.add_argument("--lessons", type=int, default=200, help="of training each attention by itself")
-    parser.add_argument("--logits", type=int, default=100, help="of training on the whole model's logits, behind that")
+    parser.add_argument("--steps", type=int, default=1200, help="of training the model")
+    parser.add_argument("--lessons", type=int, default=300, help="of training each attention by itself")
+    parser.add_argument("--logits", type=int, default=300, help="of training on the whole model's logits, behind that")
+    parser.add_argument("--low-rank", type=int, default=8, help="by which that second part may change projections")
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,7 +118,7 @@ def page(outcomes: list[Outcome], asked: argparse.Namespace) -> str:
     rows = [[name, *(f"{one.perplexity[name]:.3f}" for one in outcomes)] for name in names]
     rows += [
         ["window", *(str(one.window) for one in outcomes)],
-        ["gap closed by the distilled hybrid", *(f"{one.closed:.0%}" for one in outcomes)],
+        *([f"gap closed by {name}", *(f"{one.closed(name):.0%}" for one in outcomes)] for name in HYBRIDS),
     ]
     head = ["perplexity of a byte", *(f"seed {one.seed}" for one in outcomes)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
@@ -125,7 +127,8 @@ def page(outcomes: list[Outcome], asked: argparse.Namespace) -> str:
 
 {LAYERS} layers of width {WIDTH}, {HEADS} heads, {CONTEXT} bytes of context; each seed trained from scratch for
 {asked.steps} steps of {asked.rows} × {CONTEXT} bytes on the standard library's sources, every tenth file held out.
-Distilled: {asked.lessons} steps site by site, then {asked.logits} on the logits; only the maps of features learn.
+Distilled: {asked.lessons} steps site by site, then {asked.logits} on the logits; only the maps of features learn. Low rank:
+in that second part the projections beside the attentions may change, too, by matrices of rank {asked.low_rank}.
 A state holds as many numbers as the keys and values of {STATE_TOKENS} tokens. {processor()}, one thread, shared with
 other work. `python -m quality FOLDER` in `benchmarks`.
 
