@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from attn_compiler.cli.adapt import adapt
 from attn_compiler.cli.calibrate import calibrate
 from attn_compiler.cli.check import check
 from attn_compiler.cli.demo import demo
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find, explain and rewrite the attentions of a PyTorch model.",
 )
+app.command()(adapt)
 app.command()(calibrate)
 app.command()(check)
 app.command()(explain)
