@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -23,12 +23,17 @@ from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
 
 VARIANT = "causal & window(1024)"
 HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
-SPILLING = Blocks(128, 128, 4, 2)  # a control: it must be seen to spill
+CONTROLS = {  # which must not be sound
+    False: Blocks(128, 128, 4, 2),  # it spills
+    True: Blocks(128, 64, 8, 2, specialized=True),  # so many warps are not divided
+}
 SAYS = """# Triton kernels compiled ahead of time
 
 Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidates stand in the order in which they are tried, up
 to the first that is *sound*: no stack and no spill instruction, the machine's own matrix instruction (float32 has none), shared
-memory that fits. The last kernel of each machine is a control, which must not be sound.
+memory that fits, and warps that are divided where they were to be (`forward, specialized`): some do nothing but copy whole tiles
+(`tensors`), the others take over their registers. The last kernel of each machine, and of this form, is a control, which must not
+be sound.
 
 {table}"""
 
@@ -41,9 +46,11 @@ class Case:
     kind: Kind
     dim: int
     dtype: str
+    specialized: bool = False
 
     def tiles(self) -> tuple[Blocks, ...]:
-        return candidates(self.kind, self.dtype, self.dim, amd=self.machine.startswith("gfx"))
+        some = candidates(self.kind, self.dtype, self.dim, self.machine)
+        return tuple(blocks for blocks in some if blocks.specialized == self.specialized)
 
     def order(self, blocks: Blocks) -> Order:
         few = self.kind == "decode"
@@ -69,7 +76,10 @@ def main() -> None:
         wanted = [(dim, of) for dim, of in HEADS if dim in (options.dim or [dim]) and of in (options.dtype or [of])]
         cases = [Case(machine, kind, *heads) for kind, heads in product(options.kind or KINDS, wanted)]
         rows += tried(cases)
-        rows += tried([Case(machine, "forward", 128, "bfloat16")], [SPILLING])
+        rows += tried([Case(machine, "forward", 128, "bfloat16")], [CONTROLS[False]])
+        divided = [one for one in (replace(case, specialized=True) for case in cases) if one.tiles()]
+        rows += tried(divided)
+        rows += tried([replace(one, dim=128, dtype="bfloat16") for one in divided[:1]], [CONTROLS[True]])
         print(markdown(rows), flush=True)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +103,8 @@ def tried(cases: Sequence[Case], only: Sequence[Blocks] = ()) -> list[dict[str, 
 def row(case: Case, blocks: Blocks) -> dict[str, object]:
     cut = f"{blocks.queries} × {blocks.keys}, {blocks.warps} warps, {blocks.stages} stages"
     empty = dict.fromkeys(("registers", "stack", "shared KiB", "multiplies by", "copies", "sound"), "–")
-    return {"machine": case.machine, "kernel": case.kind, "dim": case.dim, "dtype": case.dtype, "tile": cut, **empty}
+    kernel = f"{case.kind}, specialized" if case.specialized else case.kind
+    return {"machine": case.machine, "kernel": kernel, "dim": case.dim, "dtype": case.dtype, "tile": cut, **empty}
 
 
 def described(found: Compiled | CompilerError, given: Order) -> Iterator[tuple[str, object]]:
@@ -103,7 +114,7 @@ def described(found: Compiled | CompilerError, given: Order) -> Iterator[tuple[s
     matrices = {name.split(".")[0] for name in found.opcodes if "MMA" in name and not name.startswith(("HFMA2", "UTCHMMA.S"))}
     matrices |= {name for name in found.opcodes if "mfma" in name}
     widths = {int(name.split(".")[-1]) if name[-1].isdigit() else 32 for name in found.opcodes if name.startswith("LDGSTS")}
-    copies = [f"{bits} bit" for bits in sorted(widths, reverse=True)]
+    copies = [f"{bits} bit" for bits in sorted(widths, reverse=True)] + ["tensors"] * (found.count("UTMALDG") > 0)
     wide = found.count("global_load_dwordx4", "buffer_load_dwordx4")
     yield "registers", found.registers
     yield "stack", found.stack

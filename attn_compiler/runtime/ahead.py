@@ -65,6 +65,11 @@ class Compiled:
         copies = [name for name in self.opcodes if name.startswith("LDGSTS")]
         return bool(copies) and all("128" in name for name in copies)
 
+    @property
+    def is_specialized(self) -> bool:
+        """Whether some warps do nothing but copy whole tiles, and leave their registers to the others."""
+        return self.count("USETMAXREG") > 0 and self.count("UTMALDG") > 0
+
     def on_tensor_cores(self, machine: str, *, few: bool = False) -> bool:
         """Whether matrices are multiplied as the machine does it best; by `few` rows no warps together can."""
         stem = MACHINES.get(machine, _OTHER)[0]
@@ -76,10 +81,12 @@ class Compiled:
 
 
 def is_sound(found: Compiled, order: Order) -> bool:
-    """Whether a kernel is worth being tried: it spills nothing, fits, and multiplies where the machine is fast."""
+    """Whether a kernel is worth being tried: it spills nothing, fits, multiplies where the machine is fast, and its warps
+    are divided where they were to be."""
     few = order.blocks.queries < 64
     fast = order.dtype == "float32" or found.on_tensor_cores(order.machine, few=few)
-    return not found.spills and found.fits(order.machine) and fast
+    divided = found.is_specialized or not order.blocks.specialized
+    return not found.spills and found.fits(order.machine) and fast and divided
 
 
 def compile_ahead(orders: Sequence[Order]) -> list[Compiled]:

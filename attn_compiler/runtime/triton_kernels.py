@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attn_compiler.planning.runs import Integers
 from attn_compiler.runtime.kernels import Shape, spec_at
-from attn_compiler.runtime.triton_launch import call, load, on_device, operand, sizes, table
+from attn_compiler.runtime.triton_launch import call, can_be_described, load, on_device, operand, sizes, table
 from attn_compiler.runtime.tuning import chosen, example
 from attn_compiler.runtime.visits import visited
 from attn_compiler.targets.cpp.spec import Spec
@@ -36,7 +36,7 @@ def kernel(shape: Shape, group: int, blocks: Blocks) -> Kernel:
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
     iteration, visits = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
-    return Kernel(members, spec, source(spec, iteration), visits)
+    return Kernel(members, spec, source(spec, replace(iteration, specialized=blocks.specialized)), visits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,14 @@ class Launch:
 
 
 @lru_cache(maxsize=128)
-def launches(shape: Shape, device: torch.device) -> tuple[Launch, ...]:
-    """The launches of a call, its groups of heads one after the other."""
+def launches(shape: Shape, device: torch.device, describable: bool) -> tuple[Launch, ...]:
+    """The launches of a call, its groups of heads one after the other.
+
+    `describable` is whether its operands can be copied tile by tile: nothing else of them is asked.
+    """
     groups = range(len(head_groups(shape.variant, shape.heads)))
-    cuts = (chosen("forward", shape, n, device, partial(_attempt, shape, n, device)) for n in groups)
+    attempts = (partial(_attempt, shape, n, device) for n in groups)
+    cuts = (chosen("forward", shape, n, device, attempt, describable=describable) for n, attempt in enumerate(attempts))
     return tuple(_launch(shape, n, blocks, device) for n, blocks in zip(groups, cuts, strict=True))
 
 
@@ -84,7 +88,7 @@ def run(
 ) -> None:
     """Fill `out` and `totals`: the log-sum-exp of each query, or its peak and its mass."""
     results = (None, totals) if kept else (totals, None)
-    for one in launches(shape, q.device):
+    for one in launches(shape, q.device, all(map(can_be_described, (q, k, v, out)))):
         _start(one, shape, (q, k, v, out), results, tables)
 
 

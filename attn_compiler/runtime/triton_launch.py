@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import copy_context
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,21 @@ from attn_compiler.runtime.kernels import Shape
 def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], options: Mapping[str, int]) -> None:
     """Launch a kernel on the device of a tensor: Triton itself would take the current one."""
     with torch.cuda.device_of(of), interpreter.quiet():  # type: ignore[no-untyped-call]
-        kernel[grid](*arguments, **options)
+        copy_context().run(_start, of, partial(kernel[grid], *arguments, **options))
+
+
+def _start(of: Tensor, launch: Callable[[], object]) -> None:
+    """Launch a kernel with memory for the descriptors that it makes; the allocator of other kernels stays what it is."""
+    from triton import set_allocator
+
+    set_allocator(lambda size, alignment, stream: of.new_empty(size, dtype=torch.int8))
+    launch()
+
+
+def can_be_described(x: Tensor) -> bool:
+    """Whether what copies whole tiles takes the rows of a tensor: they start at multiples of 16 bytes, and do not overlap."""
+    starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return all(start % 16 == 0 for start in starts) and x.stride(2) >= x.shape[3]
 
 
 def sizes(shape: Shape) -> tuple[int, ...]:

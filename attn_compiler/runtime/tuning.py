@@ -13,27 +13,37 @@ from torch import Tensor
 from attn_compiler.runtime.ahead import Compiled, Order, compile_each, is_sound
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.machine import known
-from attn_compiler.runtime.triton_orders import order
+from attn_compiler.runtime.triton_orders import order, suits
 from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
 
-INTERPRETED = Blocks()  # the interpreter runs whatever it is given
+INTERPRETED = (Blocks(),)  # the interpreter runs whatever it is given
 ROUNDS = 5
 
 Attempt = Callable[[Blocks], Callable[[], None]]  # makes a launch of a kernel that is cut so
 
 
-def chosen(kind: Kind, shape: Shape, group: int, device: torch.device, attempt: Attempt, *, queries: int | None = None) -> Blocks:
+def chosen(
+    kind: Kind,
+    shape: Shape,
+    group: int,
+    device: torch.device,
+    attempt: Attempt,
+    *,
+    queries: int | None = None,
+    describable: bool = False,
+) -> Blocks:
     """How the kernel for one of a call's groups of heads is cut on a device; measured once for lengths of the same magnitude.
 
-    `queries` is how many rows a tile has where that is no choice.
+    `queries` is how many rows a tile has where that is no choice, `describable` whether operands can be copied tile by tile.
     """
-    if device.type != "cuda":
-        return INTERPRETED
-    some = candidates(kind, shape.dtype, max(shape.dim, shape.value_dim), amd=torch.version.hip is not None)
-    some = tuple(replace(blocks, queries=queries or blocks.queries) for blocks in some)
-    if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
+    on_device = device.type == "cuda"
+    machine = machine_of(device) if on_device else ""
+    some = candidates(kind, shape.dtype, max(shape.dim, shape.value_dim), machine) if on_device else INTERPRETED
+    some = tuple(replace(x, queries=queries or x.queries) for x in some if not x.specialized or describable)
+    some = tuple(blocks for blocks in some if suits(shape, blocks, group))
+    if not on_device or torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return some[0]
-    orders = [order(shape, kind, blocks, machine_of(device), group) for blocks in some]
+    orders = [order(shape, kind, blocks, machine, group) for blocks in some]
     return some[int(known(question(kind, shape, orders, device), lambda: best(orders, lambda n: milliseconds(attempt(some[n])))))]
 
 

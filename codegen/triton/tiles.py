@@ -43,6 +43,14 @@ def rows(operand, b, h, tokens):
 
 
 @triton.jit
+def described(operand, b, h, length, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows of one head, as what copies whole tiles of them has to know them."""
+    pointer, of_batch, of_head, of_token = operand
+    pointer += tl.cast(b, tl.int64) * of_batch + tl.cast(h, tl.int64) * of_head
+    return tl.make_tensor_descriptor(pointer, [length, DIM], [tl.cast(of_token, tl.int64), 1], [BLOCK, WIDTH])
+
+
+@triton.jit
 def take(row, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """The numbers of some rows, then zeros up to a width that is a power of two."""
     d = tl.arange(0, WIDTH)[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,16 @@ import pytest
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton kernels of small tiles in the interpreter, so that short sequences have many of them."""
+    yield from _cut(monkeypatch, specialized=False)
+
+
+@pytest.fixture
+def specialized_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same, in the form for Hopper wherever a call can take it."""
+    yield from _cut(monkeypatch, specialized=True)
+
+
+def _cut(monkeypatch: pytest.MonkeyPatch, *, specialized: bool) -> Iterator[None]:
     from attn_compiler.runtime import triton_gradients, triton_kernels, tuning
     from attn_compiler.targets.triton.blocks import Blocks
 
@@ -17,7 +28,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         triton_kernels.launches.cache_clear()
         triton_gradients._pairs.cache_clear()
 
-    monkeypatch.setattr(tuning, "INTERPRETED", Blocks(16, 16))
+    usual = Blocks(16, 16)
+    monkeypatch.setattr(tuning, "INTERPRETED", (replace(usual, specialized=True), usual) if specialized else (usual,))
     forget()
     yield
     forget()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import triton_gradients
+from attn_compiler.runtime import triton_gradients, triton_kernels
 from attn_compiler.runtime.attend import Target, attend
 from attn_compiler.runtime.reading import read_variant
+from attn_compiler.runtime.triton_launch import can_be_described
 from attn_compiler.testing import Case, assert_case, random_case
 from attn_compiler.testing.budget import assert_within_budget
 
@@ -28,10 +31,10 @@ def carried(case: Case, dtype: torch.dtype) -> bool:
     return True
 
 
-@pytest.fixture(params=["small tiles", "usual tiles"])
+@pytest.fixture(params=["small_tiles", pytest.param("specialized_tiles", marks=pytest.mark.full), None])
 def tiles(request: pytest.FixtureRequest) -> None:
-    if request.param == "small tiles":
-        request.getfixturevalue("small_tiles")
+    if request.param:
+        request.getfixturevalue(request.param)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -63,6 +66,44 @@ def test_masks_are_within_budget(mask: str) -> None:
         mask, Variant(), heads=1, kv_heads=1, q_len=149, k_len=149, head_dim=16, values=None, layer=0, layers=1
     )
     assert_case(Case(meaning, q, k, v, {}), torch.float32, "triton")
+
+
+SPECIALIZED: Mapping[str, tuple[object, int]] = {
+    "a window": ("causal & window(20)", 16),
+    "heads that are no power of two": ("causal & window(20)", 24),
+    "two windows": ("window(20) & (window(5) | ~window(9))", 16),
+    "keys that nobody sees": ("causal & keys('30:')", 16),
+    "a bias, and no largest score": ({"mask": "causal", "score": "score + alibi()", "normalizer": "sigmoid"}, 16),
+    "windows by head": ({"mask": "causal", "heads": {"0": {"mask": "causal & window(9)"}}}, 16),
+}
+
+
+@pytest.mark.usefixtures("specialized_tiles")
+@pytest.mark.parametrize("dtype", WANTED, ids=str)
+@pytest.mark.parametrize("name", SPECIALIZED)
+def test_one_loop_computes_what_two_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = triton_kernels.load
+    monkeypatch.setattr(triton_kernels, "load", lambda text: (loaded.append(text), load(text))[1])
+    variant, dim = SPECIALIZED[name]
+    q, k, v = randn(2, 2, 77, dim), randn(2, 1, 77, dim), randn(2, 1, 77, dim)
+    meaning = read_variant(
+        variant, Variant(), heads=2, kv_heads=1, q_len=77, k_len=77, head_dim=dim, values=None, layer=0, layers=1
+    )
+    assert_case(Case(meaning, q, k, v, {}), dtype, "triton")
+    assert loaded
+    assert all("warp_specialize=True" in text for text in loaded)
+
+
+@pytest.mark.usefixtures("specialized_tiles")
+def test_rows_that_start_anywhere_are_not_copied_tile_by_tile() -> None:
+    q, k, v = (randn(1, 2, 40, 18).float()[..., 1:17] for _ in "qkv")
+    targets: tuple[Target, ...] = ("triton", "reference", "torch")
+    found, exact, plain = (attend(q, k, v, "causal & window(9)", target=target) for target in targets)
+    assert_within_budget(found, exact, plain)
+    assert not can_be_described(q)
+    assert can_be_described(q.contiguous())
+    assert not can_be_described(q.contiguous()[:, :, :1].expand(q.shape))
 
 
 def test_a_log_sum_exp_is_that_of_the_reference() -> None:

@@ -12,7 +12,7 @@ import pytest
 from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_ahead, compile_each, is_sound
 from attn_compiler.runtime.kernel_source import shape_of
-from attn_compiler.runtime.triton_orders import order
+from attn_compiler.runtime.triton_orders import order, suits
 from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
 
 pytest.importorskip("triton")
@@ -24,6 +24,8 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "documents and alibi": {"mask": "causal & same(documents)", "score": "score + alibi"},
 }
 SPILLING = Blocks(128, 128, 4, 2)
+SPECIALIZED = Blocks(128, 64, 4, 2, specialized=True)
+UNDIVIDED = ("documents and alibi",)  # whose masks read tables, key by key: Triton's pass fails there, and says so
 NOT_A_KERNEL = "import triton\n\n\n@triton.jit\ndef forward(q):\n    nothing\n"
 
 
@@ -33,13 +35,16 @@ def order_of(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks | No
     shape = shape_of(
         VARIANTS[variant], q_len=q_len, k_len=4096, heads=8, kv_heads=kv_heads, head_dim=dim, dtype=dtype, target="triton"
     )
-    first, *_ = candidates(kind, dtype, dim, amd=machine.startswith("gfx"))
+    first, *_ = candidates(kind, dtype, dim, machine)
+    assert suits(shape, blocks or first, 0)
     return order(shape, kind, blocks or first, machine)
 
 
 QUICK = {
     "forward, 64, sm_90": order_of("forward", 64, "bfloat16", "sm_90"),
     "forward, 128, sm_90": order_of("forward", 128, "bfloat16", "sm_90"),
+    "specialized, 64, sm_90": order_of("forward", 64, "float16", "sm_90", replace(SPECIALIZED, keys=128)),
+    "specialized, 128, sm_90": order_of("forward", 128, "bfloat16", "sm_90", SPECIALIZED, "sinks and softcap"),
     "backward_q, 128, sm_90": order_of("backward_q", 128, "bfloat16", "sm_90"),
     "backward_kv, 128, sm_90": order_of("backward_kv", 128, "float16", "sm_90"),
     "decode, 128, sm_90": order_of("decode", 128, "bfloat16", "sm_90"),
@@ -47,6 +52,7 @@ QUICK = {
     "forward, 128, gfx942": order_of("forward", 128, "float16", "gfx942"),
 }
 CONTROLS = {
+    "undivided": order_of("forward", 128, "bfloat16", "sm_90", replace(SPECIALIZED, warps=8)),
     "spilling": order_of("forward", 128, "bfloat16", "sm_90", SPILLING),
     "odd": order_of("forward", 20, "bfloat16", "sm_90"),
     "float32": order_of("forward", 64, "float32", "sm_90"),
@@ -71,7 +77,9 @@ def test_the_cut_that_is_tried_first_is_sound(name: str) -> None:
     assert is_sound(found(name), QUICK[name])
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if "sm_" in name and "backward_kv" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in QUICK if "sm_" in name and "backward_kv" not in name and "specialized" not in name]
+)
 def test_what_is_copied_ahead_comes_in_steps_of_16_bytes(name: str) -> None:
     """In the kernel that is left out, single numbers of each query are copied ahead, too."""
     assert found(name).loads_in_whole
@@ -81,12 +89,31 @@ def test_rows_of_an_odd_length_are_not_copied_so() -> None:
     assert not found("odd").loads_in_whole
 
 
-@pytest.mark.parametrize(
-    "name", ["forward, 64, sm_90", "forward, 128, sm_90", "backward_q, 128, sm_90", "backward_kv, 128, sm_90"]
-)
+@pytest.mark.parametrize("name", [name for name in QUICK if "sm_90" in name and "decode" not in name])
 def test_warp_groups_multiply_on_hopper(name: str) -> None:
     assert found(name).count("HGMMA")
     assert not found(name).count("HMMA")
+
+
+@pytest.mark.parametrize("name", ["specialized, 64, sm_90", "specialized, 128, sm_90"])
+def test_some_warps_do_nothing_but_copy_whole_tiles(name: str) -> None:
+    one = found(name)
+    assert one.count("UTMALDG") > 1  # queries, keys, values
+    assert one.count("UTMASTG")
+    assert one.count("USETMAXREG")
+    assert not one.count("LDGSTS")
+
+
+def test_warps_that_the_compiler_did_not_divide_are_seen() -> None:
+    one = found("undivided")
+    assert one.count("UTMALDG")
+    assert not one.is_specialized
+    assert not is_sound(one, CONTROLS["undivided"])
+
+
+def test_a_kernel_of_two_loops_copies_no_whole_tiles() -> None:
+    one = found("forward, 128, sm_90")
+    assert not one.count("UTMALDG", "UTMASTG", "USETMAXREG")
 
 
 def test_tiles_that_are_too_large_are_seen_to_spill() -> None:
@@ -112,7 +139,7 @@ def test_what_cannot_be_compiled_is_said() -> None:
 
 
 def sound(kind: Kind, dim: int, dtype: str, machine: str, variant: str) -> Sequence[Blocks]:
-    some = candidates(kind, dtype, dim, amd=machine.startswith("gfx"))
+    some = candidates(kind, dtype, dim, machine)
     orders = [order_of(kind, dim, dtype, machine, blocks, variant) for blocks in some]
     tried = zip(some, orders, compile_each(orders), strict=True)
     return [blocks for blocks, given, one in tried if isinstance(one, Compiled) and is_sound(one, given)]
@@ -124,4 +151,7 @@ def sound(kind: Kind, dim: int, dtype: str, machine: str, variant: str) -> Seque
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_some_candidate_of_every_kernel_is_sound(kind: Kind, variant: str, dim: int, dtype: str, machine: str) -> None:
-    assert sound(kind, dim, dtype, machine, variant)
+    found = sound(kind, dim, dtype, machine, variant)
+    assert found
+    if machine == "sm_90" and kind == "forward" and variant not in UNDIVIDED:
+        assert any(blocks.specialized for blocks in found)

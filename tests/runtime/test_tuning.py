@@ -17,7 +17,7 @@ from attn_compiler.runtime.triton_orders import order
 from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
 
 SHAPE = shape_of("causal", q_len=64, k_len=64, heads=2, head_dim=64, dtype="bfloat16", target="triton")
-GOOD = Compiled(128, 0, 1024, {"HGMMA.64": 4, "LDGSTS.E.BYPASS.128": 8})
+GOOD = Compiled(128, 0, 1024, {"HGMMA.64": 4, "LDGSTS.E.BYPASS.128": 8, "UTMALDG.2D": 2, "USETMAXREG": 2})
 BAD: Mapping[str, Compiled | CompilerError] = {
     "spills": replace(GOOD, stack=8),
     "does not fit": replace(GOOD, shared=1 << 20),
@@ -65,14 +65,35 @@ def test_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         asked.append(blocks.stages)
         return lambda: -len(asked)  # the later ones are faster
 
-    some = candidates("forward", "bfloat16", 64)
+    some = candidates("forward", "bfloat16", 64, "sm_90")
     for _ in range(2):
-        assert tuning.chosen("forward", SHAPE, 0, torch.device("cuda"), attempt) == some[-1]  # type: ignore[arg-type]
+        found = tuning.chosen("forward", SHAPE, 0, torch.device("cuda"), attempt, describable=True)  # type: ignore[arg-type]
+        assert found == some[-1]
     assert len(asked) == len(some)
+
+
+@pytest.mark.parametrize(
+    ("variant", "describable", "specialized"),
+    [
+        ("causal & window(9)", True, True),
+        ("causal & window(9)", False, False),  # rows that start anywhere cannot be copied tile by tile
+        ({"mask": "causal & window(9)", "empty_rows": "mean"}, True, False),  # queries that saw no key need another loop
+        ("causal & dilated(4)", True, False),  # its tokens are visited in an order of their own
+        ("strided(16, 2)", True, False),  # its tiles stand in a list
+    ],
+)
+def test_warps_are_divided_where_one_loop_over_whole_tiles_suffices(
+    variant: object, describable: bool, specialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "INTERPRETED", (Blocks(16, 16, specialized=True), Blocks(16, 16)))
+    shape = shape_of(variant, q_len=256, k_len=256, heads=2, head_dim=16, target="triton")  # type: ignore[arg-type]
+    found = tuning.chosen("forward", shape, 0, torch.device("cpu"), lambda _: pytest.fail("tried"), describable=describable)
+    assert found.specialized == specialized
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "machine_of", lambda _: "sm_90")
     found = tuning.chosen("forward", SHAPE, 0, torch.device("cuda"), lambda _: pytest.fail("measured"))
     assert found == candidates("forward", "bfloat16", 64)[0]
 
@@ -88,8 +109,8 @@ def test_another_kernel_or_length_is_another_question(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("amd", [False, True])
-def test_tiles_are_powers_of_two_and_no_two_are_alike(kind: Kind, dim: int, amd: bool) -> None:
-    some = candidates(kind, "bfloat16", dim, amd=amd)
+@pytest.mark.parametrize("machine", ["sm_80", "sm_90", "gfx942"])
+def test_tiles_are_powers_of_two_and_no_two_are_alike(kind: Kind, dim: int, machine: str) -> None:
+    some = candidates(kind, "bfloat16", dim, machine)
     assert len(set(some)) == len(some) > 1
     assert all(n >= 16 and n & (n - 1) == 0 for blocks in some for n in blocks.sizes().values())

@@ -12,12 +12,17 @@ KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "decode")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a tile, warps that share it, and tiles that are loaded ahead."""
+    """Queries and keys of a tile, warps that share it, and tiles that are loaded ahead.
+
+    `specialized` kernels have four more warps, which do nothing but copy; where the compiler does not make them so, they are
+    not worth trying.
+    """
 
     queries: int = 64
     keys: int = 64
     warps: int = 4
     stages: int = 2
+    specialized: bool = False
 
     def sizes(self) -> Mapping[str, int]:
         """What kernels call them."""
@@ -28,13 +33,17 @@ class Blocks:
         return {**self.sizes(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-def candidates(kind: Kind, dtype: str, dim: int, *, amd: bool = False) -> tuple[Blocks, ...]:
-    """What is worth trying for heads of `dim` numbers. The queries of `decode` are those that there are."""
+def candidates(kind: Kind, dtype: str, dim: int, machine: str = "") -> tuple[Blocks, ...]:
+    """What is worth trying for heads of `dim` numbers, what any call can be cut into first.
+
+    The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes.
+    """
     if dtype == "float32" or dim > 128:
         return _WIDE[kind]
-    if amd:
+    if machine.startswith("gfx"):
         return _AMD[kind]
-    return _NARROW[kind] if dim <= 64 else _USUAL[kind]
+    usual = _NARROW[kind] if dim <= 64 else _USUAL[kind]
+    return usual + _HOPPER if machine == "sm_90" and kind == "forward" else usual
 
 
 # Kept in registers: queries · dim of the forward kernel and that of q, 2 · keys · dim of that of k and v.
@@ -56,6 +65,7 @@ _WIDE: Mapping[Kind, tuple[Blocks, ...]] = {
     "backward_kv": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
     "decode": (Blocks(16, 32, 4, 3), Blocks(16, 16, 4, 3), Blocks(16, 16, 4, 2)),
 }
+_HOPPER = (Blocks(128, 64, 4, 2, specialized=True), Blocks(128, 128, 4, 2, specialized=True))
 _AMD: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(128, 64, 4, 1), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)),
     "backward_q": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),

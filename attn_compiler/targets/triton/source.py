@@ -34,11 +34,22 @@ class Iteration:
 
     stretches: int  # of neighboring tiles, of the mixed ones and as many of the full ones; 0: the tiles stand in a list
     ordered: bool = False  # whether tokens are visited in an order of their own
+    specialized: bool = False  # whether some warps do nothing but copy tiles, all of which are met in one loop
 
 
 @lru_cache(maxsize=256)
 def source(spec: Spec, iteration: Iteration) -> str:
     """The forward kernel of a spec."""
+    return _in_one_loop(spec, iteration) if iteration.specialized else _in_phases(spec, iteration)
+
+
+def can_specialize(spec: Spec, iteration: Iteration) -> bool:
+    """Whether all that is met can be met in one loop without branches, whose tiles are rows that follow each other."""
+    in_one_phase = spec.variant.empty_rows not in (EmptyRows.MEAN, EmptyRows.UNMASKED)
+    return in_one_phase and not spec.variant.dropout and iteration.stretches > 0 and not iteration.ordered
+
+
+def _in_phases(spec: Spec, iteration: Iteration) -> str:
     printer = printer_of(spec, "forward.py")
     mean = spec.variant.empty_rows is EmptyRows.MEAN
     fills = mean or spec.variant.empty_rows is EmptyRows.UNMASKED
@@ -51,6 +62,12 @@ def source(spec: Spec, iteration: Iteration) -> str:
     }
     facts = {"MEAN": mean, "ORDERED": iteration.ordered}
     return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
+
+
+def _in_one_loop(spec: Spec, iteration: Iteration) -> str:
+    printer = printer_of(spec, "forward_specialized.py")
+    holes = {**pair(printer, spec, INSIDE), **walk(2 * iteration.stretches), "result": result(printer, spec)}
+    return assembled("forward_specialized.py", spec, printer, holes, {}, f"STRETCHES = {constants(iteration.stretches)}")
 
 
 def result(printer: Printer, spec: Spec) -> list[str]:

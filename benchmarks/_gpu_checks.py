@@ -1,0 +1,90 @@
+"""Whether generated Triton kernels are right on a GPU: random calls against float64, and under NVIDIA's sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from _gpu_clock import Clock
+from attn_compiler.errors import ShapeError
+from attn_compiler.runtime import tuning
+from attn_compiler.testing import Case, assert_case, random_case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOOLS = ("memcheck", "racecheck")
+PATIENCE = 90  # seconds for each tool
+
+
+def correctness(clock: Clock, seeds: int) -> dict[str, Any]:
+    """Random variants, forward and backward, and their last queries as while decoding, until there is no time left.
+
+    Each is cut in another way: what a clock would choose is no matter here.
+    """
+    carried, wrong = 0, []
+    for seed in count():
+        if seed == seeds or not clock.has(0):
+            return {"seeds": seed, "carried": carried, "right": carried - len(wrong), "wrong": wrong}
+        for few in (False, True):
+            try:
+                check(seed, clock.device, few=few)
+                carried += 1
+            except ShapeError:
+                continue
+            except AssertionError as failure:
+                carried += 1
+                wrong.append(f"seed {seed}{', few queries' if few else ''}: {failure}")
+    raise AssertionError
+
+
+def check(seed: int, device: str, *, few: bool) -> None:
+    case = on_device(random_case(seed), device)
+    with cut_by_number(seed), torch.set_grad_enabled(not few):
+        assert_case(case.last(1 + seed % 16) if few else case, DTYPES[seed % 3], "triton")
+
+
+@contextmanager
+def cut_by_number(number: int) -> Iterator[None]:
+    """Let no clock choose among the ways to cut a kernel, and nobody remember what was chosen."""
+    chosen = mock.patch.object(tuning, "best", lambda orders, time: number % len(orders))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"ATTN_CACHE_DIR": folder}), chosen:
+        yield
+
+
+def on_device(case: Case, device: str) -> Case:
+    positions = case.q_positions.to(device) if isinstance(case.q_positions, Tensor) else case.q_positions
+    tables = {name: table.to(device) for name, table in case.tables.items()}
+    q, k, v = (x.to(device) for x in (case.q, case.k, case.v))
+    return replace(case, q=q, k=k, v=v, tables=tables, q_positions=positions)
+
+
+def sanitized(seeds: int = 4) -> dict[str, str]:
+    """What each tool of compute-sanitizer says of a few random calls."""
+    found = shutil.which("compute-sanitizer")
+    if not found:
+        return dict.fromkeys(TOOLS, "compute-sanitizer is not installed")
+    command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--check", str(seeds)]
+    said = {}
+    for tool in TOOLS:
+        try:
+            done = subprocess.run(
+                [found, "--tool", tool, "--error-exitcode", "9", *command],
+                capture_output=True, text=True, check=False, timeout=PATIENCE,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            said[tool] = f"no answer within {PATIENCE} s"
+            continue
+        said[tool] = "clean" if not done.returncode else f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+    return said

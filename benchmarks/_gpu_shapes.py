@@ -1,0 +1,81 @@
+"""The attentions that are timed on a GPU: fixed before anything was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention to be timed; `share` of all pairs see each other."""
+
+    name: str
+    variant: object
+    length: int
+    share: float
+    dim: int = 128
+    heads: int = 16
+    kv_heads: int = 16
+    queries: int | None = None  # the last ones, where they are fewer than the keys
+    sees: Callable[[Tensor, Tensor], Tensor] | None = None  # the mask again, for flex_attention
+    window: int | None = None  # the same for libraries that know causal windows; 0: only causal
+    grid: tuple[int, int] | None = None  # sizes of the neighborhood and of a side of the grid
+    trains: bool = False
+    apart: Mapping[str, object] = field(default_factory=dict)  # the same in several calls, by the heads of each
+    tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def work(self, *, backward: bool) -> float:
+        """The operations of pairs that see each other, and no others; a backward pass counts 2.5 forward passes."""
+        pairs = (self.queries or self.length) * self.length * self.share
+        return 4 * self.heads * pairs * self.dim * (2.5 if backward else 1.0)
+
+    def read(self) -> float:
+        """The bytes of the keys and values that somebody sees."""
+        seen = self.length * (self.share if self.queries else 1.0)
+        return 2 * 2 * self.kv_heads * seen * self.dim
+
+    def tiny(self) -> Shape:
+        """The same at a length that an interpreter bears, without what would need the real one."""
+        return replace(self, variant="causal", length=16, dim=16, heads=2, kv_heads=2, tables={}, apart={}, grid=None)
+
+
+def operands(shape: Shape, device: str, *, trained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in bfloat16."""
+    sizes = ((shape.heads, shape.queries or shape.length), *2 * ((shape.kv_heads, shape.length),))
+    q, k, v = (torch.randn(1, heads, tokens, shape.dim, dtype=torch.bfloat16, device=device) for heads, tokens in sizes)
+    return q.requires_grad_(trained), k.requires_grad_(trained), v.requires_grad_(trained)
+
+
+def near(window: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda i, j: (i >= j) & (i - j < window)
+
+
+def within(window: int, length: int) -> float:
+    """The share of pairs that a causal window shows."""
+    return window / length * (1 - window / (2 * length))
+
+
+TWO = {"0:8": {"mask": "causal & window(256)"}, "8:16": {"mask": "causal & window(1024)"}}
+BOTH = (within(256, 16384) + within(1024, 16384)) / 2
+REACHES = {"reaches": (256.0,) * 8 + (1024.0,) * 8}
+SHAPES = (
+    Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
+    Shape("window 1024", "causal & window(1024)", 16384, within(1024, 16384), sees=near(1024), window=1024, trains=True),
+    Shape("decoding", "causal", 32768, 1.0, kv_heads=4, queries=1),
+    Shape("decoding, window 1024", "causal & window(1024)", 32768, 1024 / 32768, kv_heads=4, queries=1),
+    Shape("decoding, window 1024 of 8192", "causal & window(1024)", 8192, 1024 / 8192, kv_heads=4, queries=1),
+    Shape("neighborhood", {"geometry": [128, 128], "mask": "neighborhood([13, 13])"}, 16384, 169 / 16384, dim=64, grid=(13, 128)),
+    Shape("every tenth block", "strided(128, 10)", 16384, 0.1),
+    Shape("windows by head, a table", "causal & span(reaches, 0)", 16384, BOTH, tables=REACHES, apart=TWO),
+    Shape("windows by head, two kinds", {"mask": "causal", "heads": TWO}, 16384, BOTH, apart=TWO),
+    Shape("dense causal, heads of 64", "causal", 16384, 0.5, dim=64, sees=near(1 << 30), window=0, trains=True),
+    Shape("window 4096", "causal & window(4096)", 32768, within(4096, 32768), sees=near(4096), window=4096),
+    Shape("window 1024, 4 kv heads", "causal & window(1024)", 16384, within(1024, 16384), kv_heads=4, sees=near(1024)),
+    Shape("window 1024, 4 sinks", "causal & (window(1024) | sinks(4))", 16384, within(1024, 16384)),
+    Shape("dilated, 1024 keys 4 apart", "causal & dilated(4) & window(4096)", 16384, within(4096, 16384) / 4),
+    Shape("ALiBi, causal", {"mask": "causal", "score": "score + alibi()"}, 8192, 0.5),
+)
