@@ -17,7 +17,7 @@ from attn_compiler.errors import ExportError
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import Dialect, export_mlir
 from attn_compiler.export.pt2 import export_pt2
-from attn_compiler.targets.onnx.spec import OPSET
+from attn_compiler.targets.onnx.opsets import OPSET
 
 Format = Literal["onnx", "mlir", "pt2"]
 _ENDINGS: dict[str, Format] = {".mlir": "mlir", ".pt2": "pt2"}

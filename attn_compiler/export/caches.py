@@ -6,16 +6,14 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import fx
 
+from attn_compiler.export.called import EXPORTED, WITH_CACHE
 from attn_compiler.generation.kept import Kept
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
-from attn_compiler.targets.onnx.spec import Call
+from attn_compiler.targets.exported import Call
 
-EXPORTED = torch.ops.attn_compiler.exported.default
-WITH_CACHE = torch.ops.attn_compiler.exported_with_cache.default
 _MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")
 
 

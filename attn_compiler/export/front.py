@@ -22,7 +22,7 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import report_of
 from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.targets.onnx.choice import check_strategy
-from attn_compiler.targets.onnx.spec import OPSET, OPSETS
+from attn_compiler.targets.onnx.opsets import OPSET, OPSETS
 
 _FLAVORS = ("plain", "genai")
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -50,7 +52,7 @@ def rewritten(
     own = {id(decision): target(name) for decision, name in zip(analysis.plan.decisions, names, strict=True)}
     extra = carry_out(analysis, policy.tables, given, lambda decision: own[id(decision)])
     renamed(program, before)
-    _hold(program, extra or ())
+    hold(program, extra or ())
     return Rewritten(program, module_of(program), analysis.plan, names)
 
 
@@ -63,6 +65,14 @@ def traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dyn
             return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
     except private.RETRACE_FAILURES as failure:
         raise ExportError(f"torch.export cannot trace the model: {type(failure).__name__}: {failure}") from failure
+
+
+@contextmanager
+def decomposing() -> Iterator[None]:
+    """Keep torch from warning of a class of its own that it copies whenever it decomposes a program."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
 
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:
@@ -84,18 +94,8 @@ def renamed(program: ExportedProgram, before: Sequence[str]) -> None:
         program.graph_signature.replace_all_uses(old, new)
 
 
-def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
-    """A name of its own for each attention."""
-    own = [decision.site.name or "attention" for decision in decisions]
-    names: dict[str, None] = {}
-    for name in own:
-        calls = (f"{name}.call{number}" for number in count(2))
-        names[next(one for one in chain([name], calls) if one not in names and (one == name or one not in own))] = None
-    return tuple(names)
-
-
-def _hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:
-    """Make the tables that the policy brings constants of the program, in front of what its caller gives."""
+def hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:
+    """Make inputs that were added behind all others constants of the program, in front of what its caller gives."""
     signature = program.graph_signature
     placeholders = program.graph.find_nodes(op="placeholder")
     own, added = placeholders[: len(signature.input_specs)], placeholders[len(signature.input_specs) :]
@@ -107,3 +107,13 @@ def _hold(program: ExportedProgram, tables: Sequence[Tensor]) -> None:
         if first < len(own):
             own[first].prepend(node)
     program.graph_module.recompile()
+
+
+def _names(decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """A name of its own for each attention."""
+    own = [decision.site.name or "attention" for decision in decisions]
+    names: dict[str, None] = {}
+    for name in own:
+        calls = (f"{name}.call{number}" for number in count(2))
+        names[next(one for one in chain([name], calls) if one not in names and (one == name or one not in own))] = None
+    return tuple(names)

@@ -16,7 +16,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.export.comparison import compared
 from attn_compiler.export.files import check_folder, place
-from attn_compiler.export.plain import PlainTarget
+from attn_compiler.export.plain import PlainTarget, spelled
 from attn_compiler.export.prepared import Inputs
 from attn_compiler.export.program import rewritten, traced
 from attn_compiler.export.report import Checked, ExportReport
@@ -55,7 +55,7 @@ def export_pt2(
     with torch.no_grad():
         with _plain_results(model):
             program = traced(model, args, kwargs or {}, dynamic_shapes)
-        result = rewritten(program, read, dict(tables or {}), lambda name: PlainTarget())
+        result = spelled(rewritten(program, read, dict(tables or {}), PlainTarget))
         notes = tuple(_notes(program))
         trials = runs(program, result.module, args, kwargs or {})
         checks, size = place(

@@ -11,13 +11,12 @@ from torch import fx
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant, reads
-from attn_compiler.export.caches import EXPORTED, cache_of
+from attn_compiler.export.caches import cache_of
+from attn_compiler.export.called import EXPORTED, WITH_STATE
 from attn_compiler.graph.calls import call
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.targets.onnx.spec import Call
+from attn_compiler.targets.exported import Call
 from attn_compiler.targets.past import objection, remembered
-
-WITH_STATE = torch.ops.attn_compiler.exported_with_state.default
 
 
 @dataclass(frozen=True)

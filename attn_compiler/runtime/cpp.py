@@ -32,7 +32,7 @@ from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.rows import Codes
-from attn_compiler.targets.torch_target import Result, attend_torch
+from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 CARRIED = ("storage",)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,7 +64,7 @@ class CppTarget:
             out, _ = attend_generated(mapped, plain, "states", told)
             return out.to(operands.q.dtype), None
         if not lse and linear.gathers(operands, variant):
-            return attend_torch(operands, variant, states=BY_KERNEL)
+            return attend_torch(operands, variant, way=Way(states=BY_KERNEL))
         return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from attn_compiler.algebra.variant import SOFTMAX, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.onnx.spec import FIRST_QUERY, Q_POSITIONS, Call
+from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, Call
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import remembered
-from attn_compiler.targets.torch_target import Result, attend_torch
+from attn_compiler.targets.tilings import Tilings
+from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
 CARRIED = ("feature", "seen")
@@ -41,16 +43,7 @@ class OnnxTarget:
         return "an exported attention has no log-sum-exp" if lse else None
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        """Record the operator."""
-        tables = {name: operands.tables[name] for name in sorted(variant.tables())}
-        first, at = operands.first_query, operands.q_positions
-        if isinstance(at, Tensor):
-            tables[Q_POSITIONS] = at
-        elif isinstance(first, torch.SymInt) and at is not None:
-            tables[FIRST_QUERY] = torch.ops.aten.full.default([], first, dtype=torch.int64)
-        counted = first if isinstance(first, int) and at is not None else None
-        call = Call(self.site, variant, tuple(tables), counted, operands.layer, operands.layers)
-        return torch.ops.attn_compiler.exported([operands.q, operands.k, operands.v, *tables.values()], call.write()), None
+        return record(self.site, operands, variant), None
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         reason = objection(site, variant)
@@ -60,6 +53,20 @@ class OnnxTarget:
         return Carried(
             "an ONNX function of standard operators", gains=not (plain and site.form == "scaled_dot_product_attention")
         )
+
+
+def record(site: str, operands: Operands, variant: Variant) -> Tensor:
+    """Put the operator into the graph that is traced; `site` names the attention that it stands for."""
+    tables = {name: operands.tables[name] for name in sorted(variant.tables())}
+    first, at = operands.first_query, operands.q_positions
+    if isinstance(at, Tensor):
+        tables[Q_POSITIONS] = at
+    elif isinstance(first, torch.SymInt) and at is not None:
+        tables[FIRST_QUERY] = torch.ops.aten.full.default([], first, dtype=torch.int64)
+    counted = first if isinstance(first, int) and at is not None else None
+    call = Call(site, variant, tuple(tables), counted, operands.layer, operands.layers)
+    given = [operands.q, operands.k, operands.v, *tables.values()]
+    return torch.ops.attn_compiler.exported(given, call.write())  # type: ignore[no-any-return]
 
 
 def objection(site: Site, variant: Variant) -> str | None:
@@ -77,15 +84,19 @@ def objection(site: Site, variant: Variant) -> str | None:
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:
     """What the exported function computes, by PyTorch's operators."""
     call = Call.read(what)
-    out, _ = attend_torch(_given(call, operands[:3], operands[3:]), call.variant)
-    return out.contiguous()
+    return attend_by(operands, call, Tilings(call.variant, {})).contiguous()
+
+
+def attend_by(operands: Sequence[Tensor], call: Call, by: Tilings) -> Tensor:
+    """The same, tokens laid out as lists say where there are any; a first position may be a tensor or a size."""
+    return attend_torch(_given(call, operands[:3], operands[3:]), by.variant, way=Way(lay_out=by.lay_out))[0]
 
 
 def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: Tensor | None = None) -> Operands:
     q, k, v = qkv
     tables, heads = dict(zip(call.tables, given, strict=True)), q.shape[1]
-    first = int(tables[FIRST_QUERY]) if FIRST_QUERY in tables else call.first
-    at = tables.get(Q_POSITIONS, first)
+    first: Any = tables.pop(FIRST_QUERY, call.first)
+    at = tables.get(Q_POSITIONS, int(first) if isinstance(first, Tensor) else first)
     return Operands(
         q, k, v, tables, at, 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers, past=past
     )  # fmt: skip

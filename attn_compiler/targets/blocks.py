@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.site import UNKNOWN_LENGTH
+from attn_compiler.targets.arrangement import Arrangement, Layout, gathered, in_a_row, split, undivided
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.reach import Reach, reach, shows_itself
@@ -20,23 +20,13 @@ from attn_compiler.torch_private import likely, statically_known_true
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """Operands as [..., heads, tokens, dim], what expressions read over them, and which of the keys exist (None: all)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    arrays: Arrays
-    exists: Tensor | None
+def near_or_whole(operands: Operands, variant: Variant, real: torch.dtype) -> Layout:
+    """Blocks of queries where the mask bounds distances and that pays; else every query meets every key."""
+    near = worthwhile(operands, variant)
+    return blocked(operands, real, *near) if near else undivided(operands, real)
 
 
-def whole(operands: Operands, real: torch.dtype) -> Arrangement:
-    """Every query meets every key: axes [batch, heads, tokens, dim]."""
-    return Arrangement(operands.q, operands.k, operands.v, operands.arrays(real), None)
-
-
-def blocked(operands: Operands, real: torch.dtype, within: Reach, block: int) -> Arrangement:
+def blocked(operands: Operands, real: torch.dtype, within: Reach, block: int) -> Layout:
     """Axes [batch, blocks, heads, tokens, dim]; the number of operations is the same for every length."""
     device, q_len, k_len = operands.q.device, operands.q_len, operands.k_len
     first_query, first_key = operands.first_query, operands.k_positions
@@ -61,17 +51,17 @@ def blocked(operands: Operands, real: torch.dtype, within: Reach, block: int) ->
     }
     at = {e.b: 5} | ({e.h: 3} if operands.head_numbers == tuple(range(operands.heads)) else {})
     places = keys.clamp(0, k_len - 1)
-    q = _split(_lengthened(operands.q, count * block), count)
+    q, k, v = split(_lengthened(operands.q, count * block), count), gathered(operands.k, places), gathered(operands.v, places)
     arrays = Arrays(symbols, operands.tables, real, device, at)
-    return Arrangement(q, _gather(operands.k, places), _gather(operands.v, places), arrays, exists[:, None, None, :])
+    part = Arrangement(q, k, v, arrays, exists[:, None, None, :])
+    return Layout((part,), lambda found: _shortened(in_a_row(found[0]), q_len))
 
 
-def unblocked(out: Tensor, q_len: int) -> Tensor:
-    """[batch, blocks, heads, tokens, dim] as [batch, heads, tokens, dim]."""
-    tokens = out.transpose(1, 2).flatten(2, 3)
+def _shortened(tokens: Tensor, q_len: int) -> Tensor:
+    """The same without the queries that fill the last block."""
     if isinstance(q_len, int):
         return tokens[:, :, :q_len]
-    return tokens.index_select(2, torch.arange(q_len, device=out.device))  # a slice would be asked whether it is contiguous
+    return tokens.index_select(2, torch.arange(q_len, device=tokens.device))  # a slice would be asked whether it is contiguous
 
 
 def worthwhile(operands: Operands, variant: Variant) -> tuple[Reach, int] | None:
@@ -108,23 +98,8 @@ def every_query_sees_itself(operands: Operands, variant: Variant) -> bool:
     return statically_known_true(offset >= 0) and statically_known_true(offset + operands.q_len <= operands.k_len)
 
 
-def in_real(arrangement: Arrangement, dtype: torch.dtype) -> Arrangement:
-    """The same with operands of another dtype."""
-    return replace(arrangement, q=arrangement.q.to(dtype), k=arrangement.k.to(dtype), v=arrangement.v.to(dtype))
-
-
 def _lengthened(x: Tensor, length: int) -> Tensor:
     """More tokens, whose results nobody reads. Padding asks whether there are any, which a dynamic length cannot say for good."""
     if isinstance(x.shape[2], int):
         return F.pad(x, (0, 0, 0, length - x.shape[2]))
     return x.index_select(2, torch.arange(length, device=x.device).clamp(max=x.shape[2] - 1))
-
-
-def _gather(x: Tensor, places: Tensor) -> Tensor:
-    return _split(x.index_select(2, places.flatten()), places.shape[0])
-
-
-def _split(x: Tensor, count: int) -> Tensor:
-    """[batch, heads, tokens, dim] as [batch, blocks, heads, tokens of a block, dim]."""
-    batch, heads, tokens, dim = x.shape
-    return x.reshape(batch, heads, count, tokens // count, dim).transpose(1, 2)

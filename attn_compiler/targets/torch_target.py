@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.expr import Sort, score
+from attn_compiler.algebra.expr import Sort, score, true
 from attn_compiler.algebra.variant import EmptyRows, Variant, passed_over, without_total
 from attn_compiler.planning.site import UNKNOWN_LENGTH
+from attn_compiler.targets.arrangement import Arrangement, LayOut, Layout, whole
 from attn_compiler.targets.arrays import Value
-from attn_compiler.targets.blocks import Arrangement, blocked, every_query_sees_itself, in_real, unblocked, whole, worthwhile
+from attn_compiler.targets.blocks import every_query_sees_itself, near_or_whole
 from attn_compiler.targets.chunked import BY_CHUNKS, BY_SCORES
 from attn_compiler.targets.corrected import Solve, at_once, by_chunks, corrected
 from attn_compiler.targets.corrected import refuse as refuse_delta
@@ -44,9 +45,20 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     return (without_total(variant) if lse else None) or uncorrected or passed_over(variant, CARRIED)
 
 
-def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False, states: Gather = BY_CHUNKS) -> Result:
-    """Attend, in the form that the variant and what is statically known of the operands allow; what is linear, by `states`."""
-    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse, states))
+@dataclass(frozen=True)
+class Way:
+    """How sums over keys come about where there is a choice: what is linear, by `states`; else tokens are laid out first."""
+
+    states: Gather = BY_CHUNKS
+    lay_out: LayOut = near_or_whole
+
+
+USUAL = Way()
+
+
+def attend_torch(operands: Operands, variant: Variant, *, lse: bool = False, way: Way = USUAL) -> Result:
+    """Attend, in the form that the variant and what is statically known of the operands allow."""
+    return by_group(operands, variant, lambda part, of_group: _attend(part, of_group, lse, way))
 
 
 def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, Variant], Result]) -> Result:
@@ -74,12 +86,12 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
 
     def attend(part: Operands, one: Variant, lse: bool) -> Result:
         mapped, plain = _prepared(part, one, real, at_once)
-        arrangement = in_real(whole(mapped, real), real)
+        arrangement = whole(mapped, real).to(real)
         return _finished(_gathered(arrangement, plain, part.training), arrangement, plain, lse)
 
     def gather(part: Operands, one: Variant) -> Sums:
         mapped, plain = _prepared(part, one, real, at_once)
-        return _gathered(in_real(whole(mapped, real), real), plain, part.training, shared=True)
+        return _gathered(whole(mapped, real).to(real), plain, part.training, shared=True)
 
     if variant.mix is None:
         return attend(operands, variant, lse)
@@ -91,55 +103,62 @@ def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: So
     return corrected(*featured(held(operands, variant.storage), variant, real), solve)
 
 
-def _attend(operands: Operands, variant: Variant, lse: bool, states: Gather) -> Result:
+def _attend(operands: Operands, variant: Variant, lse: bool, way: Way) -> Result:
     dtype = operands.q.dtype
     if variant.mix is None:
-        out, totals = _attend_alone(operands, variant, lse, states=states)
+        out, totals = _attend_alone(operands, variant, lse, way=way)
     else:
         real = torch.promote_types(dtype, torch.float32)
-        attend, gather = partial(_attend_alone, states=states), partial(_gather_alone, states=states)
+        attend, gather = partial(_attend_alone, way=way), partial(_gather_alone, way=way)
         out, totals = mixed(operands, variant.mix, attend, gather, real, lse=lse)
     return out.to(dtype), totals
 
 
-def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, states: Gather) -> Result:
+def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:
     """Attend without branches."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real, by_chunks)
-    sums = _by_states(operands, variant, real, states)
+    sums = _by_states(operands, variant, real, way.states)
     if sums is not None:
-        return _finished(sums, in_real(whole(operands, real), real), variant, lse)
-    near = worthwhile(operands, variant)
-    arrangement = blocked(operands, real, *near) if near else whole(operands, real)
+        return _finished(sums, whole(operands, real).to(real), variant, lse)
+    layout = way.lay_out(operands, variant, real)
     rule = EmptyRows.ZERO if every_query_sees_itself(operands, variant) else variant.empty_rows
-    totals = None
+    variant = replace(_shown(variant, layout), empty_rows=rule)
+    causal = layout.is_whole and _is_causal(operands, variant)
+    found = [_attend_arranged(operands, part, variant, lse, causal=causal) for part in layout.parts]
+    out = layout.joined([one for one, _ in found])
+    totals = [total for _, total in found if total is not None]
+    return out, layout.totals(totals) if totals else None
+
+
+def _attend_arranged(operands: Operands, arrangement: Arrangement, variant: Variant, lse: bool, *, causal: bool) -> Result:
+    """What the queries of an arrangement find among its keys."""
+    real, dtype = arrangement.arrays.real, operands.q.dtype
     exact_gradients = not swallows(variant.score, operands.risky)
-    if not lse and exact_gradients and fits(variant, arrangement.arrays, operands.q.dtype):
-        causal = near is None and _is_causal(operands, variant)
-        q, k, v, arrays = arrangement.q, arrangement.k, arrangement.v, arrangement.arrays
-        visible = True if causal else visible_keys(arrangement, variant)
-        dropout = variant.dropout if operands.training else 0.0
-        out = fused(q, k, v, variant, visible, arrays, causal=causal, rule=rule, dropout=dropout)
-    else:
-        variant = replace(variant, empty_rows=rule)
-        arrangement = in_real(arrangement, real)
-        out, totals = _finished(_gathered(arrangement, variant, operands.training), arrangement, variant, lse)
-    if near is None:
-        return out, totals
-    return unblocked(out, operands.q_len), None if totals is None else unblocked(totals[..., None], operands.q_len)[..., 0]
+    if lse or not exact_gradients or not fits(variant, arrangement.arrays, dtype):
+        arrangement = arrangement.to(real)
+        return _finished(_gathered(arrangement, variant, operands.training), arrangement, variant, lse)
+    q, k, v, arrays = arrangement.q, arrangement.k, arrangement.v, arrangement.arrays
+    visible = True if causal else visible_keys(arrangement, variant)
+    dropout = variant.dropout if operands.training else 0.0
+    return fused(q, k, v, variant, visible, arrays, causal=causal, rule=variant.empty_rows, dropout=dropout), None
 
 
-def _gather_alone(operands: Operands, variant: Variant, *, states: Gather) -> Sums:
+def _gather_alone(operands: Operands, variant: Variant, *, way: Way) -> Sums:
     """What a branch accumulates for a denominator that it shares."""
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real, by_chunks)
-    sums = _by_states(operands, variant, real, states)
+    sums = _by_states(operands, variant, real, way.states)
     if sums is not None:
         return sums
-    near = worthwhile(operands, variant)
-    arrangement = in_real(blocked(operands, real, *near) if near else whole(operands, real), real)
-    sums = _gathered(arrangement, variant, operands.training, shared=True)
-    return sums.map(lambda x: unblocked(x, operands.q_len)) if near else sums
+    layout = way.lay_out(operands, variant, real)
+    variant = _shown(variant, layout)
+    return layout.sums([_gathered(part.to(real), variant, operands.training, shared=True) for part in layout.parts])
+
+
+def _shown(variant: Variant, layout: Layout) -> Variant:
+    """The variant without its mask, where that hides nothing of what is laid out together."""
+    return replace(variant, mask=true) if layout.shows_all else variant
 
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.planning.schedule import Schedule, schedule
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.targets.blocks import whole
+from attn_compiler.targets.arrangement import whole
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.torch_target import visible_keys
 from attn_compiler.testing.case import Case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -10,24 +12,17 @@ from torch import Tensor
 
 from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.call import operands_of
+from attn_compiler.targets.exported import Q_POSITIONS, Call, Spec, Stored
 from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
 from attn_compiler.targets.onnx.nodes import DTYPES
-from attn_compiler.targets.onnx.spec import Q_POSITIONS, Call, Spec, Stored
-from attn_compiler.targets.onnx.walk import Contents
+from attn_compiler.targets.walk import Contents
 from attn_compiler.testing.case import Case
 
 
 def run(case: Case, strategy: str, *, dynamic: bool = False, known: bool = False) -> Tensor:
     """The output of a case, its attention being a function of an ONNX model; with `known`, made for the tables' values."""
-    operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
-    tables = {name: operands.tables[name] for name in sorted(case.variant.tables())}
-    positions = operands.q_positions
-    if isinstance(positions, Tensor):
-        tables[Q_POSITIONS] = positions
-    first = positions if isinstance(positions, int) else None
-    spec = _spec(case, Call("model.layers.0.attention", case.variant, tuple(tables), first, 0, 1), tables, dynamic)
-    values = {name: TableValues(table.detach().numpy()) for name, table in tables.items() if table.dtype != torch.float64}
-    model = _model(spec, strategy, values if known else {})
+    spec, tables = spec_of(case, dynamic=dynamic)
+    model = _model(spec, strategy, contents(tables) if known else {})
     onnx.checker.check_model(model, full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -35,6 +30,22 @@ def run(case: Case, strategy: str, *, dynamic: bool = False, known: bool = False
     feeds = {"q": case.q, "k": case.k, "v": case.v, **tables}
     (out,) = session.run(None, {name: x.detach().numpy() for name, x in feeds.items()})
     return torch.from_numpy(out)
+
+
+def spec_of(case: Case, *, dynamic: bool = False) -> tuple[Spec, dict[str, Tensor]]:
+    """What determines the attention of a case once it is exported, and its tables."""
+    operands = operands_of(case.q, case.k, case.v, case.variant, case.tables, case.q_positions, None, 0, 1, False)
+    tables = {name: operands.tables[name] for name in sorted(case.variant.tables())}
+    positions = operands.q_positions
+    if isinstance(positions, Tensor):
+        tables[Q_POSITIONS] = positions
+    first = positions if isinstance(positions, int) else None
+    return _spec(case, Call("model.layers.0.attention", case.variant, tuple(tables), first, 0, 1), tables, dynamic), tables
+
+
+def contents(tables: Mapping[str, Tensor]) -> Contents:
+    """What is known of tables where their values are."""
+    return {name: TableValues(table.detach().numpy()) for name, table in tables.items() if table.dtype != torch.float64}
 
 
 def _spec(case: Case, call: Call, tables: dict[str, Tensor], dynamic: bool) -> Spec:

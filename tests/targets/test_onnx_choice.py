@@ -8,8 +8,8 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.site import Length
+from attn_compiler.targets.exported import Call, Spec
 from attn_compiler.targets.onnx.choice import Likely, choose, shortest
-from attn_compiler.targets.onnx.spec import Call, Spec
 
 CAUSAL = e.k <= e.q
 

@@ -18,7 +18,7 @@ from attn_compiler.export.files import check_folder, place
 from attn_compiler.export.mlir import iree
 from attn_compiler.export.mlir.engine import Engine
 from attn_compiler.export.mlir.lowering import lowered, results
-from attn_compiler.export.plain import PlainTarget
+from attn_compiler.export.plain import PlainTarget, spelled
 from attn_compiler.export.prepared import Inputs
 from attn_compiler.export.program import Rewritten, rewritten, traced
 from attn_compiler.export.report import Checked, ExportReport
@@ -84,7 +84,7 @@ def _call(given: Given) -> _Call:
 
 def _function(model: nn.Module, call: _Call, policy: Policy, tables: Mapping[str, Tensor]) -> _Function:
     program = traced(model, call.args, call.kwargs, None)
-    result = rewritten(program, policy, tables, lambda name: PlainTarget())
+    result = spelled(rewritten(program, policy, tables, PlainTarget))
     return _Function(result, runs(program, result.module, call.args, call.kwargs))
 
 

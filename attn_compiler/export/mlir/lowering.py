@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
+from attn_compiler.export.program import decomposing
 from attn_compiler.graph.names import module_path
 
 _TO_TORCH = "func.func(torch-match-quantized-custom-ops),torchdynamo-export-to-torch-backend-pipeline{extra-library=}"
@@ -76,7 +77,8 @@ def _ready(program: ExportedProgram) -> ExportedProgram:
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
     own = private.decomposed(torch.ops.aten.gelu.default)  # torch-mlir's constants for it have five digits
-    ready: ExportedProgram = program.run_decompositions({**get_decomposition_table(), **own})
+    with decomposing():
+        ready: ExportedProgram = program.run_decompositions({**get_decomposition_table(), **own})
     _check_pure(ready)
     specs = ready.graph_signature.input_specs
     held = {str(spec.target): ready.constants[str(spec.target)] for spec in specs if spec.target in ready.constants}

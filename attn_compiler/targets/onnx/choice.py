@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ExportError, did_you_mean
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.gathered import by_states
 from attn_compiler.targets.linear import linear
-from attn_compiler.targets.onnx.spec import Spec
-from attn_compiler.targets.onnx.walk import STEP, Contents, walks
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import sides
+from attn_compiler.targets.walk import STEP, Contents, walks
 
 STRATEGIES: Mapping[str, str] = {
     "dense": "standard operators over all keys",

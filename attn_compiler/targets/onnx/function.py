@@ -12,6 +12,7 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.layout import dilation
+from attn_compiler.targets.exported import Call, Spec
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx.cache import appended, let_go
 from attn_compiler.targets.onnx.choice import shortest
@@ -21,13 +22,13 @@ from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
 from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.mapped import mapped
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
+from attn_compiler.targets.onnx.opsets import OPSET
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
-from attn_compiler.targets.onnx.spec import OPSET, Call, Spec
 from attn_compiler.targets.onnx.states import State, continued, states
-from attn_compiler.targets.onnx.walk import Contents, walks
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
+from attn_compiler.targets.walk import Contents, walks
 
 DOMAIN = "attn"
 Strategy = Callable[[Group], ir.Value]

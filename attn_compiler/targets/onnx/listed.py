@@ -14,8 +14,8 @@ from attn_compiler.planning.runs import Integers
 from attn_compiler.targets.onnx.formula import Group, attend
 from attn_compiler.targets.onnx.nodes import Nodes, Value
 from attn_compiler.targets.onnx.scope import Scope
-from attn_compiler.targets.onnx.walk import Walk
 from attn_compiler.targets.operands import PLACE
+from attn_compiler.targets.walk import Walk
 
 
 @dataclass(frozen=True)

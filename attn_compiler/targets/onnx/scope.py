@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.targets.exported import Spec, Stored, sort_of
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value, type_of
 from attn_compiler.targets.onnx.printer import Printer
-from attn_compiler.targets.onnx.spec import Spec, Stored, sort_of
 from attn_compiler.targets.operands import PLACE
 
 _AXES: Mapping[Expr, int] = {e.b: 4, e.h: 3, e.i: 2, PLACE: 1}  # where a coordinate stands, from the right

@@ -14,7 +14,7 @@ from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs, joined
 from attn_compiler.planning.schedule import visits
 from attn_compiler.planning.table_values import TableValues
-from attn_compiler.targets.onnx.spec import Spec
+from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.operands import PLACE
 
 Contents = Mapping[str, TableValues]  # of the tables that are known when exporting
@@ -44,7 +44,7 @@ class Walk:
 
 def walks(spec: Spec, heads: Sequence[int], variant: Variant, contents: Contents) -> list[tuple[tuple[int, ...], Walk]]:
     """Heads that visit the same tiles, and the walk that is cheapest for them."""
-    mask = spec.in_places(variant).mask.substitute({PLACE: e.k})
+    mask = _as_stored(spec, spec.in_places(variant).mask.substitute({PLACE: e.k}))
     alike: dict[Expr, list[int]] = {}
     for head in heads:
         place = {e.b: _ANY_ROW, e.h: const(head), e.kv: const(head // (spec.heads // spec.kv_heads))}
@@ -52,6 +52,20 @@ def walks(spec: Spec, heads: Sequence[int], variant: Variant, contents: Contents
     if len(alike) > MOST:
         return [(tuple(heads), _cheapest(spec, list(alike), contents))]
     return [(tuple(members), _cheapest(spec, [own], contents)) for own, members in alike.items()]
+
+
+def _as_stored(spec: Spec, mask: Expr) -> Expr:
+    """The mask with tables read where they differ: heads that share one are alike."""
+    shapes = {table.name: table.shape for table in spec.stored}
+
+    def change(node: Expr) -> Expr:
+        if node.op != "table" or node.value not in shapes:
+            return node
+        shape = shapes[str(node.value)]
+        read = zip(shape, node.args[len(node.args) - len(shape) :], strict=True)
+        return e.table(str(node.value), *(const(0) if size == 1 else at for size, at in read), sort=node.sort)
+
+    return mask.transform(change)
 
 
 _ANY_ROW = e.table("any row")

@@ -1,4 +1,4 @@
-"""All that determines the body of one exported attention."""
+"""One attention of a program that is to be exported: what its operator says, and all that determines what it becomes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from attn_compiler.planning.site import Length
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import shows_itself
 
-OPSETS = (24, 18)  # the newest that PyTorch writes and onnxruntime runs; what older importers know
-OPSET = OPSETS[0]
 FIRST_QUERY, Q_POSITIONS = "attn.first_query", "attn.q_positions"
 
 
