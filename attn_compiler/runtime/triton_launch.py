@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,18 @@ def table(x: Tensor) -> tuple[object, ...]:
 
 
 def on_device(arrays: Iterable[Integers], device: torch.device) -> tuple[Tensor, ...]:
-    """Arrays as kernels read them."""
-    return tuple(torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device) for x in arrays)
+    """Arrays as kernels read them, the same ones once for all."""
+    return tuple(_placed(np.ascontiguousarray(x, np.int32).tobytes(), x.shape, device) for x in arrays)
 
 
-@lru_cache(maxsize=256)
+# A CUDA graph reads what its kernels were given for as long as it is played, and another stream may be reading still:
+# nothing of it may be let go, whatever the caches of launches forget.
+@cache
+def _placed(numbers: bytes, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.frombuffer(numbers, np.int32).reshape(shape).copy()).to(device)
+
+
+@cache
 def load(text: str) -> Any:
     """The module that a text is: Triton compiles functions of files."""
     if interpreter.is_interpreting():
