@@ -38,6 +38,7 @@ TABLES = {
     "sink": torch.zeros(HEADS),
     "gate": torch.zeros(1, HEADS, LENGTH, dtype=torch.float64),
     "beta": torch.zeros(1, HEADS, LENGTH),
+    "output_gate": torch.zeros(1, HEADS, LENGTH, DIM),
     "hedgehog_q": torch.zeros(1, HEADS, DIM, DIM),
     "hedgehog_k": torch.zeros(1, HEADS, DIM, DIM),
 }

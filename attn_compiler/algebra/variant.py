@@ -95,6 +95,7 @@ class Variant:
     dropout: float = 0.0
     storage: Storage = PLAIN
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
+    output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, those of the groups, and the branches of each."""
@@ -105,7 +106,7 @@ class Variant:
         """All expressions of this variant, its branches and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
-        own += () if self.delta is None else (self.delta,)
+        own += self.output if self.delta is None else (self.delta, *self.output)
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
@@ -123,6 +124,7 @@ class Variant:
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             feature=self.feature.map(change),
             delta=None if self.delta is None else change(self.delta),
+            output=tuple(map(change, self.output)),
             mix=None if self.mix is None else self.mix.map(change),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
@@ -153,7 +155,7 @@ class Mix:
 
 
 # Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
-EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None}
+EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None, "output": ()}
 
 
 def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
@@ -168,6 +170,8 @@ def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
 
 def without_total(variant: Variant) -> str | None:
     """Why the rows of a variant, or of one of its groups, have no log-sum-exp; None if all have."""
+    if any(part.output for part in variant.parts()):
+        return "its results are changed after their rows were summed up, so they have no log-sum-exp"
     names = [part.normalizer.name for part in variant.parts() if part.mix is None and part.normalizer.total is None]
     return f"the rows of `{names[0]}` are not normalized, so they have no log-sum-exp" if names else None
 

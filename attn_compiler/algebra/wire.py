@@ -14,7 +14,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 5
+_VERSION = 6
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -61,6 +61,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "dropout": variant.dropout,
         "storage": variant.storage.words(),
         "delta": None if variant.delta is None else number(variant.delta),
+        "output": [number(step) for step in variant.output],
     }
 
 
@@ -88,6 +89,7 @@ def _variant(written: Written, node: Node) -> Variant:
         dropout=float(written["dropout"]),
         storage=Storage.of(written["storage"]),
         delta=None if written["delta"] is None else node(written["delta"]),
+        output=tuple(map(node, written["output"])),
     )
 
 

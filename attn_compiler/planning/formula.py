@@ -28,6 +28,7 @@ from attn_compiler.algebra.expr import (
 )  # fmt: skip
 from attn_compiler.algebra.feature import Block, Feature, norm, x
 from attn_compiler.algebra.notation import notation
+from attn_compiler.algebra.output import mean_square
 from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
 from attn_compiler.planning.classify import Named, classify, label
 from attn_compiler.planning.planner import facts_of
@@ -82,7 +83,7 @@ def whole(found: Sequence[Formula]) -> str:
 
 def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     if variant.mix is not None:
-        return _mixed(variant.mix, site, heads)
+        return _mixed(variant.mix, variant.output, site, heads)
     speaking = _Speaking(site)
     named = speaking.named(variant)
     long = {one.part: symbol(one.name, Sort.REAL) for one in named if one.part.sort is Sort.REAL}
@@ -93,13 +94,14 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     parts = [*speaking.parts(named), *_maps(variant.feature)]
     if variant.delta is not None:
         parts.append(Part("delta rule", f"β = {speaking.says(speaking.by_index(variant.delta))}"))
+    parts += _results(variant.output, speaking)
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
     parts += [Part(_HELD[operand], f"held in {how}") for operand, how in variant.storage.held()]
     return Formula(says, tuple(parts), heads)
 
 
-def _mixed(mix: Mix, site: Site, heads: str) -> Formula:
+def _mixed(mix: Mix, output: Sequence[Expr], site: Site, heads: str) -> Formula:
     """The branches by their names, and below it what each of them is."""
     speaking = _Speaking(site)
     weighed = (_times(symbol(name, Sort.REAL), weight) for (name, _), weight in zip(mix.branches, mix.weights, strict=True))
@@ -107,7 +109,14 @@ def _mixed(mix: Mix, site: Site, heads: str) -> Formula:
     parts = [
         part for name, one in inner for part in (Part(name, one.says), *(Part(f"{name}, {p.name}", p.says) for p in one.parts))
     ]
+    parts += _results(output, speaking)
     return Formula(f"{mix.how.value}( {', '.join(map(speaking.says, weighed))} )", tuple(parts), heads)
+
+
+def _results(steps: Sequence[Expr], speaking: _Speaking) -> list[Part]:
+    """What becomes of a head's result, o, before it is the output."""
+    said = {x: symbol("o", Sort.REAL), mean_square: symbol("mean(o²)", Sort.REAL)}
+    return [Part("result", speaking.says(speaking.by_index(step.substitute(said)))) for step in steps]
 
 
 def _times(value: Expr, weight: Expr) -> Expr:

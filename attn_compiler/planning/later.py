@@ -66,7 +66,6 @@ SLOTS_LATER: Mapping[str, Callable[[Later, Entry], object]] = {
     "operands": Later.operands,
     "context": lambda later, entry: later.calls(entry, "contexts"),
     "edit": lambda later, entry: later.calls(entry, "edits"),
-    "output": lambda later, entry: later.calls(entry, "outputs"),
     "emit": Later.emit,
 }
 

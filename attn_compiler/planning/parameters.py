@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_compiler.algebra.expr import Expr, Sort, const, h, kv, layer, score
-from attn_compiler.algebra.feature import component, feature
+from attn_compiler.algebra.feature import component, feature, x
 from attn_compiler.algebra.notation import text
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant, reads
@@ -102,12 +102,13 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
 
 
 def _neutral(node: Expr, variant: Variant) -> float:
-    """0, unless that would leave nothing of a score or of a branch: then 1."""
+    """0, unless that would leave nothing of a score, of a branch or of the result: then 1."""
     parts = variant.parts()
     mixed = [weight for part in parts if part.mix for weight in part.mix.weights]
     factors = [weight for weight in mixed if simplify(weight.substitute({node: const(0.0)})) == const(0.0)]
-    scores = [x for x in (part.score for part in parts) if not simplify(x.substitute({node: const(0.0)})).mentions(score)]
-    return 1.0 if any(e.mentions(node) for e in (*factors, *scores)) else 0.0
+    scores = [s for s in (part.score for part in parts) if not simplify(s.substitute({node: const(0.0)})).mentions(score)]
+    steps = [step for part in parts for step in part.output if not simplify(step.substitute({node: const(0.0)})).mentions(x)]
+    return 1.0 if any(e.mentions(node) for e in (*factors, *scores, *steps)) else 0.0
 
 
 def _shared(name: str, first: Site, second: Site) -> str:

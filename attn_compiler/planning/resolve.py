@@ -165,7 +165,7 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
         return Refusal("rule", "an earlier rule mixes branches here already")
     named: list[tuple[str, Slots | None, Variant]] = []
     if slots.mix is not None:
-        named = [(name, branch, base) for name, branch in slots.mix.branches]
+        named = [(name, branch, replace(base, output=())) for name, branch in slots.mix.branches]
     elif base.mix is not None:
         named = [(name, slots, branch) for name, branch in base.mix.branches]
     branches: list[tuple[str, Variant]] = []
@@ -176,7 +176,8 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
         branches.append((name, laid))
     derived = tuple(dict.fromkeys(table for _, branch in branches for table in branch.derived))
     mask = simplify(either(*(branch.mask for _, branch in branches)))
-    return replace(base, mask=mask, mix=Mix(mix.how, tuple(branches), mix.weights), derived=derived)
+    mixed = replace(base, mask=mask, mix=Mix(mix.how, tuple(branches), mix.weights), derived=derived)
+    return mixed if slots.output is None else replace(mixed, output=slots.output)
 
 
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
@@ -204,6 +205,8 @@ def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> V
         variant = replace(variant, normalizer=slots.normalizer)
     if slots.storage is not None:
         variant = replace(variant, storage=replace(slots.storage, kv_cache=slots.storage.kv_cache or variant.storage.kv_cache))
+    if slots.output is not None:
+        variant = replace(variant, output=slots.output)
     if slots.mask is None:
         return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
     masked = _masked(slots.mask, variant, site, replace_mask)

@@ -11,7 +11,7 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import Delta, DerivedTable, EmptyRows, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
-from attn_compiler.planning.entries import check_keys, located, one_of
+from attn_compiler.planning.entries import check_keys, each, located, one_of
 from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_call, parse_expression, parse_mask
 from attn_compiler.planning.later import SLOTS_LATER, Later
@@ -20,7 +20,10 @@ from attn_compiler.planning.storing import read_storage
 from attn_compiler.planning.words import Declared, PerToken, Seen, Words
 from attn_compiler.planning.yaml_text import Entry
 
-NOW = ("geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "feature", "state", "storage", "heads", "mix")
+NOW = (
+    "geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "feature", "state", "storage", "output",
+    "heads", "mix",
+)  # fmt: skip
 SLOTS = (*NOW, *SLOTS_LATER)
 
 
@@ -39,6 +42,7 @@ class Slots:
     geometry: Geometry | None = None
     order: PerToken | None = None
     storage: Storage | None = None
+    output: tuple[Expr, ...] | None = None
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
     later: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -123,6 +127,8 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
     slots = _read_now(Slots(geometry=geometry, order=order), given, naming.words, scope)
     if "storage" in given:
         slots = replace(slots, storage=read_storage(given["storage"], naming.words, scope))
+    if "output" in given:
+        slots = _with_outputs(slots, given["output"], naming.words, scope)
     later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
     if later.get("over") == "tokens":  # what every site does
         del later["over"]
@@ -130,7 +136,12 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
     if "mix" in given:
         number = _number_in(naming.words, scope)
         slots = replace(
-            slots, mix=read_mix(given["mix"], lambda one: _inner(one, given, ("mix", "heads"), slots, naming, within), number)
+            slots,
+            mix=read_mix(
+                given["mix"],
+                lambda one: _inner(one, given, ("mix", "heads", "output"), replace(slots, output=None), naming, within),
+                number,
+            ),
         )
     return _with_heads(slots, given, naming, within) if "heads" in given else slots
 
@@ -164,6 +175,14 @@ def _with_word(slots: Slots, slot: str, found: object) -> Slots:
     if isinstance(found, Declared):
         return replace(slots, later={**slots.later, slot: found})
     return replace(slots, **{slot: found})  # type: ignore[arg-type]
+
+
+def _with_outputs(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slots:
+    """The steps that are taken with a result, one after the other."""
+    found = [located(one, lambda text: parse_call(text, "outputs", words, scope)) for one in each(entry)]
+    steps = tuple(step for step in found if isinstance(step, Expr))
+    declared = tuple(found) if len(steps) < len(found) else ()
+    return replace(slots, later={**slots.later, "output": declared}) if declared else replace(slots, output=steps)
 
 
 def _number_in(words: Words, scope: Scope) -> Callable[[str], Expr]:

@@ -25,13 +25,14 @@ from attn_compiler.targets.gathered import NEAR, Gather, gather_by_states, gathe
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.outputs import put_out
 from attn_compiler.targets.past import continued
 from attn_compiler.targets.reach import is_causal
 from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "delta")
+CARRIED = ("feature", "mix", "seen", "storage", "delta", "output")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -94,8 +95,10 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
         return _gathered(whole(mapped, real).to(real), plain, part.training, shared=True)
 
     if variant.mix is None:
-        return attend(operands, variant, lse)
-    return mixed(operands, variant.mix, attend, gather, real, lse=lse)
+        out, totals = attend(operands, variant, lse)
+    else:
+        out, totals = mixed(operands, variant.mix, attend, gather, real, lse=lse)
+    return put_out(out, operands, variant, real), totals
 
 
 def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: Solve) -> tuple[Operands, Variant]:
@@ -105,13 +108,13 @@ def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: So
 
 def _attend(operands: Operands, variant: Variant, lse: bool, way: Way) -> Result:
     dtype = operands.q.dtype
+    real = torch.promote_types(dtype, torch.float32)
     if variant.mix is None:
         out, totals = _attend_alone(operands, variant, lse, way=way)
     else:
-        real = torch.promote_types(dtype, torch.float32)
         attend, gather = partial(_attend_alone, way=way), partial(_gather_alone, way=way)
         out, totals = mixed(operands, variant.mix, attend, gather, real, lse=lse)
-    return out.to(dtype), totals
+    return put_out(out, operands, variant, real).to(dtype), totals
 
 
 def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:

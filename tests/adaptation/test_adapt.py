@@ -151,3 +151,14 @@ def test_an_adapted_model_is_exported_with_its_parameters_where_onnx_carries_the
     adapted.save()
     written = attn.export_onnx(adapted.model, ARGS, tmp_path / "m.onnx", policy)
     assert [decision.outcome for decision in written.report.plan.decisions] == ["approximate", "approximate"]
+
+
+def test_a_factor_of_each_head_starts_as_one_and_reaches_the_result() -> None:
+    model, rule = Model().eval(), {"match": {}, "attn": {"output": "head_scale"}}
+    tokens = torch.arange(12).reshape(1, 12)
+    adapted = attn.adapt(model, {"version": 1, "rules": [rule]}, (tokens,))
+    assert "o·head_scale[layer, h]" in str(adapted.report)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens), model(tokens))
+        adapted.learned["head_scale"].zero_()
+        torch.testing.assert_close(adapted(tokens), model.head(model.embedding(tokens)))

@@ -30,7 +30,7 @@ _TOKENS = (e.i, e.q, e.k, PLACE)
 def serves(variant: Variant) -> Linear | None:
     """What makes a variant linear, if this kernel gives its output: the sums that it finds are all that is asked of it."""
     found = linear(variant)
-    if variant.delta is not None:
+    if variant.delta is not None or variant.output:
         return None
     if found is None or variant.groups or variant.mix or variant.storage != PLAIN or variant.dropout or variant.normalizer.counts:
         return None

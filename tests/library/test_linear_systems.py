@@ -1,0 +1,136 @@
+"""Published linear systems against the formulas of their papers, in float64; recurrences go token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_compiler import attend, library
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.resolve import asked_of
+from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.runtime.reading import VariantLike, read_variant
+from attn_compiler.testing import assert_all_within_budget, assert_within_budget
+from attn_compiler.testing.case import Case, assert_case, on, plain
+
+HEADS, TOKENS, DIM = 4, 70, 6
+DISTANCE = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+CAUSAL = DISTANCE >= 0
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+Q, K, V = (drawn(2, HEADS, TOKENS, DIM, seed=seed) for seed in range(3))
+STEPS = drawn(2, HEADS, TOKENS, seed=3).sigmoid().log()
+
+
+def same(variant: VariantLike, expected: Tensor, tables: Mapping[str, Tensor], layer: int = 0) -> None:
+    for target in ("torch", "reference"):
+        found = attend(Q, K, V, variant, tables=tables, layer=layer, layers=8, target=target)  # type: ignore[arg-type]
+        assert isinstance(found, Tensor)
+        assert_within_budget(found, expected, expected)
+
+
+def read(slots: VariantLike) -> Variant:
+    return read_variant(
+        slots, Variant(), heads=HEADS, kv_heads=HEADS, q_len=TOKENS, k_len=TOKENS, head_dim=DIM, values=None, layer=0, layers=1
+    )
+
+
+def ready(name: str, layer: int, tables: Mapping[str, Tensor]) -> Variant:
+    """What a ready policy makes of an attention that sees everything, once its parameters are given."""
+    site = Site(
+        "attn", Kind.SELF, Phase.PREFILL, layer, 8, 2, HEADS, HEADS, TOKENS, TOKENS, DIM, DIM, "float64", Variant(), Frame(),
+        TOKENS, TOKENS, tables=dict.fromkeys(tables),
+    )  # fmt: skip
+    found = asked_of(library.load_policy(name), site).variant
+    assert isinstance(found, Variant), found
+    return found
+
+
+def test_l2vit_divides_by_a_hundred_at_least_and_each_head_has_a_temperature() -> None:
+    temperature = drawn(8, HEADS, seed=4)
+    weights = Q.relu() @ K.relu().mT
+    expected = temperature[3, :, None, None] * weights @ V / weights.sum(-1, keepdim=True).clamp(min=100.0)
+    assert ((weights.sum(-1) < 100) & (weights.sum(-1) > 0)).any()
+    same(ready("l2vit", 3, {"temperature": temperature}), expected, {"temperature": temperature}, layer=3)
+
+
+def test_scatterformer_sums_within_windows_of_any_number_of_voxels() -> None:
+    windows = torch.tensor([5] * 3 + [0] * 40 + [9] + [2] * 26)
+    weights = Q.relu() @ K.relu().mT * (windows[:, None] == windows)
+    expected = weights @ V / (weights.sum(-1, keepdim=True) + 1e-6)
+    same(ready("scatterformer", 0, {}), expected, {"window": windows})
+
+
+def infinitevl(q: Tensor, k: Tensor, v: Tensor, steps: Tensor, beta: Tensor, opened: Tensor) -> Tensor:
+    """One of its linear layers, token by token."""
+    k, q = F.normalize(k, dim=-1), F.normalize(q, dim=-1) / math.sqrt(DIM)
+    state, rows = torch.zeros(2, HEADS, DIM, DIM, dtype=q.dtype), []
+    for t in range(TOKENS):
+        faded = steps[:, :, t].exp()[..., None, None] * state
+        wrong = v[:, :, t] - (k[:, :, t, None] @ faded)[:, :, 0]
+        state = faded + beta[:, :, t, None, None] * k[:, :, t, :, None] * wrong[:, :, None]
+        rows.append((q[:, :, t, None] @ state)[:, :, 0])
+    out = torch.stack(rows, dim=2)
+    return out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * F.silu(opened)
+
+
+def test_a_layer_of_infinitevl_is_a_gated_delta_rule_with_a_gated_norm() -> None:
+    q, k, v, steps, beta, opened = (
+        x.float() for x in (Q, K, V, STEPS, drawn(2, HEADS, TOKENS, seed=5).sigmoid(), drawn(2, HEADS, TOKENS, DIM, seed=6))
+    )
+    slots = {"mask": "causal", "feature": "cosine", "scale": "1 / sqrt(dim)", "state": "gated_delta"}
+    tables = {"beta": beta, "gate": steps.double().cumsum(-1), "output_gate": opened}
+    case = Case(read({**slots, "output": ["norm(rms)", "gate(silu)"]}), q, k, v, tables)
+    exact = infinitevl(*(x.double() for x in (q, k, v, steps, beta, opened)))
+    for target in ("torch", "auto"):
+        assert_all_within_budget([on(target)(case)], [exact], lambda: [plain(case)])
+
+
+def test_lizard_adds_a_gated_state_and_a_window_whose_denominator_has_more_terms() -> None:
+    maps = {name: drawn(1, HEADS, DIM, DIM, seed=seed) / 3 for seed, name in enumerate(("hedgehog_q", "hedgehog_k"))}
+    sinks, alpha = drawn(HEADS, 4, seed=7), 0.3
+    of_q, of_k = (torch.cat([(x @ w).exp(), (-x @ w).exp()], -1) for x, w in ((Q, maps["hedgehog_q"]), (K, maps["hedgehog_k"])))
+    running = STEPS.cumsum(-1)
+    weights = of_q @ of_k.mT * (running[..., None] - running[..., None, :]).clamp(max=0).exp() * CAUSAL
+    gated = weights @ V / (weights.sum(-1, keepdim=True) + 1e-6)
+    scores = (Q @ K.mT / math.sqrt(DIM)).masked_fill(~CAUSAL | (DISTANCE >= 16), -math.inf).exp()
+    anchor = scores @ V / (sinks.exp().sum(-1)[:, None, None] + scores.sum(-1, keepdim=True))
+    variant = {
+        "mix": {
+            "how": "sum",
+            "weights": {"anchor": alpha},
+            "branches": {
+                "gated": {"mask": "causal", "feature": "hedgehog(how=exp)", "state": "gate(scalar)"},
+                "anchor": {"mask": "causal & window(16)", "normalizer": "softmax(sink=sinks)"},
+            },
+        }
+    }
+    same(variant, gated + alpha * anchor, {**maps, "gate": running, "sinks": sinks.logsumexp(-1)})
+
+
+def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> None:
+    agents = F.avg_pool1d(Q.flatten(0, 1).mT, 10).mT.unflatten(0, (2, HEADS))
+    scale = DIM**-0.5
+    expected = (Q @ agents.mT * scale).softmax(-1) @ ((agents @ K.mT * scale).softmax(-1) @ V)
+    gathered = attend(agents, K, V, {"mask": "all"})
+    assert isinstance(gathered, Tensor)
+    found = attend(Q, agents, gathered, {"mask": "all"})
+    assert isinstance(found, Tensor)
+    assert_within_budget(found, expected, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("output", ["norm(rms)", "gate(sigmoid)", "head_scale", ["norm(rms)", "head_scale", "gate(silu)"]])
+def test_what_is_done_with_a_result_has_gradients(output: str | list[str], dtype: torch.dtype) -> None:
+    variant = read({"mask": "causal", "feature": "elu_one", "output": output})
+    tables = {"output_gate": drawn(2, HEADS, TOKENS, DIM, seed=6), "head_scale": drawn(1, HEADS, seed=4)}
+    assert_case(Case(variant, Q, K, V, {name: x for name, x in tables.items() if name in variant.tables()}), dtype)
