@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from attn_compiler.graph.already import REASON, Already, already_linear
 from attn_compiler.graph.axes import source
 from attn_compiler.graph.bind import Anchor, Binding, DisagreementError, computing_dtype
 from attn_compiler.graph.calls import call, dtype, is_tensor, shape
@@ -33,15 +34,28 @@ def match(gm: fx.GraphModule) -> Matches:
     """Find the sites of a captured graph. Nothing is changed."""
     versions = Versions(gm.graph)
     sites: list[GraphSite] = []
-    misses: list[NearMiss] = []
+    misses: dict[fx.Node, NearMiss] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         try:
             sites.extend(_sites(node, versions))
         except DisagreementError as reason:
-            misses.append(NearMiss(module_path(node), call(node).op, str(reason)))
-    return Matches(tuple(sites), tuple(misses))
+            misses[node] = NearMiss(module_path(node), call(node).op, str(reason))
+    for found in _already_linear(gm.graph, sites):
+        for part in found.maps:
+            misses.pop(part, None)
+        misses[found.node] = NearMiss(module_path(found.node), "linear attention", REASON)
+    return Matches(tuple(sites), tuple(misses.values()))
+
+
+def _already_linear(graph: fx.Graph, sites: Sequence[GraphSite]) -> Iterator[Already]:
+    """Linear attentions, none of whose softmaxes is that of another one: an attention to what attended is none."""
+    anchors = {site.anchor for site in sites}
+    for node in graph.nodes:
+        found = already_linear(node) if node.op == "call_function" else None
+        if found is not None and not anchors & set(found.maps):
+            yield found
 
 
 def _sites(node: fx.Node, versions: Versions) -> Iterator[GraphSite]:
