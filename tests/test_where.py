@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from attn_compiler.algebra.variant import Variant, passed_over
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import LanguageError
 from attn_compiler.runtime import triton
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.runtime.exported import CARRIED
+from attn_compiler.runtime.exported import uncarried
 from attn_compiler.runtime.reading import read_variant
 from attn_compiler.runtime.targets import OPT_IN, TARGETS
 from attn_compiler.targets.operands import Operands
@@ -57,7 +57,7 @@ COLUMNS: dict[str, Asked] = {
     "Triton, trained": lambda operands, variant: TARGETS["triton"].refuse(trained(operands), variant),
     "PyTorch": lambda operands, variant: TARGETS["torch"].refuse(trained(operands), variant),
     "flex": lambda operands, variant: OPT_IN["flex"].refuse(operands, variant),
-    "ONNX": lambda _, variant: passed_over(variant, CARRIED),
+    "ONNX": lambda _, variant: uncarried(variant),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra.expr import score
-from attn_compiler.algebra.variant import SOFTMAX, Variant, passed_over
+from attn_compiler.algebra.variant import SOFTMAX, How, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
@@ -21,7 +21,7 @@ from attn_compiler.targets.tilings import Tilings
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
-CARRIED = ("feature", "seen")
+CARRIED = ("feature", "seen", "mix")
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
@@ -78,6 +78,13 @@ def objection(site: Site, variant: Variant) -> str | None:
     derived = [table.name for part in variant.parts() for table in part.derived]
     if derived and isinstance(site.k_len, str):
         return f'the table "{derived[0]}" follows from the number of keys, which changes from call to call'
+    return uncarried(variant)
+
+
+def uncarried(variant: Variant) -> str | None:
+    """What of a variant has no spelling as standard operators here; None: nothing."""
+    if any(part.mix is not None and part.mix.how is How.LSE for part in variant.parts()):
+        return "its branches are mixed by log-sum-exp, which exported attentions do not have"
     return passed_over(variant, CARRIED)
 
 

@@ -82,6 +82,16 @@ def test_gates_and_padding_are_tables(strategy: str) -> None:
     assert_right(case_of(gated, 150, 150, tables), strategy, dynamic=True)
 
 
+@pytest.mark.parametrize("how", ["shared_denominator", "sum", "lerp"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_window_and_a_state_are_mixed(how: str, dynamic: bool) -> None:
+    tables = {name: drawn(1, HEADS, DIM, DIM, seed=seed) for seed, name in enumerate(("hedgehog_q", "hedgehog_k"))}
+    branches = {"near": {"mask": "causal & window(20)"}, "far": {"mask": "causal & ~window(20)", "feature": "hedgehog"}}
+    weights = {"near": 0.3} if how == "lerp" else {"near": 0.5, "far": 2.0}
+    mix = {"how": how, "branches": branches, "weights": weights}
+    assert_right(case_of({"mix": mix}, 150, 150, tables), "branches", dynamic=dynamic)
+
+
 def test_half_precision_is_only_how_numbers_are_stored() -> None:
     half = case_of(VARIANTS["causal"], 150, 150).to(torch.float16)
     case = replace(half, q=half.q.detach(), k=half.k.detach(), v=half.v.detach())
@@ -106,3 +116,16 @@ def test_an_exported_model_gets_states_where_they_pay_and_at_every_length_that_i
         for name, (length, dynamic) in lengths.items()
     }
     assert bodies == {"short": "dense", "long": "states", "any": "states"}
+
+
+def test_a_hybrid_is_exported_for_any_length(tmp_path: Path) -> None:
+    """The export itself compares the file with the rewritten model, at two lengths."""
+    branches = {"near": {"mask": "causal & window(16)"}, "far": {"mask": "causal & ~window(16)", "feature": "elu_one"}}
+    rule = {"match": {}, "attn": {"mix": {"how": "shared_denominator", "branches": branches}}}
+    shapes = ({2: torch.export.Dim("tokens", min=2, max=4096)},)
+    report = attn.export_onnx(
+        Attention().eval(), (torch.randn(1, 2, 40, 8),), tmp_path / "hybrid.onnx", {"version": 1, "rules": [rule]},
+        dynamic_shapes=shapes,
+    )  # fmt: skip
+    assert report.strategies == {"attention": "branches"}
+    assert len(report.checks) == 2

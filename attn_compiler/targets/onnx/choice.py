@@ -21,6 +21,7 @@ STRATEGIES: Mapping[str, str] = {
     "scan": "a loop over blocks of queries, each with the keys in reach",
     "either": "the keys in reach, or all of them where queries are few",
     "listed": "a loop over blocks of queries, each with the tiles of keys that a list names",
+    "branches": "branches by themselves, each as suits it",
     "states": "a loop over chunks of tokens, each of which meets the state that earlier ones left",
 }
 ROWS = 128  # queries of a block: fewer cost calls, more cost keys that only some of them see
@@ -45,6 +46,8 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto")
     """The name of a body; one that is wanted and does not suit gives way to `dense`."""
     costs = {"dense": float(likely.queries * likely.keys)}
     groups = head_groups(spec.call.variant, spec.heads)
+    if any(variant.mix for _, variant in groups):
+        return "branches"
     static = isinstance(spec.q_len, int) and isinstance(spec.k_len, int)
     if any(_bounded(spec, variant) for _, variant in groups):
         cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.expr import acc
+from attn_compiler.algebra.variant import EmptyRows, How, Variant
 from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.exported import Call, Spec
 from attn_compiler.targets.linear import linear
@@ -21,11 +22,12 @@ from attn_compiler.targets.onnx.either import either
 from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
 from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.mapped import mapped
+from attn_compiler.targets.onnx.mixing import mixed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.opsets import OPSET
 from attn_compiler.targets.onnx.scan import scan
-from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked
-from attn_compiler.targets.onnx.states import State, continued, states
+from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked, real_of
+from attn_compiler.targets.onnx.states import State, continued, ones_beside, states
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.walk import Contents, walks
@@ -80,10 +82,10 @@ def _attention(spec: Spec, nodes: Nodes, inputs: Inputs, strategy: str, contents
     groups = [
         part for heads, own in head_groups(spec.call.variant, spec.heads) for part in _parts(spec, heads, own, strategy, contents)
     ]
-    outs = [_computed(_group(spec, nodes, inputs, heads, variant), run) for heads, variant, run in groups]
+    outs = [_heads(spec, nodes, inputs, heads, variant, run) for heads, variant, run in groups]
     joined = outs[0] if len(outs) == 1 else nodes.op("Concat", *outs, axis=1)
     order = [head for heads, _, _ in groups for head in heads]
-    return picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1)
+    return _cast(nodes, picked(nodes, joined, np.argsort(order).tolist(), spec.heads, 1), real_of(spec), spec.dtype)
 
 
 def _parts(
@@ -93,19 +95,38 @@ def _parts(
     if strategy == "listed":
         for members, walk in walks(spec, heads, variant, contents):
             yield members, variant, partial(listed, walk=walk)
-    elif strategy == "states":
-        found = linear(variant)
-        yield heads, variant, dense if found is None else partial(states, found=found)
+    elif strategy in ("states", "branches"):
+        yield heads, variant, _own(variant)
     elif strategy == "either":
         yield heads, variant, partial(either, below=shortest(spec, variant))
     else:
         yield heads, variant, {"dense": dense, "scan": scan}[strategy]
 
 
+def _own(variant: Variant) -> Strategy:
+    """The body for a variant, where nothing but the variant decides."""
+    found = linear(variant)
+    return scan if found is None else partial(states, found=found)
+
+
+def _heads(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], variant: Variant, strategy: Strategy) -> ir.Value:
+    """What some of the heads compute, branch by branch where there are any."""
+    mix = variant.mix
+    if mix is None:
+        return _computed(_group(spec, nodes, inputs, heads, variant), strategy)
+    branches = [branch for _, branch in mix.branches]
+    wide, given = spec, inputs
+    if mix.how is How.SHARED:
+        wide, given = replace(spec, value_dim=spec.value_dim + 1), replace(inputs, v=ones_beside(nodes, inputs.v, spec.dtype))
+        branches = [replace(one, normalizer=replace(one.normalizer, output=acc)) for one in branches]
+    groups = [_group(wide, nodes, given, heads, one) for one in branches]
+    outs = [_computed(group, _own(one)) for group, one in zip(groups, branches, strict=True)]
+    return mixed(replace(groups[0].scope, spec=spec), mix, outs)
+
+
 def _computed(group: Group, strategy: Strategy) -> ir.Value:
-    """What some of the heads compute."""
-    out = (strategy if _suits(group, strategy) else dense)(group)
-    return _cast(group.scope.nodes, out, group.scope.real, group.scope.spec.dtype)
+    """What some of the heads compute by one formula."""
+    return (strategy if _suits(group, strategy) else dense)(group)
 
 
 def _group(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], variant: Variant) -> Group:

@@ -117,7 +117,7 @@ class Scope:
     @property
     def real(self) -> str:
         """How real numbers are held while computing: half precision only stores."""
-        return "float64" if self.spec.dtype == "float64" else "float32"
+        return real_of(self.spec)
 
     @property
     def scores(self) -> Printer:
@@ -198,6 +198,11 @@ class Scope:
             inside = nodes.op("Max", nodes.op("Min", nodes.index(index), last), nodes.index(0))
             flat = nodes.op("Add", nodes.op("Mul", flat, extent), inside) if axis else inside
         return nodes.op("Gather", nodes.reshape(table, -1), flat, axis=0)
+
+
+def real_of(spec: Spec) -> str:
+    """How real numbers of a call are held while computing."""
+    return "float64" if spec.dtype == "float64" else "float32"
 
 
 def picked(nodes: Nodes, x: ir.Value, chosen: Sequence[int], of: int, axis: int) -> ir.Value:

@@ -85,7 +85,7 @@ class _Tokens:
         if found.fades is not None or found.shown.mentions(e.h):
             group = _with_block(group)
         k, v = group.block.k, group.block.v
-        v = _ones_beside(nodes, v, scope.real)
+        v = ones_beside(nodes, v, scope.real)
         placed = {**spec.sizes, e.k: PLACE}
         shown = scope.masks.read(found.shown.substitute(placed))
         if shown is not True:
@@ -213,7 +213,8 @@ def _whole(nodes: Nodes, x: ir.Value) -> ir.Value:
     return nodes.op("Expand", x, nodes.vector(1, 1, 1, 1))
 
 
-def _ones_beside(nodes: Nodes, v: ir.Value, real: str) -> ir.Value:
+def ones_beside(nodes: Nodes, v: ir.Value, real: str) -> ir.Value:
+    """[v, 1]: what gathers in the last column is the sum of weights."""
     ones = nodes.op("Expand", nodes.constant(1, real), nodes.op("Shape", nodes.slice(v, 3, 0, 1)))
     return nodes.op("Concat", v, ones, axis=3)
 
