@@ -354,9 +354,9 @@ def inductor() -> Callable[..., Any]:
     return compile_fx
 
 
-def compile_package(program: ExportedProgram, path: Path) -> None:
-    """Let AOTInductor compile a program to a file, which must end in .pt2."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+def compile_package(program: ExportedProgram, path: Path, says: dict[str, str]) -> None:
+    """Let AOTInductor compile a program to a file, which must end in .pt2, and `says` that much of itself."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": says})
 
 
 def load_package(path: Path) -> Callable[..., Traced]:

@@ -12,12 +12,15 @@ import typer
 from attn_compiler import torch_private as private
 from attn_compiler.cli.model_source import Asked, ModelError, build
 from attn_compiler.explain import explain as explained
-from attn_compiler.export.metadata import labels, record
+from attn_compiler.export.metadata import ENDINGS, labels, record
 
 
 def explain(
     model: Annotated[
-        str, typer.Argument(help="package.module:factory, hf:type,key=value… (as in hf:llama,num_hidden_layers=2), or FILE.onnx.")
+        str,
+        typer.Argument(
+            help="package.module:factory, hf:type,key=value… (hf:llama,num_hidden_layers=2), or a file: .onnx, .mlir, .pt2."
+        ),
     ],
     policy: Annotated[str | None, typer.Option(help="A policy file, or the name of a ready policy.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the input.", min=1)] = 1024,
@@ -31,9 +34,9 @@ def explain(
 ) -> None:
     """Explain what a policy makes of a model, without running it: models named hf:… have no weights at all.
 
-    Of a file that `attn export` wrote, MODEL.onnx, say which attentions it holds and what became of each.
+    Of a file that `attn export` wrote, MODEL.onnx, .mlir or .pt2, say which attentions it holds and what became of each.
     """
-    if model.endswith(".onnx"):
+    if model.endswith(ENDINGS):
         _explain_file(Path(model), as_json=as_json)
         return
     logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)  # it would print the traceback of what is said below

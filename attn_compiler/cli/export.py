@@ -46,6 +46,7 @@ def export(
     vmfb: Annotated[
         bool | None, typer.Option("--vmfb/--no-vmfb", help="MLIR: let IREE compile it; if it is installed, unless given.")
     ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run the file beside the rewritten model first.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report for programs.")] = False,
 ) -> None:
     """Write a model and what a policy makes of its attentions as ONNX, MLIR or a compiled .pt2, checked by running the file."""
@@ -58,13 +59,13 @@ def export(
     shapes = None if static or decode else _dynamic(built)
     if kind == "mlir":
         buckets = {f"tokens_{n}": inputs_of(built.model, replace(asked, length=n)) for n in _numbers(lengths)}
-        written = export_mlir(*given, kwargs=built.kwargs, dialect=dialect or "linalg", buckets=buckets, vmfb=vmfb)
+        written = export_mlir(*given, kwargs=built.kwargs, dialect=dialect or "linalg", buckets=buckets, vmfb=vmfb, check=check)
     elif kind == "pt2":
-        written = export_pt2(*given, kwargs=built.kwargs, dynamic_shapes=shapes)
+        written = export_pt2(*given, kwargs=built.kwargs, dynamic_shapes=shapes, check=check)
     else:
         written = export_onnx(
             *given, kwargs=built.kwargs, dynamic_shapes=shapes, strategy=strategy or "auto", decode=decode,
-            flavor=flavor or "plain", opset=opset or OPSET,
+            flavor=flavor or "plain", opset=opset or OPSET, check=check,
         )  # fmt: skip
     typer.echo(json.dumps(written.record(), indent=2, ensure_ascii=False) if as_json else str(written))
 

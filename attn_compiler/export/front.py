@@ -42,14 +42,15 @@ def export_onnx(
     decode: bool = False,
     flavor: Literal["plain", "genai"] = "plain",
     opset: int = OPSET,
+    check: bool = True,
 ) -> ExportReport:
     """Write a model and what a policy makes of its attentions as an ONNX file of standard operators.
 
     Each attention that is rewritten is one local function `attn::<its name>`. The file is compared in onnxruntime with the
-    rewritten model on random inputs before it gets its name: where they differ, there is no file. `dynamic_shapes` is that
-    of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions (`dense`, `scan`, `either`,
-    `listed`); `opset=18` is for importers that do not know ONNX's own `Attention`. Lengths like those the file is meant for let
-    the comparison see what will run.
+    rewritten model on random inputs before it gets its name: where they differ, there is no file; `check=False` leaves that out.
+    `dynamic_shapes` is that of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions
+    (`dense`, `scan`, `either`, `listed`); `opset=18` is for importers that do not know ONNX's own `Attention`. Lengths like those
+    the file is meant for let the comparison see what will run.
 
     With `decode`, the model is one of transformers that generates text, and its caches are inputs and outputs: one file reads
     prompts and single tokens (`attn_compiler.export.Decoder`), and a layer remembers what the policy lets later tokens see.
@@ -72,7 +73,7 @@ def export_onnx(
             program = traced(model, args, kwargs or {}, dynamic_shapes)
             result = rewritten(program, read, dict(tables or {}), OnnxTarget)
             prepared = Prepared(result, lambda: runs(program, result.module, args, kwargs or {}))
-        return _written(prepared, read, Path(path), strategy, opset)
+        return _written(prepared, read, Path(path), strategy, opset, check=check)
 
 
 def _check_flavor(flavor: str, decode: bool) -> None:
@@ -105,15 +106,16 @@ def _for_genai(
     return replace(whole, beside={NAME: genai_config(model, step, path)})
 
 
-def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str, opset: int) -> ExportReport:
-    from attn_compiler.export.check import check
+def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str, opset: int, *, check: bool) -> ExportReport:
+    from attn_compiler.export.check import check as checked
     from attn_compiler.export.onnx_files import write
     from attn_compiler.export.translation import translated
 
     result = prepared.rewritten
     made = translated(result, strategy, opset)
     prepared.finish(made.model)
-    checks, size = write(made.model, path, lambda at: check(at, result.module, prepared.runs()), prepared.beside)
+    trials = prepared.runs() if check else ()
+    checks, size = write(made.model, path, lambda at: checked(at, result.module, trials), prepared.beside)
     return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches)
 
 

@@ -1,19 +1,25 @@
-"""What an exported file says of its attentions: read back from the labels of its functions."""
+"""What an exported file says of its attentions: labels of ONNX functions, the first line of MLIR, an entry of a .pt2."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from attn_compiler.errors import ExportError
+from attn_compiler.export.program import Rewritten
+from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.targets.onnx.choice import STRATEGIES
 
 PREFIX = "attn."
+ATTENTIONS = "attn.attentions"
+ENDINGS = (".onnx", ".mlir", ".pt2")
 _WIDTH = 100
+MOST = 1 << 24  # characters of a first line that is read
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,51 @@ class Labelled:
 
 def labels(path: Path) -> tuple[Labelled, ...]:
     """The attentions of a file, in its order; a file that we did not write has none."""
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}")
+    return {".onnx": _of_onnx, ".mlir": _of_mlir, ".pt2": _of_package}[path.suffix](path)
+
+
+def written(result: Rewritten, function: str = "") -> list[dict[str, object]]:
+    """What files without functions of ours say of the attentions that were rewritten, in one of several functions."""
+    within = f" in {function}" if function else ""
+    decided = zip(result.names, result.plan.decisions, strict=True)
+    found = []
+    for name, one in ((name, one) for name, one in decided if one.target):
+        site = one.site
+        sizes = {
+            "heads": site.heads,
+            "kv_heads": site.kv_heads,
+            "q_len": site.q_len,
+            "k_len": site.k_len,
+            "head_dim": site.head_dim,
+        }
+        computes = whole(formulas(one.variant, site))
+        found.append(asdict(Labelled(name + within, computes, one.outcome, one.rule, one.form, sizes)))
+    return found
+
+
+def _of_mlir(path: Path) -> tuple[Labelled, ...]:
+    with path.open(encoding="utf-8") as file:
+        mark, _, text = file.readline(MOST).partition(": ")
+    return _read(text) if mark == f"// {ATTENTIONS}" else ()
+
+
+def _of_package(path: Path) -> tuple[Labelled, ...]:
+    """AOTInductor keeps what it is told of a model in a file of its own within the archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith("_metadata.json")]
+    except zipfile.BadZipFile as error:
+        raise ExportError(f"{path} is no package of AOTInductor: {error}") from error
+    return next((_read(one[ATTENTIONS]) for one in held if ATTENTIONS in one), ())
+
+
+def _read(text: str) -> tuple[Labelled, ...]:
+    return tuple(Labelled(**one) for one in json.loads(text))
+
+
+def _of_onnx(path: Path) -> tuple[Labelled, ...]:
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.export.comparison import compared
 from attn_compiler.export.files import check_folder, place
+from attn_compiler.export.metadata import ATTENTIONS, written
 from attn_compiler.export.plain import PlainTarget, spelled
 from attn_compiler.export.prepared import Inputs
-from attn_compiler.export.program import rewritten, traced
+from attn_compiler.export.program import decomposing, rewritten, traced
 from attn_compiler.export.report import Checked, ExportReport
 from attn_compiler.export.trials import runs
 from attn_compiler.graph.names import module_path
@@ -39,13 +41,14 @@ def export_pt2(
     tables: Mapping[str, Tensor] | None = None,
     values: Mapping[str, int] | None = None,
     dynamic_shapes: Any = None,
+    check: bool = True,
 ) -> ExportReport:
     """Compile a model and what a policy makes of its attentions ahead of time, by AOTInductor, to a file that needs torch alone.
 
     Every attention becomes operators of PyTorch's own, compiled with the rest of the model for this machine's processor.
     `torch._inductor.aoti_load_package(path)` loads it, and is called as the model is; what the model returns are tensors in plain
     tuples, lists and dictionaries. `dynamic_shapes` is that of torch.export. Before the file gets its name, it runs beside the
-    rewritten model on random inputs, of other sizes too where these may change.
+    rewritten model on random inputs, of other sizes too where these may change; `check=False` leaves that out.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -57,10 +60,15 @@ def export_pt2(
             program = traced(model, args, kwargs or {}, dynamic_shapes)
         result = spelled(rewritten(program, read, dict(tables or {}), PlainTarget))
         notes = tuple(_notes(program))
-        trials = runs(program, result.module, args, kwargs or {})
+        trials = runs(program, result.module, args, kwargs or {}) if check else []
+
+        def save(unfinished: Path) -> None:
+            with decomposing():
+                private.compile_package(program, unfinished, {ATTENTIONS: json.dumps(written(result))})
+
         checks, size = place(
             path,
-            lambda unfinished: private.compile_package(program, unfinished),
+            save,
             lambda unfinished: _checks(unfinished, program, result.module, trials),
         )
     return ExportReport(path, report_of(result.plan, read), {}, checks, size, notes=notes)

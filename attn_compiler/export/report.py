@@ -54,5 +54,5 @@ class ExportReport:
         counted = Counter(self.strategies.values())
         bodies = (f"{count} of its functions: {STRATEGIES[name]}" for name, count in counted.items())
         held = (f"{count} of its caches hold {what}" for what, count in Counter(self.caches.values()).items())
-        checks = (f"checked in {check.by}, {check}" for check in self.checks)
+        checks = [f"checked in {check.by}, {check}" for check in self.checks] or ["not compared with the rewritten model"]
         return "\n".join([str(self.report), "", written, *bodies, *held, *checks, *self.notes])

@@ -82,6 +82,12 @@ def test_the_report_says_what_was_checked(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.record()))["bytes"] == (tmp_path / "one.onnx").stat().st_size
 
 
+def test_a_check_can_be_left_out(tmp_path: Path) -> None:
+    report = write(tmp_path / "one.onnx", check=False)
+    assert report.checks == ()
+    assert "not compared with the rewritten model" in str(report)
+
+
 def test_a_table_of_the_policy_becomes_a_constant(tmp_path: Path) -> None:
     policy = {
         "version": 1,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler.errors import ExportError, MissingPackageError, RefusedError
+from attn_compiler.export.metadata import labels
 from attn_compiler.export.mlir import front, iree
 from attn_compiler.export.mlir.engine import Engine
 from attn_compiler.testing import assert_all_within_budget
@@ -70,6 +71,7 @@ def test_every_bucket_is_a_function_of_its_own_sizes_and_all_share_their_weights
     report = attn.export_mlir(model, (given(),), path, WINDOW, buckets={"short": {"input": given(20)}}, vmfb=False)
     assert re.findall(r"func.func @(\w+)", path.read_text()) == ["main", "short"]
     assert [check.by for check in report.checks] == ["torch-mlir, main", "torch-mlir, short"]
+    assert [label.name for label in labels(path)] == ["1 in main", "1 in short"]
     assert len(re.findall(r'^ *torch_tensor_8_8_torch\.float32\w*: "0x', path.read_text(), re.MULTILINE)) == 1
     engine = Engine(path, "linalg")
     for name, length in (("main", LENGTH), ("short", 20)):
@@ -87,6 +89,23 @@ def test_the_file_says_what_became_of_its_attentions(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.record()))["bytes"] == (tmp_path / "one.mlir").stat().st_size
     comments = [line for line in (tmp_path / "one.mlir").read_text().splitlines() if line.startswith("//")]
     assert "//             window(8)  q − k < 8" in comments
+    (label,) = labels(tmp_path / "one.mlir")
+    assert (label.name, label.outcome, label.sizes["q_len"]) == ("attention", "approximate", LENGTH)
+    assert label.strategy == report.report.decisions[0].form
+
+
+def test_a_check_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "Engine", lambda *args: pytest.fail("the engine was asked"))
+    report = write(tmp_path / "one.mlir", check=False)
+    assert report.checks == ()
+    assert "not compared with the rewritten model" in str(report)
+
+
+def test_a_file_of_others_has_no_attentions(tmp_path: Path) -> None:
+    (tmp_path / "theirs.mlir").write_text("module {}")
+    assert labels(tmp_path / "theirs.mlir") == ()
+    with pytest.raises(ExportError, match="there is no file"):
+        labels(tmp_path / "missing.mlir")
 
 
 def test_a_table_of_the_policy_becomes_a_constant(tmp_path: Path) -> None:

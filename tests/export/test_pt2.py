@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import attn_compiler as attn
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
+from attn_compiler.export.metadata import labels
 from attn_compiler.testing import assert_all_within_budget
 from end_to_end.by_hand import policy, with_weights
 from end_to_end.models import double, like_llama, llama, near, tokens
@@ -52,6 +54,8 @@ def test_a_window_runs_at_any_length_where_only_torch_is_imported(tmp_path: Path
     )
     assert [decision.form for decision in report.report.decisions] == ["blocks of queries, each with the keys in reach"]
     assert [check.by for check in report.checks] == ["AOTInductor"] * 2
+    (label,) = labels(tmp_path / "one.pt2")
+    assert (label.outcome, label.strategy) == ("approximate", report.report.decisions[0].form)
     given = [torch.randn(rows, 2, length, 8) for rows, length in SIZES]
     for x, found in zip(given, alone(tmp_path, [(x,) for x in given]), strict=True):
         assert isinstance(found, dict)
@@ -91,6 +95,18 @@ class Named(nn.Module):
         return attn.attend(x, x, x, "causal & window(8)", target="cpp")
 
 
+def test_a_check_can_be_left_out_and_what_is_no_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "load_package", lambda path: None)
+    with zipfile.ZipFile(tmp_path / "theirs.pt2", "w") as archive:
+        archive.writestr("model/data/one_metadata.json", "{}")
+    assert labels(tmp_path / "theirs.pt2") == ()
+    monkeypatch.setattr(private, "compile_package", lambda program, path, says: path.write_text("no archive"))
+    report = attn.export_pt2(nn.Sigmoid().eval(), (torch.randn(3),), tmp_path / "one.pt2", check=False)
+    assert "not compared with the rewritten model" in str(report)
+    with pytest.raises(ExportError, match="no package of AOTInductor"):
+        labels(tmp_path / "one.pt2")
+
+
 def test_an_operator_of_ours_is_an_error_that_says_where_it_stands(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"inner calls attn_compiler\.\S+, an operator of ours"):
         attn.export_pt2(Insisting().eval(), (torch.randn(2, 2, 96, 8),), tmp_path / "one.pt2")
@@ -103,7 +119,7 @@ def test_a_file_that_torch_would_not_load_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_result_that_differs_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "compile_package", lambda program, path: path.write_bytes(b""))
+    monkeypatch.setattr(private, "compile_package", lambda program, path, says: path.write_bytes(b""))
     monkeypatch.setattr(private, "load_package", lambda path: lambda x: x)
     with pytest.raises(ExportError, match="AOTInductor computes something else"):
         attn.export_pt2(nn.Sigmoid().eval(), (torch.randn(3),), tmp_path / "one.pt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from attn_compiler import library
 from attn_compiler.errors import ExportError, MissingPackageError, did_you_mean
 from attn_compiler.export.comparison import compared
 from attn_compiler.export.files import check_folder, place
+from attn_compiler.export.metadata import ATTENTIONS, written
 from attn_compiler.export.mlir import iree
 from attn_compiler.export.mlir.engine import Engine
 from attn_compiler.export.mlir.lowering import lowered, results
@@ -44,6 +46,7 @@ def export_mlir(
     dialect: Dialect = "linalg",
     buckets: Mapping[str, Given] | None = None,
     vmfb: bool | None = None,
+    check: bool = True,
 ) -> ExportReport:
     """Write a model and what a policy makes of its attentions as MLIR: linalg on tensors, or torch-mlir's own dialect.
 
@@ -51,6 +54,7 @@ def export_mlir(
     tuple of arguments, or a mapping of keywords) of other sizes. Weights are constants, which all functions share. Before the
     file gets its name, torch-mlir's execution engine runs it beside the rewritten model on random inputs. With `vmfb`, IREE
     compiles it for this machine, to a file beside it that is checked alike; left out, that is done where IREE is installed.
+    `check=False` runs neither: torch-mlir's engine takes minutes for large models.
     """
     path = Path(path)
     if dialect not in get_args(Dialect):
@@ -61,7 +65,7 @@ def export_mlir(
     calls = {MAIN: _Call(tuple(args), dict(kwargs or {}))} | {name: _call(given) for name, given in (buckets or {}).items()}
     with torch.no_grad():
         functions = {name: _function(model, call, read, dict(tables or {})) for name, call in calls.items()}
-        return _written(functions, read, path, dialect, iree.is_there() if vmfb is None else vmfb)
+        return _written(functions, read, path, dialect, vmfb=iree.is_there() if vmfb is None else vmfb, check=check)
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,25 @@ def _function(model: nn.Module, call: _Call, policy: Policy, tables: Mapping[str
     return _Function(result, runs(program, result.module, call.args, call.kwargs))
 
 
-def _written(functions: Mapping[str, _Function], policy: Policy, path: Path, dialect: Dialect, vmfb: bool) -> ExportReport:
+def _written(
+    functions: Mapping[str, _Function], policy: Policy, path: Path, dialect: Dialect, *, vmfb: bool, check: bool
+) -> ExportReport:
     plan = sum((one.rewritten.plan for one in functions.values()), Plan())
     report = report_of(plan, policy, len(functions))
     text = lowered({name: one.rewritten.program for name, one in functions.items()}, dialect)
     compiled = path.with_suffix(".vmfb").name
 
     def save(unfinished: Path) -> None:
-        unfinished.write_text(f"{_comment(str(report))}\n{text}", encoding="utf-8")
+        unfinished.write_text(f"{_labels(functions)}\n{_comment(str(report))}\n{text}", encoding="utf-8")
         if vmfb:
             iree.compile_vmfb(unfinished, unfinished.with_name(compiled), dialect)
 
-    def check(unfinished: Path) -> tuple[Checked, ...]:
+    def run(unfinished: Path) -> tuple[Checked, ...]:
         ways: list[tuple[str, Engine | iree.Compiled]] = [("torch-mlir", Engine(unfinished, dialect))]
         ways += [("IREE", iree.Compiled(unfinished.with_name(compiled)))] if vmfb else []
         return tuple(_checked(f"{by}, {name}", way, name, one) for name, one in functions.items() for by, way in ways)
 
-    checks, size = place(path, save, check, companion=compiled)
+    checks, size = place(path, save, run if check else lambda unfinished: (), companion=compiled)
     note = f"compiled by IREE for this machine's processor: {path.with_name(compiled)}" if vmfb else _without(path)
     return ExportReport(path, report, {}, checks, size, notes=(note,))
 
@@ -124,6 +130,12 @@ def _without(path: Path) -> str:
     return f"no {path.with_suffix('.vmfb').name}: " + (
         "it was not asked for" if iree.is_there() else f"IREE is not installed ({iree.INSTALL})"
     )
+
+
+def _labels(functions: Mapping[str, _Function]) -> str:
+    """What the attentions of each function are, in a line that `attn explain` reads back."""
+    found = [x for name, one in functions.items() for x in written(one.rewritten, name if len(functions) > 1 else "")]
+    return f"// {ATTENTIONS}: {json.dumps(found, ensure_ascii=False)}"
 
 
 def _comment(text: str) -> str:
