@@ -9,9 +9,9 @@ from dataclasses import replace
 from torch import fx
 
 from attn_compiler.export.called import EXPORTED, WITH_CACHE
-from attn_compiler.generation.kept import Kept
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
+from attn_compiler.planning.kept import Kept
 from attn_compiler.targets.exported import Call
 
 _MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")

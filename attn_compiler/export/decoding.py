@@ -14,11 +14,12 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
+from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
 from attn_compiler.export.states import Remembering, remember, remembers
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
-from attn_compiler.generation.kept import Kept, kept
+from attn_compiler.planning.kept import Kept
 from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site

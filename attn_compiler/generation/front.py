@@ -15,13 +15,15 @@ from torch import Tensor, fx, nn
 from attn_compiler import library
 from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
-from attn_compiler.generation.kept import Kept, held_at, kept_at, together
+from attn_compiler.generation.kept import held_at, kept_at
 from attn_compiler.generation.remembered import Remembered, remembered_at
 from attn_compiler.graph.analysis import analyze
+from attn_compiler.planning.kept import Kept, together
 from attn_compiler.planning.plan import Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Kind, Site
+from attn_compiler.targets.held import seen
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -37,8 +39,8 @@ _TELLING: WeakSet[nn.Module] = WeakSet()
 class Need:
     """What a layer holds: keys, None for all of them, or the state of what is `remembered`."""
 
-    kept: Kept | None
-    slides: bool  # whether it follows the model's mask for windows
+    kept: Kept | None = None
+    suffices: bool = True  # whether that is all that the model sees without a policy
     remembered: Remembered | None = None
     held: Held | None = None  # how keys are held; None: as they come
 
@@ -52,11 +54,10 @@ def cache(
 ) -> Cache:
     """A cache for `model.generate(past_key_values=…)` that holds the keys which the policy lets later tokens see.
 
-    A layer holds everything, or the latest tokens and the first ones of each row, in the few bits that the policy's storage gives
-    its `kv_cache`; or the state of a linear attention. Layers that share a mask of the model hold what the one needs that needs
-    most, but for states. Compile the model with the same policy: a cache hides nothing from a prompt, and knows no keys of which
-    there is a state. A model is looked at once for each policy; then, as by `attn.explain`, what torch.compile compiled before
-    is forgotten.
+    Each layer holds everything, or the latest tokens and the first ones of each row, in the few bits that the policy's storage
+    gives its `kv_cache`; or the state of a linear attention. Compile the model with the same policy: a cache hides nothing from a
+    prompt, and attention to tokens that it let go is an error. A model is looked at once for each policy; then, as by
+    `attn.explain`, what torch.compile compiled before is forgotten.
     """
     read = library.load_policy(policy if policy is not None else "exact").with_values(dict(values or {}))
     inner = getattr(model, "_orig_mod", model)
@@ -80,43 +81,34 @@ def _layer(need: Need) -> Any:
     from attn_compiler.generation.states import StateLayer
 
     if need.remembered is not None:
-        return StateLayer(need.remembered, need.kept, slides=need.slides)
+        return StateLayer(need.remembered)
     if need.kept or need.held:
-        return KeptLayer(need.kept, need.held, slides=need.slides)
-    layer = DynamicLayer()  # type: ignore[no-untyped-call]
-    layer.is_sliding = need.slides
-    return layer
+        return KeptLayer(need.kept, need.held, suffices=need.suffices)
+    return DynamicLayer()  # type: ignore[no-untyped-call]
 
 
 def _needs(model: Any, policy: Policy, tables: Mapping[str, Tensor]) -> list[Need]:
     """What each layer needs."""
     config = model.config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or [_only_kind(config)] * count
-    unknown = sorted({*kinds} - {*KINDS}) or (["an encoder"] if model.config.is_encoder_decoder else [])
+    kinds = {*(getattr(config, "layer_types", None) or KINDS)}
+    unknown = sorted(kinds - {*KINDS}) or (["an encoder"] if model.config.is_encoder_decoder else [])
     if unknown:
         raise ShapeError(f"a cache is for layers of {' and '.join(KINDS)}; {type(model).__name__} has {unknown[0]}: use its own")
-    own: list[list[Kept | None]] = [[] for _ in range(count)]
-    states: list[list[Remembered | None]] = [[] for _ in range(count)]
-    held: dict[int, Held | None] = {}
+    own: list[list[Site]] = [[] for _ in range(config.num_hidden_layers)]
     for site in _sites(model, config):
-        if site.kind is Kind.SELF and site.layer is not None and site.layer < count:
-            own[site.layer].append(kept_at(policy, site))
-            states[site.layer].append(remembered_at(policy, site, tables))
-            held[site.layer] = held_at(policy, site)
-    of = [found[0] if len(found) == 1 else None for found in states]
-    of_kind: dict[str, list[Kept | None]] = {kind: [] for kind in kinds}
-    for kind, found, state in zip(kinds, own, of, strict=True):
-        of_kind[kind] += [] if state else found or [None]  # what was not found is not known to need less
-    shared = {kind: together(needs) if needs else Kept(0, 0) for kind, needs in of_kind.items()}
-    return [
-        Need(shared[kind], kind == "sliding_attention", state, held.get(layer))
-        for layer, (kind, state) in enumerate(zip(kinds, of, strict=True))
-    ]
+        if site.kind is Kind.SELF and site.layer is not None and site.layer < len(own):
+            own[site.layer].append(site)
+    return [_need(sites, policy, tables) for sites in own]
 
 
-def _only_kind(config: Any) -> str:
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+def _need(sites: Sequence[Site], policy: Policy, tables: Mapping[str, Tensor]) -> Need:
+    """What the attentions of a layer need of it; where none was found, nobody knows that they need less than everything."""
+    state = remembered_at(policy, sites[0], tables) if len(sites) == 1 else None
+    if state:
+        return Need(remembered=state)
+    kept = together(kept_at(policy, site) for site in sites)
+    suffices = kept is not None and all(kept.covers(seen(site.computes, site.heads)) for site in sites)
+    return Need(kept, suffices, held=held_at(policy, sites[-1]) if sites else None)
 
 
 def _sites(model: Any, config: Any) -> list[Site]:

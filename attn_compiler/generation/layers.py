@@ -10,44 +10,48 @@ from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
-from attn_compiler.generation.kept import Kept
+from attn_compiler.planning.kept import Kept
 from attn_compiler.runtime.codes import written
-from attn_compiler.targets.rows import row_dtype
+from attn_compiler.runtime.placed import placed
 
 
 class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The latest keys, and the first ones of each row in front of them.
 
-    The model is told that its keys are the latest tokens. The first ones then stand in the places of others that were let go,
-    which are no padding, and so each place of the model's mask fits the key in it.
+    The model is told that every token is there, so that its mask has a place for each of them; what stands in the graph for
+    its keys is an operator that says in which of these places those are that it holds.
     """
 
-    def __init__(self, kept: Kept | None, held: Held | None, *, slides: bool) -> None:
+    def __init__(self, kept: Kept | None, held: Held | None, *, suffices: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept, self.is_sliding = kept, slides
-        self.held_in, self.how = held, written(held) if held else ""
+        self.kept, self.suffices = kept, suffices
+        self.how = written(held) if held else ""
         self.cumulative_length = 0
+        self.places: Tensor | None = None  # where keys stand that are not the latest alone, [1 or batch, held]
         self.padding: Tensor | None = None  # tokens before each row's first
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        gone = self.cumulative_length - self.held
-        new_keys, new_values = self._encoded(key_states), self._encoded(value_states)
-        keys, values = torch.cat([self.keys, new_keys], dim=-2), torch.cat([self.values, new_values], dim=-2)
+        before = self.cumulative_length
+        self.keys = self._behind(self.keys, self._encoded(key_states))
+        self.values = self._behind(self.values, self._encoded(value_states))
         self.cumulative_length += key_states.shape[-2]
-        self.keys, self.values = keys, values
-        if self.kept is not None and keys.shape[-2] > self.kept.most:
-            self._let_go(self.kept, keys, values, gone)
-        return self._decoded(keys), self._decoded(values)
+        keys, values = self._decoded(self.keys), self._decoded(self.values)
+        if self.kept is None:
+            return keys, values
+        if self.kept.first:
+            self._place(torch.arange(before, self.cumulative_length, device=keys.device)[None])
+        places = self.places
+        if self.held > self.kept.most:
+            self._let_go(self.kept)
+        if not before:
+            return keys, values
+        tokens = self.cumulative_length
+        return tuple(placed(x, places, tokens, self.kept, suffices=self.suffices) for x in (keys, values))  # type: ignore[return-value]
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        if self.held_in:
-            of_rows = key_states.new_empty(0, dtype=row_dtype(self.held_in))
-            self.keys, self.values = of_rows, of_rows
+    def _behind(self, held: Tensor | None, new: Tensor) -> Tensor:
+        return torch.cat([held, new], dim=-2) if self.cumulative_length and held is not None else new
 
     def _encoded(self, x: Tensor) -> Tensor:
         return torch.ops.attn_compiler.encoded(x, self.how) if self.how else x
@@ -56,41 +60,56 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """What attention reads: operators that know codes take these instead, and this is then never computed."""
         return torch.ops.attn_compiler.decoded(held, self.how, self.dtype) if self.how else held
 
-    def _let_go(self, kept: Kept, keys: Tensor, values: Tensor, gone: int) -> None:
-        first, latest, length = kept.first, kept.latest, keys.shape[-2]
-        if not first:
+    def _place(self, new: Tensor) -> None:
+        self.places = new if self.places is None else torch.cat([self.places, new.expand(self.places.shape[0], -1)], dim=1)
+
+    def _let_go(self, kept: Kept) -> None:
+        keys, values, length = self.keys, self.values, self.held
+        assert keys is not None
+        assert values is not None
+        if self.places is None:
             # Copied: a view would keep the whole prompt alive, and its strides would be compiled anew.
-            self.keys, self.values = (x[:, :, length - latest :].contiguous() for x in (keys, values))
+            self.keys, self.values = (x[:, :, length - kept.latest :].contiguous() for x in (keys, values))
             return
-        pinned, near = torch.arange(first, device=keys.device), torch.arange(length - latest, length, device=keys.device)
-        start = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        near = torch.arange(length - kept.latest, length, device=keys.device)[None]
+        chosen = torch.arange(kept.first, device=keys.device)[None]
         if self.padding is not None:  # rows begin one after the other: until its first token is here, a row keeps the latest
-            start = (self.padding.to(keys.device) - gone).clamp(0, length - first - latest)
-        places = torch.cat([start[:, None] + pinned, near.expand(keys.shape[0], -1)], dim=1)[:, None, :, None]
-        self.keys, self.values = (x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
+            ahead = (self.places < self.padding.to(keys.device)[:, None]).sum(1, keepdim=True)
+            chosen = chosen + ahead.clamp(max=length - kept.most)
+        chosen = torch.cat([chosen, near.expand(chosen.shape[0], -1)], dim=1)
+        self.places = self.places.expand(chosen.shape[0], -1).gather(1, chosen)
+        rows = chosen[:, None, :, None].expand(keys.shape[0], keys.shape[1], -1, -1)
+        self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
 
     @property
     def held(self) -> int:
         """How many keys are here."""
         return self.keys.shape[-2] if self.keys is not None and self.keys.numel() else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.held + query_length, self.cumulative_length - self.held
-
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
+    def reset(self) -> None:
+        super().reset()
+        self.places = self.padding = None
+
     def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(0 if self.keys is None else self.keys.shape[0]).repeat_interleave(repeats)
         super().batch_repeat_interleave(repeats)
-        self.padding = None if self.padding is None else self.padding.repeat_interleave(repeats)
+        self._take_rows(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.padding = None if self.padding is None else self.padding[indices]
+        self._take_rows(indices)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self.padding = None if self.padding is None else self.padding[beam_idx.to(self.padding.device)]
+        self._take_rows(beam_idx)
+
+    def _take_rows(self, rows: Tensor) -> None:
+        self.padding = None if self.padding is None else self.padding[rows.to(self.padding.device)]
+        if self.places is not None and self.places.shape[0] > 1:
+            self.places = self.places[rows.to(self.places.device)]
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length > self.held and tokens_to_remove:
@@ -98,6 +117,6 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 f"this cache has let go of {self.cumulative_length - self.held} tokens, so it cannot be taken back by "
                 f"{abs(tokens_to_remove)}: use one that holds everything, such as transformers' DynamicCache"
             )
-        before = self.held
         super().crop(tokens_to_remove)
-        self.cumulative_length -= before - self.held
+        self.cumulative_length = self.held
+        self.places = None if self.places is None else self.places[:, : self.held]

@@ -15,7 +15,6 @@ from attn_compiler.algebra.expr import Sort, b, table
 from attn_compiler.algebra.expr import k as place
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.generation.kept import Kept
 from attn_compiler.generation.remembered import Remembered
 from attn_compiler.runtime.attend import in_one_piece
 from attn_compiler.runtime.call import operands_of
@@ -26,17 +25,17 @@ VALID = "attn.valid"  # a table: which of the new tokens are no padding
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The state of all tokens so far; to the model, as many latest tokens as its other layers keep.
+    """The state of all tokens so far; to the model, these tokens.
 
-    The model's mask is made for all layers of a kind at once. What stands in the graph for keys that are in the state is an
-    operator that nobody computes: the rewrite finds the state there.
+    What stands in the graph for keys that are in the state is an operator that nobody computes: the rewrite finds the state
+    there.
     """
 
     is_croppable = False
 
-    def __init__(self, of: Remembered, like: Kept | None, *, slides: bool) -> None:
+    def __init__(self, of: Remembered) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.of, self.like, self.is_sliding = of, like, slides
+        self.of = of
         self.cumulative_length = 0
         self.past: Tensor | None = None
         self.padding: Tensor | None = None  # tokens before each row's first
@@ -48,7 +47,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         of, past, tokens = self.of, self.past, key_states.shape[-2]
         keys, values = key_states, value_states
         if past is not None:
-            keys, values = recall(key_states, past, self.held), recall(value_states, past, self.held)
+            keys, values = (recall(x, past, self.cumulative_length) for x in (key_states, value_states))
         valid = None
         if self.padding is not None:
             places = torch.arange(tokens, device=key_states.device) + self.cumulative_length
@@ -61,15 +60,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
         return keys, values
 
-    @property
-    def held(self) -> int:
-        """How many places the model's mask has for earlier tokens."""
-        if self.like is None:
-            return self.cumulative_length
-        return min(self.cumulative_length, self.like.most) if self.like.most else 0
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.held + query_length, self.cumulative_length - self.held
+        return self.cumulative_length + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from torch import SymInt, fx
 
 from attn_compiler import torch_private as private
+from attn_compiler.algebra.expr import i, k_len, q, q_len
+from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, call, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
 from attn_compiler.graph.names import layer_numbers, place
+from attn_compiler.graph.placed import placed
 from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.recover import Recovered, recover
@@ -49,6 +52,8 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
     if stands and padding:
         stands = counted_from(stands, padding)
     variant = restated(recovered.variant, stands) if stands else recovered.variant
+    if placed(found) or recalled(found):  # the keys that are there are fewer; behind the queries come no more
+        variant = variant.map(lambda e: simplify(e.substitute({k_len: q - i + q_len})) if e.mentions(k_len) else e)
     codes, held = _codes(found) or (None, None)
     site = _site(found, recovered, reader, stands, replace(variant, storage=replace(variant.storage, kv_cache=held)))
     return Described(found, site, reader.tables, padding, codes)
@@ -56,7 +61,8 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
 
 def _codes(found: GraphSite) -> tuple[tuple[fx.Node, fx.Node], Held] | None:
     """The rows of codes that a cache holds of keys and values, and how."""
-    k, v = call(found.k.node), call(found.v.node)
+    held = placed(found)
+    k, v = (call(x) for x in ((held.k, held.v) if held else (found.k.node, found.v.node)))
     if k.op != "decoded" or v.op != "decoded" or k["how"] != v["how"]:
         return None
     return (k["rows"], v["rows"]), held_of(k["how"])
@@ -67,7 +73,7 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         _known(product(axis)) for axis in (found.heads, found.kv_heads, found.depth, found.width)
     )
     q_len, k_len = found.lengths
-    known = kind(found)
+    known, held = kind(found), placed(found)
     dynamic = any(isinstance(size, SymInt) for size in found.lengths)
     return Site(
         name=found.name,
@@ -93,6 +99,7 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
         recalls=recalled(found) is not None,
+        kept=held.kept if held else None,
         risky=risky_tables(found, recovered.tables, reader.recorded),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,

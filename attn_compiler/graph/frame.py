@@ -24,6 +24,7 @@ from attn_compiler.graph.symbolic_creation import CREATION
 from attn_compiler.planning.site import Frame, Kind, Phase
 
 _MOST_DECODED = 16  # queries of one call that still count as decoding
+_OF_THE_SAME_TOKENS = ("cast", "slice", "same", "decoded", "placed")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
             return Frame(i + (k_len - q_len), "the state that stands for the past", slides=True)
         if read.op in ("index_copy", "index_put"):
             return _written(node, site, reader)
-        if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in ("cast", "slice", "same", "decoded"))):
+        if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in _OF_THE_SAME_TOKENS)):
             return None
         node = source(node)
 

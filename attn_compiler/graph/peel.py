@@ -15,6 +15,7 @@ from attn_compiler.graph.record import SCORE, Step
 
 _LONGEST = 24
 _FACTORS = ("mul", "div")
+_CACHES = ("placed", "decoded")  # operators that stand for what a cache holds
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def _with_axes(nodes: list[fx.Node], readers: list[fx.Node], atoms: Atoms) -> Pe
 
 
 def _bare(nodes: list[fx.Node]) -> int:
+    if call(nodes[0]).op in _CACHES:
+        return 0  # that operator says what is there, which views of it do not
     changed = (place for place, node in enumerate(nodes[1:]) if repeats(node) or _factor(node) is not None)
     return next(changed, len(nodes) - 1)
 

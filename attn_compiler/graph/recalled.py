@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, fx
 
 from attn_compiler.graph.axes import rearranges, repeats, source
 from attn_compiler.graph.calls import Argument, call, is_tensor
 from attn_compiler.graph.record import GraphSite, Operand
+from attn_compiler.targets.operands import Operands
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,15 @@ class Recalled:
         """What a computation has to be given of this."""
         return (self.past, self.held) if isinstance(self.held, fx.Node) else (self.past,)
 
-    def given(self, values: Sequence[Argument]) -> tuple[Tensor, int]:
-        """The state and the number of places, from values that begin with those of `nodes`."""
-        return values[0], values[1] if isinstance(self.held, fx.Node) else self.held
+    def count(self, operands: Operands, values: Sequence[Argument]) -> int | SymInt:
+        """How many tokens there are."""
+        return operands.k_len
+
+    def stand(self, operands: Operands, values: Sequence[Argument]) -> Operands:
+        """The same call with the new keys alone; `values` begin with those of `nodes`."""
+        held = values[1] if isinstance(self.held, fx.Node) else self.held
+        k, v = operands.k[:, :, held:], operands.v[:, :, held:]
+        return replace(operands, k=k, v=v, q_positions=held, k_positions=held, past=values[0])
 
 
 def recalled(site: GraphSite) -> Recalled | None:

@@ -9,7 +9,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from attn_compiler import torch_private as private
-from attn_compiler.algebra.expr import Sort, i, k_len, q_len
+from attn_compiler.algebra.expr import Sort, i, k, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, Variant
 from attn_compiler.graph.axes import rearranges
@@ -18,6 +18,7 @@ from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
 from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
+from attn_compiler.graph.placed import Placed, placed
 from attn_compiler.graph.recalled import Recalled, forget, recalled
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
@@ -55,11 +56,13 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
 def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[..., Tensor], list[fx.Node]]:
     """What computes a site's output in place of its code, and the nodes whose values it is given."""
     tables, found = _tables(replacement), replacement.described.found
-    earlier = recalled(found)
-    behind = (*(earlier.nodes if earlier else ()), *(_codes(replacement) or ()))
-    inputs = [found.q.node, found.k.node, found.v.node, *behind, *tables.values()]
+    held = placed(found)
+    past = recalled(found) or held
+    k, v = (held.k, held.v) if held else (found.k.node, found.v.node)
+    behind = (*(past.nodes if past else ()), *(_codes(replacement) or ()))
+    inputs = [found.q.node, k, v, *behind, *tables.values()]
     inputs += _sizes(graph, found, inputs)
-    return _computation(replacement, list(tables), earlier), inputs
+    return _computation(replacement, list(tables), past), inputs
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
@@ -138,7 +141,7 @@ def _codes(replacement: Replacement) -> tuple[fx.Node, fx.Node] | None:
     return described.codes if kept and laid_out and ends else None
 
 
-def _computation(replacement: Replacement, names: Sequence[str], earlier: Recalled | None) -> Callable[..., Tensor]:
+def _computation(replacement: Replacement, names: Sequence[str], past: Recalled | Placed | None) -> Callable[..., Tensor]:
     described, variant = replacement.described, replacement.variant
     found, site = described.found, described.site
     wanted = (found.batch, found.heads, found.queries, found.depth)
@@ -150,7 +153,7 @@ def _computation(replacement: Replacement, names: Sequence[str], earlier: Recall
     variant = without_cache(variant) if held else variant
 
     def compute(q: Tensor, k: Tensor, v: Tensor, *values: Argument) -> Tensor:
-        given, values = (earlier.given(values), values[len(earlier.nodes) :]) if earlier else (None, values)
+        of_past, values = (values[: len(past.nodes)], values[len(past.nodes) :]) if past else ((), values)
         codes = None
         if held:
             axes = (found.k.axes, groups_k), (found.v.axes, groups_v)
@@ -168,18 +171,13 @@ def _computation(replacement: Replacement, names: Sequence[str], earlier: Recall
             training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky, codes=codes,
         )  # fmt: skip
         if described.first_key and described.first_key.name in variant.tables():
-            tables[described.first_key.name] = _first_key(operands, described.first_key)
-        placed = replace(operands, q_positions=_positions(operands, site)) if given is None else _with_past(operands, *given)
-        out, _ = replacement.target.attend(placed, variant)
+            count = past.count(operands, of_past) if past else operands.k_len
+            tables[described.first_key.name] = _first_key(operands, described.first_key, count)
+        standing = past.stand(operands, of_past) if past else replace(operands, q_positions=_positions(operands, site))
+        out, _ = replacement.target.attend(standing, variant)
         return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute
-
-
-def _with_past(operands: Operands, past: Tensor, held: int) -> Operands:
-    """The same call with the new keys alone: the places in front of them stand for a state."""
-    k, v = operands.k[:, :, held:], operands.v[:, :, held:]
-    return replace(operands, k=k, v=v, q_positions=held, k_positions=held, past=past)
 
 
 def _tensor(x: Argument, dim: int | None, device: torch.device) -> Tensor:
@@ -189,11 +187,12 @@ def _tensor(x: Argument, dim: int | None, device: torch.device) -> Tensor:
     return x if isinstance(x, Tensor) else torch.full((), x, device=device)
 
 
-def _first_key(operands: Operands, padding: FirstKey) -> Tensor:
-    """The first valid key of each row."""
+def _first_key(operands: Operands, padding: FirstKey, tokens: Argument) -> Tensor:
+    """The first valid one of so many keys of each row, also where a cache let go of it."""
     arrays = operands.arrays(torch.float64)
-    valid = arrays.tensor(arrays.read(padding.valid), Sort.BOOL)
-    rows = valid.expand(operands.q.shape[0], 1, 1, operands.k_len)[:, 0, 0]
+    whole = {k: torch.arange(tokens, device=operands.q.device)}
+    valid = arrays.tensor(arrays.read(padding.valid, whole), Sort.BOOL)
+    rows = valid.expand(operands.q.shape[0], 1, 1, tokens)[:, 0, 0]
     return rows.to(torch.int64).argmax(dim=-1)
 
 

@@ -176,6 +176,7 @@ _RULES: Mapping[str, Rule] = {
     "addmm": _first("mat1", projected=True),
     "encoded": _first("x"),
     "decoded": _first("rows"),
+    "placed": _first("held"),
     "index_copy": _first("source"),  # a cache of fixed size: what is new in it says whose tokens these are
     "index_put": _first("values"),
     "recall": _first("new"),  # the past is a state

@@ -110,4 +110,6 @@ def facts_of(site: Site) -> dict[Expr, Interval]:
     facts = {leaf: Interval(n, n) for leaf, n in known.items() if isinstance(n, int)}
     lengths = {b: site.batch, h: site.heads, i: site.q_len, k: site.k_len}
     facts |= {leaf: Interval(0, n - 1 if isinstance(n, int) else math.inf) for leaf, n in lengths.items()}
+    if site.kept:  # what is decided here must serve a cache at every length: how far queries reach has to be seen in it
+        return {leaf: fact for leaf, fact in facts.items() if leaf not in (k, k_len)}
     return facts | {q: bounds(site.frame.position, facts)} if site.frame else facts

@@ -9,6 +9,7 @@ from typing import Literal
 
 from attn_compiler.algebra.expr import Expr, Sort, i
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.kept import Kept
 
 
 class Kind(Enum):
@@ -86,6 +87,7 @@ class Site:
     device: str = "cpu"
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
     recalls: bool = False  # whether its past is the state of a linear attention, and only its new keys are there
+    kept: Kept | None = None  # what its cache holds, which let go of the rest
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model

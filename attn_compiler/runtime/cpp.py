@@ -30,6 +30,7 @@ from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.coded import rows_of
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
+from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.rows import Codes
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
@@ -70,15 +71,19 @@ class CppTarget:
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if site.recalls:
             return Refusal("cpp", "its kernels begin with an empty state")
+        missed = lost(site, variant)
+        if missed:
+            return Refusal("cpp", missed)
         by_states = None if _machine(site.device, site.dtype) else linear.carried(site, variant)
         if by_states is not None:
             return by_states
-        lost = pays_not(site, variant)
-        plain = self.carry(site, with_cache_only(variant)) if lost else None
+        unpaid = pays_not(site, variant)
+        plain = self.carry(site, with_cache_only(variant)) if unpaid else None
         if isinstance(plain, Carried):
-            return replace(plain, instead=with_cache_only(variant), because=lost)
+            return replace(plain, instead=with_cache_only(variant), because=unpaid)
         training = site.phase is Phase.TRAIN
-        reason = _machine(site.device, site.dtype) or objection(variant, (True, True), {}, training)
+        counted = site.kept is None or not site.kept.first  # first tokens in front of the latest stand where a table says
+        reason = _machine(site.device, site.dtype) or objection(variant, (counted, counted), {}, training)
         if training and site.q_hint < LEAST_TRAINED:
             reason = f"{site.q_hint} queries are too few for its gradients to pay"
         elif not reason and site.q_hint < FEW and _gain(site) < WORTH:

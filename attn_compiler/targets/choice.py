@@ -14,6 +14,7 @@ from attn_compiler.planning.site import Form, Site
 from attn_compiler.targets.blocks import pays
 from attn_compiler.targets.fused import bias_of, swallows
 from attn_compiler.targets.gathered import pays as states_pay
+from attn_compiler.targets.held import lost
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import continued
@@ -43,13 +44,15 @@ class TorchTarget:
             if continued(variant):
                 return Carried("a state, which new tokens meet and join", gains=True)
             return Refusal("torch", "its earlier keys are gone: the state of a linear attention is all that is left of them")
+        reason = reason or lost(site, variant)
         if reason:
             return Refusal("torch", reason)
         forms = [form_of(site, part) for part in _alone(variant)]
         slowest = min(forms, key=_RANK.__getitem__)
         held = any(part.storage not in (PLAIN, site.computes.storage) for part in variant.parts())
         emulated = ", of operands rounded as they would be held" if held else ""
-        return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains=_RANK[slowest] > _RANK[site.form])
+        gains = site.kept is not None or _RANK[slowest] > _RANK[site.form]
+        return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains)
 
 
 def _alone(variant: Variant) -> Iterator[Variant]:

@@ -80,7 +80,7 @@ def generated(model: nn.Module, asked: object, padding: int, backend: object = N
 
 CASES = [
     (llama, "int4", None, 0, 16),
-    (gemma3, "int8", STREAMING, PADDING, 16),
+    (gemma3, "int8", STREAMING, PADDING, 8),
 ]
 MORE = [
     (llama, "int8", STREAMING, PADDING, 7),
@@ -91,7 +91,7 @@ MORE = [
     (partial(llama, "eager"), "int4", STREAMING, PADDING, 7),
     (mistral, "int8", None, PADDING, 8),
     (mistral, "int4", WINDOW, 0, 5),
-    (gemma3, "fp8_e4m3", STREAMING, 0, 16),
+    (gemma3, "fp8_e4m3", STREAMING, 0, 8),
 ]
 
 

@@ -22,10 +22,10 @@ SIZES = {
 }  # fmt: skip
 
 
-def llama(implementation: str = "sdpa") -> nn.Module:
+def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return with_weights(LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=implementation)))
+    return with_weights(LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="sdpa")))
 
 
 def mistral() -> nn.Module:
@@ -92,7 +92,7 @@ def lengths(held: object) -> list[int]:
 CASES = [
     (llama, WINDOW, 0, 0, [5, 5]),
     (llama, STREAMING, 2, PADDING, [7, 7]),
-    (gemma3, STREAMING, 2, PADDING, [22, 7]),
+    (gemma3, STREAMING, 2, PADDING, [8, 7]),
 ]
 MORE = [
     (llama, WINDOW, 0, PADDING, [5, 5]),
@@ -100,10 +100,10 @@ MORE = [
     (llama, STREAMING, 2, 10, [7, 7]),
     (mistral, WINDOW, 0, 0, [5, 5]),
     (mistral, WINDOW, 0, PADDING, [5, 5]),
-    (mistral, STREAMING, 2, 0, [22, 22]),  # its own window hides the first tokens in the end: places of keys have to tell
-    (mistral, STREAMING, 2, PADDING, [22, 22]),
+    (mistral, STREAMING, 2, 0, [8, 8]),  # its own window hides the first tokens in the end
+    (mistral, STREAMING, 2, PADDING, [8, 8]),
     (gemma3, WINDOW, 0, PADDING, [5, 5]),
-    (gemma3, STREAMING, 2, 0, [22, 7]),
+    (gemma3, STREAMING, 2, 0, [8, 7]),
 ]
 
 
@@ -124,8 +124,9 @@ def test_tokens_are_those_of_recomputing_the_prefix(
 
 @pytest.mark.full
 def test_attention_that_is_written_out_uses_it_too() -> None:
-    model = llama("eager")
-    expected = recomputed(llama("sdpa"), near(6, 2), PADDING)
+    model = llama()
+    expected = recomputed(model, near(6, 2), PADDING)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
     found, cache = generated(model, policy(STREAMING), PADDING)
     assert torch.equal(found, expected)
     assert lengths(cache) == [7, 7]
@@ -142,13 +143,13 @@ def test_without_a_policy_the_model_s_own_windows_are_held(build: Callable[[], n
     assert lengths(cache) == held
 
 
-def test_layers_that_share_a_mask_hold_what_the_one_needs_that_needs_most() -> None:
+def test_each_layer_holds_what_it_needs_itself() -> None:
     model = llama()
     rules = [{"match": {"layers": "0"}, "attn": "exact"}, {"match": {"kind": "self"}, "attn": {"mask": STREAMING}}]
     expected = recomputed(model, near(6, 2, layers={0: False}), PADDING)
     found, cache = generated(model, {"version": 1, "rules": rules}, PADDING)
     assert torch.equal(found, expected)
-    assert lengths(cache) == [22, 22]
+    assert lengths(cache) == [22, 7]
 
 
 def test_a_rule_whose_tolerance_nobody_measured_lets_no_key_go() -> None:
@@ -169,6 +170,31 @@ def test_beams_take_their_keys_along() -> None:
     expected = model.generate(tokens, attention_mask=valid, **settings)
     found = model.generate(tokens, attention_mask=valid, past_key_values=attn.cache(model, asked), **settings)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("other", [None, "causal & window(9)"])
+def test_a_model_that_attends_to_what_is_gone_is_told_so(other: str | None) -> None:
+    """One that nobody compiled, and one that was compiled with another policy."""
+    model = llama()
+    held, (tokens, valid) = attn.cache(model, policy(WINDOW)), prompt(0)
+    run = torch.compile(model, backend="attn", options={"policy": policy(other)}) if other else model
+    with torch.no_grad():
+        run(input_ids=tokens, attention_mask=valid, past_key_values=held)
+        with pytest.raises(ShapeError, match="holds the latest 5 tokens, and the model attends to more"):
+            run(input_ids=tokens[:, :1], past_key_values=held)
+    reasons = {refusal.reason for d in attn.reports()[-1].decisions for refusal in d.refusals} if other else set()
+    assert not other or "this model's cache holds the latest 5 tokens, and this needs the latest 8 tokens" in str(reasons)
+
+
+def test_a_model_that_attends_to_less_reads_what_is_held() -> None:
+    model = llama()
+    held, (tokens, _) = attn.cache(model, policy(STREAMING)), prompt(0)
+    run = torch.compile(model, backend="attn", options={"policy": policy("causal & window(3)")})
+    with torch.no_grad():
+        for piece in (tokens, tokens[:, :1]):
+            found = run(input_ids=piece, past_key_values=held).logits
+        whole = torch.cat([tokens, tokens[:, :1]], dim=1)
+        assert torch.allclose(found, run(input_ids=whole, use_cache=False).logits[:, -1:], atol=1e-4)
 
 
 def test_what_is_gone_cannot_be_taken_back() -> None:

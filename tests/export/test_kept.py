@@ -1,4 +1,4 @@
-"""What a cache has to hold under a mask: nothing that is let go is ever missed."""
+"""What the cache of a file has to hold under a mask: nothing that is let go is ever missed, or found elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from attn_compiler.algebra.evaluate import evaluate_scalar
 from attn_compiler.algebra.expr import Expr, k, q
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.generation.kept import Kept, kept, together
+from attn_compiler.export.kept import kept
+from attn_compiler.planning.kept import Kept
 from attn_compiler.runtime.reading import read_variant
 
 ALIBI = "score + alibi()"
@@ -50,12 +51,6 @@ def read(variant: str | Mapping[str, object]) -> Variant:
 )
 def test_what_is_held_follows_from_the_mask(variant: str | Mapping[str, object], expected: Kept | None) -> None:
     assert kept(read(variant), heads=4) == expected
-
-
-def test_what_serves_several_serves_each() -> None:
-    assert together([Kept(0, 5), Kept(2, 3)]) == Kept(2, 5)
-    assert together([Kept(0, 5), None]) is None
-    assert together([]) is None
 
 
 def holds(mask: Expr, at: int, key: int) -> bool:

@@ -1,0 +1,40 @@
+"""What queries see of the past, and whether a cache that let go of the rest serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_compiler.algebra.expr import const, k_len
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.kept import Kept
+from attn_compiler.planning.site import Site
+from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.reach import reach
+
+
+def seen(variant: Variant, heads: int) -> Kept | None:
+    """What queries that follow each other see of the past, where the places of what is held are known; None for everything."""
+    parts = list(of_heads(variant, heads))
+    within = [None if _asks_for_all(part) else reach(part.mask) for part in parts]
+    known = [x for x in within if x is not None]
+    return None if len(known) < len(within) else Kept(max(x.prefix for x in known), max(0, *(x.farthest for x in known)))
+
+
+def lost(site: Site, variant: Variant) -> str:
+    """Why a variant misses keys that the cache of a site let go of; nothing if it does not."""
+    if site.kept is None:
+        return ""
+    first = site.frame.first_key if site.frame else None  # rows that are padded hold their own first tokens
+    needed = seen(variant.map(lambda node: node.substitute({first: const(0)})) if first is not None else variant, site.heads)
+    said = f"this model's cache holds {site.kept}, and this needs {needed or 'every token'}: make both with one policy"
+    return "" if site.kept.covers(needed) else said
+
+
+def of_heads(variant: Variant, heads: int) -> Iterator[Variant]:
+    """The variants that the heads compute, with the branches of each."""
+    return (part for _, of_group in head_groups(variant, heads) for part in of_group.parts())
+
+
+def _asks_for_all(part: Variant) -> bool:
+    """Whether it follows from how many tokens there are, or from those that no query sees."""
+    return part.delta is not None or bool(part.derived) or any(node.mentions(k_len) for node in part.expressions())
