@@ -222,6 +222,19 @@ def test_weights_that_are_quantized_later_leave_attention_alone(exported: Path, 
     assert 0 < (whole - quantized).norm() < (whole - unseen).norm()
 
 
+def test_a_file_that_onnxruntime_optimized_and_saved_is_still_right(exported: Path, windowed: nn.Module, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(exported, options)
+    assert not onnx.load(tmp_path / "optimized.onnx").functions, "its optimizer inlines ours"
+    by_hand = like_llama(tokens(2, 150), window=8)
+    with torch.no_grad():
+        exact = by_hand(double(windowed))
+        found = run(tmp_path / "optimized.onnx", input_ids=tokens(2, 150))
+        assert_all_within_budget(found, [exact], lambda: [by_hand(windowed)])
+
+
 class Masked(nn.Module):
     """An attention whose mask is called as its keys are elsewhere."""
 
