@@ -146,7 +146,7 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
     visits = (*("*i32",) * 8, "*fp32") if "of_k" in names else ("*i32",) * 6
     kinds = {
         **dict.fromkeys(_OPERANDS, operand),
-        **dict.fromkeys(("totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
+        **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
         **dict.fromkeys(order.blocks.sizes(), "constexpr"),
         "sums": "*fp32" if "peaks" in names else (),

@@ -55,7 +55,7 @@ class CppTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         reason = _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
-        return reason or (without_total(variant) or _of_unseeing(operands, variant) if lse else None)
+        return reason or (without_total(variant) or of_unseeing(operands, variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         if operands.codes and not codes_objection(operands, variant):
@@ -216,7 +216,7 @@ def _dense_gain(dtype: str, form: Form, training: bool) -> float:
         )
 
 
-def _of_unseeing(operands: Operands, variant: Variant) -> str | None:
+def of_unseeing(operands: Operands, variant: Variant) -> str | None:
     """Whether a log-sum-exp would lack gradients that queries have which see nothing."""
     totals = (part.normalizer.total for part in variant.parts() if not every_query_sees_itself(operands, part))
     reads = operands.differentiated and any(total is not None and total.tables() for total in totals)

@@ -151,10 +151,7 @@ def _attend_backward(
         return [x.zero_() for x in _empty_gradients(q, k, v, tables, wanted)]
     q, k, v, out, above = _side_by_side(q, k, v, out, above)
     given = gradients.Given(q, k, v, tables, out, kept, above, None if of_totals is None else of_totals.contiguous())
-    target = _read(what)[-1]
-    if given.of_totals is not None and target != "cpp":
-        raise DerivativeError(f'the kernels of "{target}" know no gradients of the log-sum-exp; attend with `target="torch"`')
-    of_q, of_k, of_v, of_tables = _DIFFERENTIATE[target](_shape(q, k, v, tables, first, what), given, wanted)
+    of_q, of_k, of_v, of_tables = _DIFFERENTIATE[_read(what)[-1]](_shape(q, k, v, tables, first, what), given, wanted)
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 

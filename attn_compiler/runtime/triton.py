@@ -11,7 +11,7 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime import interpreter
-from attn_compiler.runtime.cpp import DTYPES, objection
+from attn_compiler.runtime.cpp import DTYPES, objection, of_unseeing
 from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.operands import Operands
@@ -30,10 +30,8 @@ class TritonTarget:
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        if operands.differentiated and lse:
-            return "its kernels know no gradients of the log-sum-exp"
         reason = where or passed_over(variant) or objection(variant, counted, stored, operands.differentiated)
-        return reason or (without_total(variant) if lse else None)
+        return reason or (without_total(variant) or of_unseeing(operands, variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         return attend_generated(operands, variant, self.name, lse=lse)

@@ -110,7 +110,7 @@ def _run_by_query(pair: Pair, shape: Shape, given: Given, results: Results) -> N
     one = pair.by_query
     grid = -(-shape.q_len // one.blocks.queries), len(pair.members), shape.batch
     operands = map(operand, (given.q, given.k, given.v, given.out, given.above, results.of_q))
-    arguments = (*operands, given.kept, results.numbers, one.visits, *_rest(pair, shape, given, results))
+    arguments = (*operands, given.of_totals, given.kept, results.numbers, one.visits, *_rest(pair, shape, given, results))
     call(given.q, one.kernel, grid, arguments, one.blocks.options())
 
 

@@ -86,8 +86,8 @@ def run(
     *,
     kept: int,
 ) -> None:
-    """Fill `out` and `totals`: the log-sum-exp of each query, or its peak and its mass."""
-    results = (None, totals) if kept else (totals, None)
+    """Fill `out` and `totals`: the log-sum-exp of each query (`kept` is 0), its peak and its mass (1), or all of them (2)."""
+    results = (totals, None) if totals is None or not kept else (None, totals) if kept == 1 else (totals[0], totals[1:])
     for one in launches(shape, q.device, all(map(can_be_described, (q, k, v, out)))):
         _start(one, shape, (q, k, v, out), results, tables)
 

@@ -2,6 +2,7 @@
 
 With out = factor * sum of weight * v, above = the gradient of out and pull = (above · out) * d log factor / d mass, every
 pair that sees each other has gradient of the weight = factor * (above · v) + pull, of the score = that * d weight / d score.
+The gradient of the log-sum-exp, where there is one, is a further summand of pull.
 """
 
 import triton
@@ -14,6 +15,7 @@ from tiles import (
     key_word,
     norm,
     note,
+    noted,
     numbered,
     outward,
     products,
@@ -37,7 +39,7 @@ BY_PEAK = DROPS = FILLS = ORDERED = NORMED = False
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "layer", "first_query", "first_key"])
 def backward(
-    q, k, v, out, above, of_q, kept, numbers, visits, tables, sums,
+    q, k, v, out, above, of_q, of_totals, kept, numbers, visits, tables, sums,
     heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`kept` are the peak and the mass of each query; `numbers` take its peak, factor, pull and whether it saw no key."""
@@ -58,6 +60,7 @@ def backward(
     peak, mass = tl.load(kept + query), tl.load(kept + count + query)
     saw, inside = peak != -INFINITY, row < q_len
     along = tl.where(saw, products(take(rows(out, b, h, i), VALUE_DIM, VALUE_WIDTH), of_out), 0.0)
+    of_total = tl.where(saw, noted(of_totals, query), 0.0)
     factor, pull = 1.0 / mass, -along / mass  # <numbers>
     factor, base = tl.where(saw, factor, 0.0), tl.where(saw, peak, 0.0)
     note(numbers, query, count, (base, factor, pull), inside)

@@ -86,5 +86,5 @@ def forward(
     seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
     query, count = numbered(b, h, i, heads, q_len)
-    note(totals, query, count, (tl.where(seen, total, -INFINITY),), row < q_len)
+    note(totals, query, count, (total,), row < q_len)
     note(kept, query, count, (tl.where(seen, peak, -INFINITY), mass), row < q_len)

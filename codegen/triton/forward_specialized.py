@@ -54,10 +54,9 @@ def forward(
             weight = score  # <weight>
             weight, peak, mass = collect(score, weight, peak, mass)
         acc = tl.dot(weight.to(queries.dtype), all_values.load([other * BLOCK_K, 0]), acc, input_precision="ieee")
-    factor, total, filling = 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
-    seen = peak != -INFINITY
+    seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     found = tl.where(seen, acc * factor, filling).to(queries.dtype)
     described(out, b, h, q_len, VALUE_DIM, BLOCK_Q, VALUE_WIDTH).store([tile * BLOCK_Q, 0], found)
     query, count = numbered(b, h, i, heads, q_len)
-    note(totals, query, count, (tl.where(seen, total, -INFINITY),), row < q_len)
+    note(totals, query, count, (total,), row < q_len)
     note(kept, query, count, (tl.where(seen, peak, -INFINITY), mass), row < q_len)

@@ -51,4 +51,4 @@ def merge(
     mass, acc = tl.sum(mass, 0, keep_dims=True), tl.sum(acc, 0, keep_dims=True)
     factor, total, filling = 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), i < q_len, VALUE_DIM, VALUE_WIDTH)
-    note(totals, query, count, (tl.where(seen, total, -INFINITY),), i < q_len)
+    note(totals, query, count, (total,), i < q_len)

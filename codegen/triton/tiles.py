@@ -88,6 +88,14 @@ def note(numbers, query, count, found, inside):
 
 
 @triton.jit
+def noted(numbers, query):
+    """A number of each query, or zero where there are none."""
+    if numbers is None:
+        return tl.zeros(query.shape, tl.float32)
+    return tl.load(numbers + query)
+
+
+@triton.jit
 def untouched(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
     """The largest score, a sum, and the sums of a row, of queries that have met no key."""
     nothing = tl.zeros([QUERIES, 1], tl.float32)

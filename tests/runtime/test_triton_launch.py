@@ -103,7 +103,8 @@ def test_only_the_first_call_of_a_shape_puts_tables_on_the_device(monkeypatch: p
         assert not copied, name
 
 
-def test_a_log_sum_exp_that_wants_a_gradient_is_refused() -> None:
-    q, k, v = (torch.randn(1, 4, 8, 16, requires_grad=True) for _ in range(3))
-    with pytest.raises(ShapeError, match="its kernels know no gradients of the log-sum-exp"):
-        attn.attend(q, k, v, "causal", target="triton", return_lse=True)
+def test_gradients_of_a_sink_in_the_log_sum_exp_of_queries_that_see_nothing_are_refused() -> None:
+    q, k, v = (torch.randn(1, 4, 8, 16) for _ in range(3))
+    asked, sink = {"mask": "causal(-2)", "normalizer": "softmax(sink=sink)"}, torch.zeros(4, requires_grad=True)
+    with pytest.raises(ShapeError, match="no gradients of a table in the log-sum-exp of queries that see nothing"):
+        attn.attend(q, k, v, asked, tables={"sink": sink}, target="triton", return_lse=True)

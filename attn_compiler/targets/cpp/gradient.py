@@ -80,10 +80,9 @@ class Slopes:
             return _ZERO
         return e.where(e.same(OF_TOTAL, 0.0), 0.0, OF_TOTAL * (changed / total))
 
-
-def _of_query(slopes: Slopes, leaf: Expr) -> Expr:
-    """What a query adds to the gradient of its mass, or of a table where it is read."""
-    return _sum(slopes.through_factor(leaf), slopes.through_total(leaf))
+    def of_query(self, leaf: Expr) -> Expr:
+        """What a query adds to the gradient of its mass, or of a table where it is read."""
+        return _sum(self.through_factor(leaf), self.through_total(leaf))
 
 
 def _sum(left: Expr, right: Expr) -> Expr:
@@ -106,7 +105,7 @@ def is_owned(spec: Spec, name: str, shape: Sequence[int], *, heads: int, kv_head
     """Whether each number of a table belongs to one key of one head: then no two tasks add to the same one."""
     slopes = Slopes(spec)
     reads = slopes.reads(name)
-    if len(reads) != 1 or _of_query(slopes, reads[0]) != _ZERO:
+    if len(reads) != 1 or slopes.of_query(reads[0]) != _ZERO:
         return False
     size = dict(zip(reads[0].args, shape, strict=True))
     by_key = size.get(PLACE if first_key else PLACE + FIRST_KEY, 0), size.get(PLACE, 0)
@@ -115,11 +114,11 @@ def is_owned(spec: Spec, name: str, shape: Sequence[int], *, heads: int, kv_head
 
 def _needed(slopes: Slopes) -> Iterator[Expr]:
     yield slopes.weight
-    yield _of_query(slopes, e.mass)
+    yield slopes.of_query(e.mass)
     yield from (slopes.score(leaf) for leaf in (e.dot, e.q_norm, e.k_norm))
     for read in slopes.reads(*slopes.spec.variant.tables()):
         yield slopes.of_pair(read)
-        yield _of_query(slopes, read)
+        yield slopes.of_query(read)
 
 
 @lru_cache(maxsize=256)
@@ -137,7 +136,7 @@ def by_key(spec: Spec, wanted: tuple[str, ...]) -> str:
 def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, skeleton: str) -> str:
     printer, slopes = printer_of(spec, leaves), Slopes(spec)
     pairs = {x: slopes.of_pair(x) for x in slopes.reads(*wanted)}
-    queries = {x: _of_query(slopes, x) for x in slopes.reads(*wanted)}
+    queries = {x: slopes.of_query(x) for x in slopes.reads(*wanted)}
     pair_sums = [] if leaves is _BY_QUERY else _sums(printer, pairs)
     assert spec.factor is not None
     holes = {
@@ -153,7 +152,7 @@ def _source(spec: Spec, wanted: tuple[str, ...], leaves: Leaves, norm: Expr, ske
     if leaves is _BY_QUERY:
         holes |= {
             "factor": printer.function(spec.factor),
-            "pull": printer.function(_of_query(slopes, e.mass)),
+            "pull": printer.function(slopes.of_query(e.mass)),
             "query sums": _sums(printer, queries),
         }
     constants = (

@@ -7,7 +7,7 @@ from functools import lru_cache
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.variant import EmptyRows
-from attn_compiler.targets.cpp.gradient import ALONG, OF_SCORE, OF_WEIGHT, Slopes
+from attn_compiler.targets.cpp.gradient import ALONG, OF_SCORE, OF_TOTAL, OF_WEIGHT, Slopes
 from attn_compiler.targets.cpp.printer import Leaves, Level
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES, Printer
@@ -19,6 +19,7 @@ _BY_QUERY: Leaves = {
     OF_WEIGHT: ("of_weight", Level.PAIR),
     OF_SCORE: ("of_score", Level.PAIR),
     ALONG: ("along", Level.LANE),
+    OF_TOTAL: ("of_total", Level.LANE),
 }
 _BY_KEY: Leaves = {
     **_BY_QUERY,
@@ -39,8 +40,8 @@ def by_query(spec: Spec, iteration: Iteration, wanted: tuple[str, ...]) -> str:
         **pair(printer, spec, INSIDE, ("visible = (column < k_len) & ~seen",) if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
         **_slopes(printer, slopes, e.q_norm),
-        "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.through_factor(e.mass))],
-        "query sums": _sums(printer, {x: slopes.through_factor(x) for x in slopes.reads(*wanted)}),
+        "numbers": [*printer.assign("factor", spec.factor), *printer.assign("pull", slopes.of_query(e.mass))],
+        "query sums": _sums(printer, {x: slopes.of_query(x) for x in slopes.reads(*wanted)}),
     }
     facts = {"FILLS": fills, "NORMED": slopes.score(e.q_norm) != _ZERO, "ORDERED": iteration.ordered}
     return assembled("backward_q.py", spec, printer, holes, facts, phases(iteration, holes), _named(printer, wanted))

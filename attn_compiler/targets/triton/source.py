@@ -58,7 +58,7 @@ def _in_phases(spec: Spec, iteration: Iteration) -> str:
     holes = {
         **pair(printer, spec, INSIDE, left if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
-        "result": [*result(printer, spec), *([] if mean else ["seen = peak != -INFINITY"])],
+        "result": [*([] if mean else ["seen = peak != -INFINITY"]), *result(printer, spec)],
     }
     facts = {"MEAN": mean, "ORDERED": iteration.ordered}
     return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
@@ -66,16 +66,24 @@ def _in_phases(spec: Spec, iteration: Iteration) -> str:
 
 def _in_one_loop(spec: Spec, iteration: Iteration) -> str:
     printer = printer_of(spec, "forward_specialized.py")
-    holes = {**pair(printer, spec, INSIDE), **walk(2 * iteration.stretches), "result": result(printer, spec)}
+    holes = {
+        **pair(printer, spec, INSIDE),
+        **walk(2 * iteration.stretches),
+        "result": ["seen = peak != -INFINITY", *result(printer, spec)],
+    }
     return assembled("forward_specialized.py", spec, printer, holes, {}, f"STRETCHES = {constants(iteration.stretches)}")
 
 
 def result(printer: Printer, spec: Spec) -> list[str]:
-    """What becomes of the sums of a query, and what one gets that saw no key."""
+    """What becomes of the sums of a query, and what one gets that saw no key: its log-sum-exp is that of its sink, if any."""
     assert spec.factor is not None
     total = const(0.0) if spec.total is None else spec.total
     lines = printer.assign("factor", spec.factor) + printer.assign("total", total)
-    return [*lines, f"filling = {_FILLING[spec.variant.empty_rows]}"]
+    return [
+        "peak, mass = tl.where(seen, peak, 0.0), tl.where(seen, mass, 0.0)",
+        *lines,
+        f"filling = {_FILLING[spec.variant.empty_rows]}",
+    ]
 
 
 def printer_of(spec: Spec, name: str, leaves: Leaves = LEAVES) -> Printer:
