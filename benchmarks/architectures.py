@@ -92,13 +92,27 @@ def row(result: Result) -> Row:
 
 
 def write(folder: Path, results: Sequence[Result], threads: int) -> None:
-    """Everything measured so far, and the mean of all ratios at one length."""
+    """Everything measured so far, and the mean of all ratios at each length of text; images keep their size, and count once."""
     write_json(folder / "architectures.json", {"results": [asdict(result) for result in results]})
     about = f"{processor()}, {threads} thread(s), torch {torch.__version__}, fp32, no policy, hidden size 512, 2 layers"
+    summary = "\n".join(f"- {said(of_length, at)}" for at, of_length in by_length(results).items())
+    (folder / "architectures.md").write_text(f"{about}\n\n{summary}\n\n{markdown([row(result) for result in results])}")
+
+
+def by_length(results: Sequence[Result]) -> dict[int, list[Result]]:
+    """Text by its length; images belong to the longest."""
+    longest = max(result.length for result in results)
+    found: dict[int, list[Result]] = {}
+    for result in results:
+        pictured = result.name.split(",")[0] in PICTURED
+        found.setdefault(longest if pictured else result.length, []).append(result)
+    return dict(sorted(found.items()))
+
+
+def said(results: Sequence[Result], length: int) -> str:
     mean = math.exp(sum(math.log(result.ratio) for result in results) / len(results))
     least = min(results, key=lambda result: result.ratio)
-    summary = f"{len(results)} configurations; geometric mean {mean:.2f}x, least {least.ratio:.2f}x ({least.name})"
-    (folder / "architectures.md").write_text(f"{about}\n\n{summary}\n\n{markdown([row(result) for result in results])}")
+    return f"{length} tokens: {len(results)} configurations, geometric mean {mean:.2f}x, least {least.ratio:.2f}x ({least.name})"
 
 
 def main() -> None:

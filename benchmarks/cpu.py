@@ -4,8 +4,9 @@
 
 Writes `cpu.json` and `cpu.md` to FOLDER. The shapes below were fixed before anything was measured. Dense SDPA is the yardstick:
 causal where the case is, full otherwise. Cases that train are timed forward and backward.
-`--peers` adds compiled flex_attention, SDPA with a mask, and blocks of SDPA. Where heads differ, *ideal mix* is what their parts
-would take: the time of each with all heads, by its share of them. Memory is what one call needs at most, its results included.
+`--peers` adds compiled flex_attention, SDPA with a mask, blocks of SDPA, and Longformer's chunks. Where heads differ, *ideal
+mix* is what their parts would take: the time of each with all heads, by its share of them. Memory is what one call needs at
+most, its results included.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,7 @@ class Case:
     dropout: float = 0.0
     queries: int | None = None  # the last ones, where they are fewer than the keys
     parts: Mapping[str, float] = field(default_factory=dict)  # of a mix of heads: their masks, and the share of each
+    either_side: int | None = None  # how far a query sees, in the cases that Longformer's chunks can compute
 
 
 def scattered(length: int, block: int, share: float) -> Tensor:
@@ -107,6 +110,7 @@ CASES = (
         must=(28, 48),
         sees=in_grid,
     ),
+    Case("256 on either side", "window(257)", 4096, causal=False, sees=lambda i, j: (i - j).abs() <= 256, either_side=256),
     Case("dense causal", "causal", 4096, must=(1.8, 3.2), sees=near(1 << 30)),
     Case("dense", "all", 4096, causal=False),
     Case("streaming: window 256, 4 sinks", "causal & (window(256) | sinks(4))", 4096),
@@ -171,6 +175,8 @@ def runs(case: Case, dtype: torch.dtype, *, peers: bool) -> dict[str, Run]:
             found["masked sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, mask, rate, enable_gqa=grouped)
         if case.sees and not case.trains:  # it has no gradients on a CPU
             found["flex"] = flex(q, k, v, case.sees)
+        if case.either_side:
+            found["longformer"] = longformer(q, k, v, case.either_side)
     above = torch.randn(q.shape, generator=generator).to(dtype)
     return {name: trained(run, (q, k, v), above) if case.trains else run for name, run in found.items()}
 
@@ -199,6 +205,25 @@ def flex(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Run:
     blocks = create_block_mask(lambda b, h, i, j: sees(i, j), None, None, length, length, device="cpu")
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] != q.shape[1])  # type: ignore[return-value]
+
+
+def longformer(q: Tensor, k: Tensor, v: Tensor, side: int) -> Run:
+    """The overlapping chunks of transformers' Longformer, without its projections."""
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    sizes = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "attention_window": [2 * side]}
+    chunks: Any = LongformerSelfAttention(LongformerConfig(**sizes), layer_id=0)
+    by_token = [x.transpose(1, 2) for x in (q * q.shape[3] ** -0.5, k, v)]
+
+    products, gathered = chunks._sliding_chunks_query_key_matmul, chunks._sliding_chunks_matmul_attn_probs_value  # noqa: SLF001
+
+    def run() -> Tensor:
+        weights = products(by_token[0], by_token[1], side).softmax(-1).to(v.dtype)
+        found: Tensor = gathered(weights, by_token[2], side).transpose(1, 2)
+        return found
+
+    return run
 
 
 def measure(case: Case, dtype: torch.dtype, rounds: int, *, peers: bool) -> Result:

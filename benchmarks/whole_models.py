@@ -1,28 +1,33 @@
-"""Whole models without any policy: `backend="attn"` beside `backend="inductor"`, interleaved in one process.
+"""Whole models, without a policy or with one: `backend="attn"` beside `backend="inductor"`, interleaved in one process.
 
     python benchmarks/whole_models.py FOLDER [--threads 2] [--rounds 5] [--only llama,gpt2]
 
 Cases that train are a step: forward, loss, and the gradients of all parameters; their error is that of these gradients.
+With a policy the yardstick is the model as it is, so there is no error of inductor, and ours is that of the float64 reference.
 Writes `whole_models.json` and `whole_models.md` to FOLDER. The shapes below were fixed before anything was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from _tables import markdown, processor, write_json
+from attn_compiler.backend import attn_eagerly
 
 LENGTH = 4096
 Run = Callable[[dict[str, Tensor]], Tensor]
+Backend = Callable[..., Any]
 DECODER = {
     "vocab_size": 256,
     "hidden_size": 512,
@@ -56,8 +61,19 @@ class Case:
     padded: bool = False
     trains: bool = False
     image: bool = False  # `length` is then that of its sides
+    frames: int = 0  # of a video
+    policy: Mapping[str, object] | None = None
 
 
+def neighborhoods(size: Sequence[int], kernel: Sequence[int], before: int = 0) -> dict[str, object]:
+    """Every token of a grid sees those around it; the tokens before the grid see all, and all see them."""
+    mask = f"neighborhood(kernel={list(kernel)})" + (" | queries(first) | keys(first)" if before else "")
+    rule = {"match": {"kind": "self"}, "attn": {"geometry": "grid", "mask": mask}}
+    roles = {"roles": {"first": f":{before}"}} if before else {}
+    return {"version": 1, "geometries": {"grid": {"size": list(size), "before": before}}, **roles, "rules": [rule]}
+
+
+SEEING = {key: DECODER[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 CASES = (
     Case("llama", "LlamaConfig", "LlamaForCausalLM", DECODER),
     Case("llama eager", "LlamaConfig", "LlamaForCausalLM", DECODER, 2048, "eager"),
@@ -80,6 +96,16 @@ CASES = (
     Case("mistral, window 256, a training step", "MistralConfig", "MistralForCausalLM", {**DECODER, "sliding_window": 256},
          trains=True),
     Case("llama, a training step", "LlamaConfig", "LlamaForCausalLM", DECODER, trains=True),
+    Case("mistral, window 256, hidden 2048", "MistralConfig", "MistralForCausalLM",
+         {**DECODER, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8,
+          "sliding_window": 256}),
+    Case("llama, hidden 2048", "LlamaConfig", "LlamaForCausalLM",
+         {**DECODER, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}),
+    Case("vit, 56 × 56 patches, neighborhoods of 7 × 7", "ViTConfig", "ViTModel",
+         {**SEEING, "image_size": 448, "patch_size": 8}, 448, image=True, policy=neighborhoods((56, 56), (7, 7), before=1)),
+    Case("videomae, 8 × 14 × 14 patches, neighborhoods of 5 × 5 × 5", "VideoMAEConfig", "VideoMAEModel",
+         {**SEEING, "image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_size": 2}, 224, image=True, frames=16,
+         policy=neighborhoods((8, 14, 14), (5, 5, 5))),
 )  # fmt: skip
 
 
@@ -110,11 +136,11 @@ def build(case: Case) -> nn.Module:
     return model.train(case.trains)
 
 
-def compiled(model: nn.Module, backend: str) -> Run:
+def compiled(model: nn.Module, backend: str | Backend, policy: Mapping[str, object] | None = None) -> Run:
     """A fresh function for each backend, so that their compilations stay apart."""
     scope: dict[str, object] = {"model": model}
     exec(compile("def run(inputs):\n    return model(**inputs)[0]\n", f"<{backend}>", "exec"), scope)
-    return torch.compile(scope["run"], backend=backend, dynamic=False)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(scope["run"], backend=backend, dynamic=False, options=policy and {"policy": policy})  # type: ignore[call-overload, no-any-return]
 
 
 def stepping(model: nn.Module, run: Run) -> Run:
@@ -131,7 +157,8 @@ def stepping(model: nn.Module, run: Run) -> Run:
 def inputs_of(case: Case) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     if case.image:
-        return {"pixel_values": torch.randn(1, 3, case.length, case.length, generator=generator)}
+        frames = [case.frames] if case.frames else []
+        return {"pixel_values": torch.randn(1, *frames, 3, case.length, case.length, generator=generator)}
     inputs = {"input_ids": torch.randint(3, 250, (1, case.length), generator=generator)}
     if case.padded:
         inputs["attention_mask"] = (torch.arange(case.length) < case.length * 3 // 4).long()[None]
@@ -140,8 +167,8 @@ def inputs_of(case: Case) -> dict[str, Tensor]:
 
 def measure(case: Case, rounds: int) -> Result:
     model, inputs = build(case), inputs_of(case)
-    runs = {backend: compiled(model, backend) for backend in ("inductor", "attn")}
-    runs["eager"] = lambda inputs: model(**inputs)[0]
+    runs = {"inductor": compiled(model, "inductor"), "attn": compiled(model, "attn", case.policy)}
+    runs["eager"] = compiled(model, attn_eagerly, case.policy) if case.policy else lambda inputs: model(**inputs)[0]
     if case.trains:
         runs = {name: stepping(model, run) for name, run in runs.items()}
     eager = runs.pop("eager")
@@ -159,6 +186,8 @@ def measure(case: Case, rounds: int) -> Result:
     errors = {
         backend: ((out.double() - exact)[shown].abs().max() / exact[shown].abs().max()).item() for backend, out in outputs.items()
     }
+    if case.policy:
+        errors["inductor"] = math.nan
     ratios = [a / b for a, b in zip(times["inductor"], times["attn"], strict=True)]
     median = {backend: statistics.median(t) * 1e3 for backend, t in times.items()}
     same = torch.equal(outputs["inductor"], outputs["attn"])
@@ -177,7 +206,7 @@ def row(result: Result) -> dict[str, object]:
         "attn": f"{result.attn_ms:.0f} ms",
         "ratio": f"{result.ratio:.2f}",
         "bit-exact": "yes" if result.bit_exact else "no",
-        "error of inductor": f"{result.inductor_error:.1e}",
+        "error of inductor": "" if math.isnan(result.inductor_error) else f"{result.inductor_error:.1e}",
         "error of attn": f"{result.attn_error:.1e}",
     }
 
@@ -198,7 +227,7 @@ def main() -> None:
         torch.compiler.reset()
     options.folder.mkdir(parents=True, exist_ok=True)
     write_json(options.folder / "whole_models.json", {"results": [asdict(result) for result in results]})
-    about = f"{processor()}, {options.threads} threads, torch {torch.__version__}, fp32, no policy\n\n"
+    about = f"{processor()}, {options.threads} threads, torch {torch.__version__}, fp32; policies for neighborhoods only\n\n"
     (options.folder / "whole_models.md").write_text(about + markdown([row(result) for result in results]))
 
 

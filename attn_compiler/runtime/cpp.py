@@ -25,7 +25,7 @@ from attn_compiler.runtime.gather import BY_KERNEL
 from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
 from attn_compiler.targets.blocks import every_query_sees_itself
-from attn_compiler.targets.choice import FUSED_WHOLE, form_of
+from attn_compiler.targets.choice import FUSED, FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import gradient
 from attn_compiler.targets.cpp.coded import rows_of
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
@@ -39,6 +39,7 @@ CARRIED = ("storage",)
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 FEW = 32  # queries up to which a call is so short that its cost counts
+SHORT = 96  # the same where PyTorch has one operator for it
 LEAST_TRAINED = 32  # queries from which gradients pay
 LIKELY = 1024  # keys that a cache will hold which grows from few
 
@@ -84,12 +85,13 @@ class CppTarget:
         training = site.phase is Phase.TRAIN
         counted = site.kept is None or not site.kept.first  # first tokens in front of the latest stand where a table says
         reason = _machine(site.device, site.dtype) or objection(variant, (counted, counted), {}, training)
+        form = form_of(site, variant)
+        few = site.q_hint < (SHORT if form in FUSED and not training else FEW)
         if training and site.q_hint < LEAST_TRAINED:
             reason = f"{site.q_hint} queries are too few for its gradients to pay"
-        elif not reason and site.q_hint < FEW and _gain(site) < WORTH:
+        elif not reason and few and _gain(site) < WORTH:
             reason = f"for {site.q_hint} queries and {_keys(site)} keys scaled_dot_product_attention is as fast on this machine"
-        form = form_of(site, variant)
-        dense = site.q_hint >= FEW and with_cache_only(variant) == variant
+        dense = not few and with_cache_only(variant) == variant
         if not reason and dense and form in FUSED_WHOLE and _dense_gain(site.dtype, form, training) < WORTH:
             reason = f"{form} is as fast on this machine"
         read = ", which reads the codes of the cache" if site.computes.storage.kv_cache and site.q_hint <= MOST_QUERIES else ""
@@ -177,7 +179,7 @@ def _keys(site: Site) -> int:
 
 def _short(site: Site) -> tuple[int, int]:
     """The queries and keys of a call that was measured, with heads like `_few_gain`'s and not more to do."""
-    queries = 1 if site.q_hint <= MOST_QUERIES else MOST_QUERIES + 1
+    queries = 1 if site.q_hint <= MOST_QUERIES else MOST_QUERIES + 1 if site.q_hint < FEW else 2 * FEW
     keys = _keys(site) * site.heads * site.head_dim // (8 * 64)
     return queries, 4 ** max(2, min(6, (keys.bit_length() - 1) // 2))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,13 @@ class Shape:
     first_query: int
     first_key: int
     contents: tuple[Contents | None, ...]  # of the tables, where a mask reads them
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def __hash__(self) -> int:  # asked for by every call
+        return self._hash
 
     def sizes(self) -> list[int]:
         """The numbers of a call, in the order of the kernel's structure."""
@@ -271,13 +278,13 @@ def run(
         call(one.run, [*pointers, kept, *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
 
 
-def contents_of(variant: Variant, names: Sequence[str], tables: Sequence[Tensor]) -> tuple[Contents | None, ...]:
-    """What stands in the tables that decide who sees whom, unless they are too large to look at."""
-    decisive = frozenset().union(*(part.mask.tables() for part in variant.parts())) | {Q_POSITIONS, K_POSITIONS}
-    return tuple(_contents(table) if name in decisive else None for name, table in zip(names, tables, strict=True))
+def decisive(variant: Variant) -> frozenset[str]:
+    """The tables whose contents decide who sees whom."""
+    return frozenset().union(*(part.mask.tables() for part in variant.parts())) | {Q_POSITIONS, K_POSITIONS}
 
 
-def _contents(table: Tensor) -> Contents | None:
+def contents_of(table: Tensor) -> Contents | None:
+    """What stands in a table, unless it is too large to look at."""
     if table.device.type != "cpu" or table.numel() > READABLE or table.dtype.is_floating_point:
         return None
     array = table.detach().numpy()

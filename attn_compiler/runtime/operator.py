@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import wire
-from attn_compiler.algebra.storage import PLAIN
+from attn_compiler.algebra.storage import PLAIN, Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import decode, gradients, kernels, states, triton_decode, triton_gradients, triton_kernels
@@ -84,10 +84,29 @@ def _written(variant: Variant, names: tuple[str, ...], layer: int, layers: int, 
     return json.dumps([wire.write(variant), names, layer, layers, target])
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What the operator's text says, and all that follows from it whatever the operands are."""
+
+    variant: Variant
+    names: tuple[str, ...]
+    layer: int
+    layers: int
+    target: str
+    looked_at: tuple[bool, ...]  # whether what stands in a table decides who sees whom
+    few: bool  # whether there are kernels for few queries
+    held: Held | None  # how the rows are held that come in place of k and v
+
+
 @lru_cache(maxsize=1024)
-def _read(what: str) -> tuple[Variant, tuple[str, ...], int, int, str]:
-    variant, names, layer, layers, target = json.loads(what)
-    return wire.read(variant), tuple(names), layer, layers, target
+def _read(what: str) -> _Call:
+    text, names, layer, layers, target = json.loads(what)
+    variant = wire.read(text)
+    decisive = kernels.decisive(variant)
+    plain = target == CODES or not any(part.storage != PLAIN for part in variant.parts())
+    few = plain and target in _DECODE and SEED not in names
+    held = variant.storage.kv_cache if target == CODES else None
+    return _Call(variant, tuple(names), layer, layers, target, tuple(name in decisive for name in names), few, held)
 
 
 def _attend(
@@ -96,36 +115,30 @@ def _attend(
     q_len, k_len = q.shape[2], k.shape[2]
     if max(q_len, k_len, *map(abs, first)) >= LONGEST:
         raise ShapeError(f"kernels count up to {LONGEST} tokens; found {q_len} queries and {k_len} keys from {list(first)}")
-    if _read(what)[-1] == CODES and q_len > MOST_QUERIES:  # many queries are worth bringing back what codes mean
-        k, v, what = *(_decoded(x, q.dtype, what) for x in (k, v)), _of_numbers(what)
+    read = _read(what)
+    if read.held is not None and q_len > MOST_QUERIES:  # many queries are worth bringing back what codes mean
+        k, v, what = *(decoded(x, read.held, q.dtype) for x in (k, v)), _of_numbers(what)
+        read = _read(what)
     out, sums = _empty(q, v, kept, what)
     if not out.numel() and not sums.numel():
         return out, sums
     q, k, v = _side_by_side(q, k, v)
     totals = None if kept == NOTHING else sums
-    variant, names, _, _, target = _read(what)
-    few = q_len <= MOST_QUERIES and (target == CODES or not any(part.storage != PLAIN for part in variant.parts()))
-    if few and kept in (NOTHING, TOTAL) and SEED not in names and target in _DECODE:
+    if q_len <= MOST_QUERIES and read.few and kept in (NOTHING, TOTAL):
         sizes = q.shape[1], k.shape[1], q.shape[3], out.shape[3]
         launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
-        _DECODE[target].run(launched, q, k, v, out, totals, tables, layer, first)
+        _DECODE[read.target].run(launched, q, k, v, out, totals, tables, layer, first)
         return out, sums
     shape = _shape(q, k, v, tables, first, what)
-    _RUN[target](shape, q, k, v, out, totals, tables, kept=_NUMBER_OF[kept])
+    _RUN[read.target](shape, q, k, v, out, totals, tables, kept=_NUMBER_OF[kept])
     return out, sums
-
-
-def _decoded(rows: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    held = _read(what)[0].storage.kv_cache
-    assert held is not None
-    return decoded(rows, held, dtype)
 
 
 @lru_cache(maxsize=256)
 def _of_numbers(what: str) -> str:
     """The same for k and v that have been decoded."""
-    variant, names, layer, layers, _ = _read(what)
-    return _written(without_cache(variant), names, layer, layers, "cpp")
+    read = _read(what)
+    return _written(without_cache(read.variant), read.names, read.layer, read.layers, "cpp")
 
 
 _NUMBER_OF = {NOTHING: 0, TOTAL: 0, FOR_GRADIENTS: 1, BOTH: 2}  # for kernels, which write nothing where there is no room
@@ -151,7 +164,7 @@ def _attend_backward(
         return [x.zero_() for x in _empty_gradients(q, k, v, tables, wanted)]
     q, k, v, out, above = _side_by_side(q, k, v, out, above)
     given = gradients.Given(q, k, v, tables, out, kept, above, None if of_totals is None else of_totals.contiguous())
-    of_q, of_k, of_v, of_tables = _DIFFERENTIATE[_read(what)[-1]](_shape(q, k, v, tables, first, what), given, wanted)
+    of_q, of_k, of_v, of_tables = _DIFFERENTIATE[_read(what).target](_shape(q, k, v, tables, first, what), given, wanted)
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 
@@ -160,27 +173,36 @@ def _decoding(
     what: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], stored: tuple[tuple[torch.dtype, int], ...]
 ) -> tuple[Any, tuple[int, int]]:
     """The kernels for few queries, whatever their number and that of the keys; and the layer, of how many."""
-    variant, names, layer, layers, target = _read(what)
-    heads, kv_heads, dim, value_dim = sizes
-    counted = Q_POSITIONS not in names, K_POSITIONS not in names
-    shape = kernels.Shape(
-        variant, names, tuple(Stored(dtype_name(of), axes) for of, axes in stored), *counted, 0, heads, kv_heads, 0, 0, dim,
-        value_dim, dtype_name(dtype), layer, layers, 0, 0, (),
-    )  # fmt: skip
-    return _DECODE[target].launches(shape), (layer, layers)
+    read, (heads, kv_heads, dim, value_dim) = _read(what), sizes
+    shape = _shape_at(what, dtype, (0, heads, 0, dim), (0, kv_heads, 0, value_dim), stored, (0, 0), ())
+    return _DECODE[read.target].launches(shape), (read.layer, read.layers)
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Sequence[int], what: str) -> kernels.Shape:
-    variant, names, layer, layers, _ = _read(what)
-    batch, heads, q_len, dim = q.shape
-    _, kv_heads, k_len, value_dim = v.shape
-    stored = tuple(Stored(dtype_name(t.dtype), t.ndim) for t in tables)
-    counted = Q_POSITIONS not in names, K_POSITIONS not in names
-    contents = kernels.contents_of(variant, names, tables)
+    looked_at = zip(_read(what).looked_at, tables, strict=True)
+    contents = tuple([kernels.contents_of(table) if looked else None for looked, table in looked_at])
+    stored = tuple([(t.dtype, t.ndim) for t in tables])
+    return _shape_at(what, q.dtype, tuple(q.shape), tuple(v.shape), stored, tuple(first), contents)
+
+
+@lru_cache(maxsize=1024)
+def _shape_at(
+    what: str,
+    dtype: torch.dtype,
+    of_queries: tuple[int, ...],
+    of_values: tuple[int, ...],
+    stored: tuple[tuple[torch.dtype, int], ...],
+    first: tuple[int, ...],
+    contents: tuple[kernels.Contents | None, ...],
+) -> kernels.Shape:
+    """The shape of a call, found by what costs nothing to compare: it holds a whole variant."""
+    read, (batch, heads, q_len, dim), (_, kv_heads, k_len, value_dim) = _read(what), of_queries, of_values
+    counted = Q_POSITIONS not in read.names, K_POSITIONS not in read.names
     sizes = batch, heads, kv_heads, q_len, k_len, dim, value_dim
     return kernels.Shape(
-        variant, names, stored, *counted, *sizes, dtype_name(q.dtype), layer, layers, first[0], first[1], contents
-    )
+        read.variant, read.names, tuple(Stored(dtype_name(of), axes) for of, axes in stored), *counted, *sizes,
+        dtype_name(dtype), read.layer, read.layers, first[0], first[1], contents,
+    )  # fmt: skip
 
 
 def _side_by_side(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -191,10 +213,9 @@ def _side_by_side(*operands: Tensor) -> tuple[Tensor, ...]:
 def _empty(q: Tensor, v: Tensor, kept: str, what: str) -> tuple[Tensor, Tensor]:
     """Room for the result, laid out as models want it: they transpose heads and tokens, which then costs nothing."""
     batch, heads, q_len, _ = q.shape
-    variant, *_, target = _read(what)
-    held = variant.storage.kv_cache if target == CODES else None
+    held = _read(what).held
     width = v.shape[3] if held is None else dim_of(v.shape[3], held)
-    out = q.new_empty((batch, q_len, heads, width)).transpose(1, 2)
+    out = q.new_empty_strided((batch, heads, q_len, width), (q_len * heads * width, width, heads * width, 1))
     of_queries = (batch, heads, q_len)
     sizes = {NOTHING: (0,), TOTAL: of_queries, FOR_GRADIENTS: (2, *of_queries), BOTH: (3, *of_queries)}
     return out, q.new_empty(sizes[kept], dtype=torch.float32)

@@ -25,6 +25,7 @@ from attn_compiler.targets.torch_target import Result, attend_torch, refuse
 _RANK = {form: rank for rank, form in enumerate(get_args(Form))}
 # What PyTorch has one operator for, whole, and whether that hides the future.
 FUSED_WHOLE: Mapping[Form, bool] = {"scaled_dot_product_attention": False, "scaled_dot_product_attention(is_causal)": True}
+FUSED: tuple[Form, ...] = (*FUSED_WHOLE, "scaled_dot_product_attention with a mask")
 
 
 class TorchTarget:

@@ -1,4 +1,4 @@
-"""What every end to end test starts from: nothing compiled yet, and, where asked for, a code generator that costs no time."""
+"""What every end to end test starts from: nothing compiled, nothing measured, and, where asked for, a quick code generator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from attn_compiler import backend
 from attn_compiler import torch_private as private
+from attn_compiler.runtime import cpp
 from end_to_end.models import interpreted
 
 
@@ -18,6 +19,14 @@ def _nothing_is_compiled_yet() -> Iterator[None]:
     backend._RECENT.clear()  # it holds a limited number: tests count what is new
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated kernels are faster, but for a few queries."""
+    monkeypatch.setattr(cpp, "_few_gain", lambda dtype, queries, keys: 2.0 if queries > cpp.FEW else 0.5)
+    monkeypatch.setattr(cpp, "_rows_gain", lambda *_: 2.0)
+    monkeypatch.setattr(cpp, "_dense_gain", lambda *_: 2.0)
 
 
 @pytest.fixture

@@ -8,15 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attn_compiler as attn
-from attn_compiler.runtime import cpp
 from attn_compiler.testing import assert_within_budget
 
 LENGTH = 48
-
-
-@pytest.fixture(autouse=True)
-def _kernels_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_dense_gain", lambda *_: 2.0)
 
 
 class Block(nn.Module):

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as attn
-from attn_compiler.runtime import cpp, operator
+from attn_compiler.runtime import operator
 from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 from end_to_end.models import WINDOW, assert_outcome, double, like_llama, llama, outcome, tokens
 
 quick = pytest.mark.usefixtures("quick")
 LENGTH = 48
-
-
-@pytest.fixture(autouse=True)
-def _kernels_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine is: what is computed is tested here."""
-    monkeypatch.setattr(cpp, "_dense_gain", lambda *_: 2.0)
 
 
 Run = Callable[[nn.Module], Tensor]

@@ -40,7 +40,7 @@ def visited(mask: str, **tables: torch.Tensor) -> float:
     shape = kernels.Shape(
         read(mask), tuple(tables), tuple(Stored(str(t.dtype).removeprefix("torch."), t.ndim) for t in tables.values()),
         True, True, 2, 2, 2, 512, 512, 8, 8, "float32", 0, 1, 0, 0,
-        kernels.contents_of(read(mask), tuple(tables), tuple(tables.values())),
+        tuple(map(kernels.contents_of, tables.values())),
     )  # fmt: skip
     [launch] = kernels.launches(shape)
     schedules = len(set(launch.visits.schedule_of.tolist()))
