@@ -83,6 +83,8 @@ def measure(seed: int, asked: argparse.Namespace, say: Callable[[str], None]) ->
     found.perplexity["a window of the hybrid's memory"] = perplexity(compiled(model, window_only(same)), held_out)
     first = (next(batches(text, asked.rows, seed)),)
     for name, rules in (("linear", LINEAR), ("window + linear", hybrid(found.window))):
+        if asked.only not in ("", name):
+            continue
         found.perplexity[f"{name}, untrained"] = perplexity(attn.adapt(model, rules, first), held_out)
         say(f"  {name}, untrained {found.perplexity[f'{name}, untrained']:.3f}")
         for how, rank in ((DISTILLED, 0), (CHANGED, asked.low_rank)):
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--lessons", type=int, default=300, help="of training each attention by itself")
     parser.add_argument("--logits", type=int, default=300, help="of training on the whole model's logits, behind that")
     parser.add_argument("--low-rank", type=int, default=8, help="by which that second part may change projections")
+    parser.add_argument("--only", default="", choices=("", "linear", "window + linear"))
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,7 +121,7 @@ def page(outcomes: list[Outcome], asked: argparse.Namespace) -> str:
     rows = [[name, *(f"{one.perplexity[name]:.3f}" for one in outcomes)] for name in names]
     rows += [
         ["window", *(str(one.window) for one in outcomes)],
-        *([f"gap closed by {name}", *(f"{one.closed(name):.0%}" for one in outcomes)] for name in HYBRIDS),
+        *([f"gap closed by {name}", *(f"{one.closed(name):.0%}" for one in outcomes)] for name in HYBRIDS if name in names),
     ]
     head = ["perplexity of a byte", *(f"seed {one.seed}" for one in outcomes)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
