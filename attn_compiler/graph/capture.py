@@ -10,7 +10,7 @@ from torch import fx
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import CaptureError
-from attn_compiler.graph.calls import Argument
+from attn_compiler.graph.calls import Argument, call
 from attn_compiler.graph.leaves import LEAVES
 
 _LARGEST_LITERAL = 4096
@@ -87,8 +87,14 @@ def capture_body(body: Body) -> fx.GraphModule:
 
 
 def drop_dead_code(gm: fx.GraphModule) -> None:
-    """Remove what nobody reads, but nothing that writes."""
-    gm.graph.eliminate_dead_code(is_impure_node=private.has_effect)
+    """Remove what nobody reads, but nothing that writes or draws random numbers."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: private.has_effect(node) and not _drops_nothing(node))
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether this is the dropout of a model that is not trained, which torch counts among what draws random numbers."""
+    read = call(node)
+    return read.op == "dropout" and not read["train"]
 
 
 class _Retrace(fx.Interpreter):

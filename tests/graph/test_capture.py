@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from attn_compiler.graph.capture import bodies, capture, capture_body
+from attn_compiler.graph.capture import bodies, capture, capture_body, drop_dead_code
 from attn_compiler.torch_private import forget_values, inductor
 
 
@@ -188,3 +188,14 @@ def test_aot_autograd_makes_the_same_graph_with_and_without_the_retrace(core: Ca
     assert len(graphs) % 2 == 0
     half = len(graphs) // 2
     assert graphs[:half] == graphs[half:]
+
+
+@pytest.mark.parametrize(("train", "stays"), [(True, True), (False, False)])
+def test_a_dropout_that_nobody_reads_stays_only_where_it_draws(train: bool, stays: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.ops.aten.dropout.default, (x, 0.5, train))
+    graph.output(x)
+    gm = fx.GraphModule({}, graph)
+    drop_dead_code(gm)
+    assert bool(graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)) is stays
