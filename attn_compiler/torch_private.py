@@ -31,6 +31,7 @@ FakeMode = FakeTensorMode | None
 Traced = Any  # whatever flows along an edge of a graph: tensors, symbolic numbers, containers of those
 Call = TypeVar("Call", bound=Callable[..., Any])
 RETRACE_FAILURES = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
+ASSERT = torch.ops.aten._assert_async.msg  # of a tensor, when a graph runs
 DYNAMO_CONTROL_FLOW = TorchDynamoException  # restarts of its analysis come as exceptions: they must pass
 statically_known_true = symbolic_shapes.statically_known_true
 tree_leaves, tree_map = pytree.tree_leaves, pytree.tree_map
@@ -375,9 +376,8 @@ def inductor_options(mode: str | None, options: Mapping[str, Traced]) -> dict[st
     """What Inductor's configuration becomes; or the first option that it does not know."""
     from torch._inductor import list_mode_options
 
-    known = inductor_settings()
     wanted = {key.replace("-", "_"): value for key, value in options.items()}
-    unknown = next((key for key in wanted if key not in known), None)
+    unknown = next(iter(sorted(wanted.keys() - inductor_settings())), None)
     return unknown or {**(list_mode_options(mode) if mode else {}), **wanted}
 
 

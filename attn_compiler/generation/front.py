@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attn_compiler import library
+from attn_compiler import torch_private as private
 from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
 from attn_compiler.generation.kept import held_at, kept_at
@@ -71,7 +72,11 @@ def cache(
     _tell_padding(inner)
     from transformers.cache_utils import Cache
 
-    return Cache([_layer(need) for need in known[key]])
+    layers = [_layer(need) for need in known[key]]
+    for layer in layers:
+        if hasattr(layer, "first"):
+            layer.first = layers[0]
+    return Cache(layers)
 
 
 def _layer(need: Need) -> Any:
@@ -144,6 +149,20 @@ def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     held, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if held is None or not isinstance(mask, Tensor) or mask.ndim != 2 or held.get_seq_length():
         return
-    for layer in held.layers:
-        if hasattr(layer, "padding"):
-            layer.padding = mask.to(torch.int64).argmax(-1)
+    real = mask.to(torch.int64)
+    begins = real.argmax(-1)
+    told = [layer for layer in held.layers if hasattr(layer, "padding")]
+    if told:
+        _must(real.amax(-1) > 0, "a row of the prompt is padding alone, and a cache has to know where rows begin: give it whole")
+    if any(hasattr(layer, "past") for layer in told):
+        _must(real.sum(-1) == real.shape[1] - begins, "padding behind a row's first token would join its state: pad on the left")
+    for layer in told:
+        layer.padding = begins
+
+
+def _must(holds: Tensor, reason: str) -> None:
+    """Raise unless it holds for every row; in a graph, when that runs."""
+    if torch.compiler.is_compiling():
+        private.ASSERT(holds.all(), reason)
+    elif not holds.all():
+        raise ShapeError(reason)

@@ -36,6 +36,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, of: Remembered) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.of = of
+        self.first: Any = None  # the first layer of the cache, from which the model takes how many tokens there are
         self.cumulative_length = 0
         self.past: Tensor | None = None
         self.padding: Tensor | None = None  # tokens before each row's first
@@ -45,18 +46,20 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         of, past, tokens = self.of, self.past, key_states.shape[-2]
+        # The model's mask counts by the first layer: in a graph, the same number has to be the same symbol.
+        before = self.cumulative_length if self.first in (None, self) else self.first.get_seq_length() - tokens
         keys, values = key_states, value_states
         if past is not None:
-            keys, values = (recall(x, past, self.cumulative_length) for x in (key_states, value_states))
+            keys, values = (recall(x, past, before) for x in (key_states, value_states))
         valid = None
         if self.padding is not None:
-            places = torch.arange(tokens, device=key_states.device) + self.cumulative_length
+            places = torch.arange(tokens, device=key_states.device) + before
             valid = places >= self.padding.to(places.device)[:, None]
         self.past = _joined(
             key_states, value_states, past, valid,
             tables=dict(of.tables), what=of.what, heads=of.heads, layer=of.layer, layers=of.layers,
         )  # fmt: skip
-        self.cumulative_length += tokens
+        self.cumulative_length = before + tokens
         self.is_initialized = True
         return keys, values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,9 +39,13 @@ class Recalled:
 
 def recalled(site: GraphSite) -> Recalled | None:
     """What a site's keys recall; None where all of them are there."""
-    nodes = [_recall(operand) for operand in (site.k, site.v)]
-    reads = [call(node) for node in nodes if node is not None]
+    reads = [call(node) for node in recalls(site)]
     return Recalled(reads[0]["past"], reads[0]["held"]) if len(reads) == 2 else None
+
+
+def recalls(site: GraphSite) -> tuple[fx.Node, ...]:
+    """The operators that stand for the earlier keys and values of a site."""
+    return tuple(node for node in map(_recall, (site.k, site.v)) if node is not None)
 
 
 def _recall(operand: Operand) -> fx.Node | None:
@@ -51,9 +55,9 @@ def _recall(operand: Operand) -> fx.Node | None:
     return node if call(node).op == "recall" else None
 
 
-def forget(graph: fx.Graph) -> None:
+def forget(graph: fx.Graph, recalls: Iterable[fx.Node]) -> None:
     """Let zeros take the places of what was recalled, which nobody reads once a state has met the queries."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.attn_compiler.recall.default):
+    for node in dict.fromkeys(recalls):
         read = call(node)
         with graph.inserting_before(node):
             padding = [0, 0, read["held"], 0]

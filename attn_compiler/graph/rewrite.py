@@ -19,7 +19,7 @@ from attn_compiler.graph.describe import Described
 from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
 from attn_compiler.graph.placed import Placed, placed
-from attn_compiler.graph.recalled import Recalled, forget, recalled
+from attn_compiler.graph.recalled import Recalled, forget, recalled, recalls
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Phase, Site
@@ -43,11 +43,11 @@ class Replacement:
 
 def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     """Replace sites in place; what nobody reads any more, masks above all, disappears."""
+    remembered = [node for replacement in replacements for node in recalls(replacement.described.found)]
     for replacement in replacements:
         compute, inputs = computation(gm.graph, replacement)
         splice(gm.graph, replacement.described.found.out.node, _record(compute, inputs), inputs)
-    if any(replacement.described.site.recalls for replacement in replacements):
-        forget(gm.graph)
+    forget(gm.graph, remembered)  # of sites that keep their code, it says at every call that the keys are gone
     drop_dead_code(gm)
     gm.graph.lint()
     gm.recompile()

@@ -46,10 +46,10 @@ SHIFTED = 4  # channels of each head
 
 
 def held(model: nn.Module, storage: Mapping[str, object]) -> Callable[..., Any]:
-    """The model under a storage, emulated by PyTorch's operators wherever kernels would multiply codes."""
+    """The model under a storage, emulated by PyTorch's operators: a plan would keep what comes where codes do not pay."""
     policy = {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": {"storage": storage}}]}
     torch.compiler.reset()
-    return torch.compile(model, backend=attn_eagerly, options={"policy": policy})
+    return torch.compile(model, backend=attn_eagerly, options={"policy": policy, "target": "torch"})
 
 
 def of_language(folder: Path, seeds: list[int], steps: int, rows: int) -> list[dict[str, object]]:

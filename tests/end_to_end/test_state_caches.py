@@ -115,6 +115,46 @@ def test_a_cache_of_other_tables_has_a_state_of_those() -> None:
     assert not torch.equal(*pasts)
 
 
+@pytest.mark.parametrize("first", [4, 11])
+def test_a_second_prompt_meets_the_state_of_the_first_in_every_layer(first: int) -> None:
+    model, (tokens, valid) = llama(), prompt(0)
+    places, parts = valid.cumsum(-1) - 1, (slice(0, first), slice(first, None))
+    tokens, valid, places = (torch.cat([x, x[:, :4]], dim=1) for x in (tokens, valid, places))
+    places = valid.cumsum(-1) - 1
+    with torch.no_grad():
+        with Elu(shown(valid)):
+            exact = model(input_ids=tokens, attention_mask=valid, position_ids=places, use_cache=False).logits
+        run, held = torch.compile(model, backend="attn", options={"policy": EVERYWHERE}), attn.cache(model, EVERYWHERE)
+        for part in parts:
+            seen = {"attention_mask": valid[:, : part.stop], "position_ids": places[:, part], "past_key_values": held}
+            found = run(input_ids=tokens[:, part], **seen).logits
+            assert torch.allclose(found, exact[:, part], atol=1e-4)
+
+
+def test_a_site_that_keeps_its_code_does_not_do_without_the_past() -> None:
+    model, (tokens, valid) = llama(), prompt(0)
+    only_one = policy(({"layers": "0"}, ELU))
+    run, held = torch.compile(model, backend="attn", options={"policy": only_one}), attn.cache(model, EVERYWHERE)
+    with torch.no_grad():
+        run(input_ids=tokens, attention_mask=valid, past_key_values=held)
+        with pytest.raises(ShapeError, match="compile it with the policy of the cache"):
+            run(input_ids=tokens[:, :1], past_key_values=held)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [([0] * 11, "a row of the prompt is padding alone"), ([1] * 7 + [0] * 4, "padding behind a row's first token")],
+)
+def test_padding_that_a_state_could_not_leave_out_is_refused(row: list[int], said: str, compiled: bool) -> None:
+    model, (tokens, valid) = llama(1), prompt(0)
+    valid[0] = torch.tensor(row)
+    held = attn.cache(model, EVERYWHERE)
+    run = torch.compile(model, backend="attn", options={"policy": EVERYWHERE}) if compiled else model
+    with torch.no_grad(), pytest.raises((ShapeError, RuntimeError), match=said):
+        run(input_ids=tokens, attention_mask=valid, past_key_values=held)
+
+
 def test_a_model_that_attends_otherwise_is_told_so() -> None:
     """There are no keys that it could meet."""
     model, (tokens, valid) = llama(1), prompt(0)
