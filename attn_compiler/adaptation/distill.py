@@ -65,6 +65,8 @@ def distill(
     first = next(given, None)
     if first is None:
         raise ShapeError("there is nothing to learn from: `batches` is empty")
+    if low_rank < 0:
+        raise ShapeError(f"low_rank is a number of ranks, or 0 for none; found {low_rank}")
     if low_rank and not logits:
         raise ShapeError(f"low_rank={low_rank} learns from the model's logits: say for how many steps, as logits=100")
     was_training = model.training

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def read_progress(path: Path, settings: Settings, learned: Learned, optimizer: t
     """Go on where a file says that training was: fills parameters and optimizer. Without a file, from the beginning."""
     if not path.is_file():
         return Progress(settings)
-    held = torch.load(path, weights_only=True)
+    held = _read(path)
     shapes, wanted = _shapes(held["learned"]), _shapes(learned)
     if shapes != wanted:
         raise PolicyError(f"{path} is the training of other parameters, {shapes}, where this model has {wanted}: remove it")
@@ -57,6 +59,17 @@ def read_progress(path: Path, settings: Settings, learned: Learned, optimizer: t
             value.copy_(held["learned"][name])
     optimizer.load_state_dict(held["optimizer"])
     return Progress(settings, held["step"], held["curve"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"{path} is no training that could go on ({reason}): remove it") from error
+    if not isinstance(held, dict) or not {"learned", "optimizer", "step", "curve"} <= held.keys():
+        raise PolicyError(f"{path} is no training that could go on: remove it")
+    return held
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

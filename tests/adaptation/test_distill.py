@@ -150,6 +150,26 @@ def test_changes_of_projections_need_logits_to_learn_from() -> None:
         attn.distill(Model(), HEDGEHOG, batches(), steps=1, low_rank=4)
 
 
+def test_fewer_than_no_ranks_are_refused() -> None:
+    with pytest.raises(ShapeError, match="low_rank is a number of ranks, or 0 for none; found -1"):
+        attn.distill(Model(), HEDGEHOG, batches(), steps=1, logits=1, low_rank=-1)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"not a training", b"PK\x03\x04 cut off"])
+def test_a_file_that_is_no_training_is_refused(damaged: bytes, tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    state.write_bytes(damaged)
+    with pytest.raises(PolicyError, match="is no training that could go on"):
+        attn.distill(Model(), HEDGEHOG, batches(), steps=1, state=state)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "training.pt"
+    torch.save({"weights": torch.zeros(2)}, state)
+    with pytest.raises(PolicyError, match="is no training that could go on"):
+        attn.distill(Model(), HEDGEHOG, batches(), steps=1, state=state)
+
+
 def test_nothing_to_learn_from_is_said() -> None:
     with pytest.raises(ShapeError, match="`batches` is empty"):
         attn.distill(Model(), HEDGEHOG, [], steps=1)
