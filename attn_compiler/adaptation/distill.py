@@ -168,7 +168,7 @@ class _Training:
             right = logits_of(self._teacher(*args, **kwargs)).log_softmax(-1)
         said = logits_of(self.adapted(*args, **kwargs)).log_softmax(-1)
         loss = (right.exp() * (right - said)).sum(-1).mean()
-        gradients = torch.autograd.grad(loss, list(self.learned.values()))
+        gradients = torch.autograd.grad(loss, list(self.learned.values()), allow_unused=True)  # a map may not run in a call
         for value, gradient in zip(self.learned.values(), gradients, strict=True):
             value.grad = gradient
         self.progress.curve.setdefault(LOGITS, []).append(loss.item())

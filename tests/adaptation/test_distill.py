@@ -150,6 +150,13 @@ def test_changes_of_projections_need_logits_to_learn_from() -> None:
         attn.distill(Model(), HEDGEHOG, batches(), steps=1, low_rank=4)
 
 
+def test_a_projection_that_does_not_run_does_not_change() -> None:
+    model = Model(layers=1)
+    model.layers[0].idle = torch.nn.Linear(WIDTH, WIDTH)
+    distilled = attn.distill(model, HEDGEHOG, [next(batches())] * 4, steps=1, logits=3, low_rank=2)
+    assert list(changed_by(distilled, model)) == ["layers.0.qkv.weight"]
+
+
 def test_fewer_than_no_ranks_are_refused() -> None:
     with pytest.raises(ShapeError, match="low_rank is a number of ranks, or 0 for none; found -1"):
         attn.distill(Model(), HEDGEHOG, batches(), steps=1, logits=1, low_rank=-1)
