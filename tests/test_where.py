@@ -17,9 +17,9 @@ from attn_compiler.errors import LanguageError
 from attn_compiler.runtime import triton
 from attn_compiler.runtime.call import operands_of
 from attn_compiler.runtime.exported import uncarried
-from attn_compiler.runtime.reading import read_variant
 from attn_compiler.runtime.targets import OPT_IN, TARGETS
 from attn_compiler.targets.operands import Operands
+from attn_compiler.testing import variant_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "where.md"
 LENGTH, HEADS, DIM = 1024, 2, 16
@@ -71,18 +71,7 @@ def answers(written: str) -> list[str]:
     """What the targets say."""
     slots = yaml.safe_load(f"{{{written}}}")
     try:
-        variant = read_variant(
-            slots,
-            Variant(),
-            heads=HEADS,
-            kv_heads=HEADS,
-            q_len=LENGTH,
-            k_len=LENGTH,
-            head_dim=DIM,
-            values=None,
-            layer=0,
-            layers=1,
-        )
+        variant = variant_of(slots, heads=HEADS, kv_heads=HEADS, length=LENGTH, dim=DIM)
     except LanguageError:
         return [NO for _ in COLUMNS]
     q, k, v = torch.zeros(3, 1, HEADS, LENGTH, DIM)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from attn_compiler.export.called import EXPORTED, WITH_CACHE
 from attn_compiler.graph.axes import rearranges, source
@@ -32,14 +33,22 @@ def fold(graph: fx.Graph, needs: Mapping[str, Kept]) -> dict[str, list[str]]:
     return folded
 
 
-def _fold(graph: fx.Graph, node: fx.Node, caches: list[fx.Node], what: Call) -> None:
+def _fold(graph: fx.Graph, node: fx.Node, caches: Sequence[fx.Node], what: Call) -> None:
     q, _, _, *tables = call(node)["operands"]
     past, new = zip(*(call(x)["tensors"] for x in caches), strict=True)
     values = [node.meta["val"], *(x.meta["val"] for x in caches)]
+    stand_in(graph, (node, *caches), WITH_CACHE, ([q, *new, *past, *tables], what.write()), values)
+
+
+def stand_in(
+    graph: fx.Graph, replaced: Sequence[fx.Node], target: Any, arguments: tuple[Any, ...], values: Sequence[Tensor]
+) -> None:
+    """Let one operator give what an attention gave, and hand on something in the place of each cache: `values`, as traced."""
+    node, *caches = replaced
     with graph.inserting_before(node):
-        made = graph.call_function(WITH_CACHE, ([q, *new, *past, *tables], what.write()))
+        made = graph.call_function(target, arguments)
         made.meta = {**node.meta, "val": tuple(values)}
-        parts = [graph.call_function(operator.getitem, (made, place)) for place in range(3)]
+        parts = [graph.call_function(operator.getitem, (made, place)) for place in range(len(values))]
     for part, x in zip(parts, values, strict=True):
         part.meta = {**node.meta, "val": x}
     node.replace_all_uses_with(parts[0])

@@ -17,13 +17,14 @@ from attn_compiler.export.caches import fold
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
-from attn_compiler.export.states import Remembering, remember, remembers
+from attn_compiler.export.states import Remembering, remember
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
 from attn_compiler.planning.kept import Kept
 from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
+from attn_compiler.targets.past import remembers
 
 _LENGTHS = (2, 1 << 28)  # the shortest and the longest text that a policy is asked about
 _SHARED = "its cache, or how long that is, is read elsewhere too"

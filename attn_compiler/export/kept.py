@@ -6,12 +6,11 @@ from attn_compiler.algebra.bounds import Interval, Occupancy, occupancy
 from attn_compiler.algebra.expr import Expr, Sort, const, k, k_len, q
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.planning.kept import Kept
+from attn_compiler.planning.kept import FAR, Kept
 from attn_compiler.targets.held import of_heads, seen
 from attn_compiler.targets.reach import beyond
 
 MOST_PINNED = 256
-_LAST = 1 << 28  # a token that no text reaches
 
 
 def kept(variant: Variant, heads: int) -> Kept | None:
@@ -32,7 +31,7 @@ def _bears(part: Variant, held: Kept) -> bool:
         return False
     if not all(_only_tells_distances(node) for node in (beyond(part.mask, held.first), *scores)):
         return False
-    far = {q: Interval(held.first + held.latest, _LAST)}
+    far = {q: Interval(held.first + held.latest, FAR)}
     return all(occupancy(part.mask.substitute({k: const(n)}), far) is not Occupancy.MIXED for n in range(held.first))
 
 

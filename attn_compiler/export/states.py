@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.variant import Variant, reads
-from attn_compiler.export.caches import cache_of
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.export.caches import cache_of, stand_in
 from attn_compiler.export.called import EXPORTED, WITH_STATE
 from attn_compiler.graph.calls import call
 from attn_compiler.runtime.call import operands_of
 from attn_compiler.targets.exported import Call
-from attn_compiler.targets.past import objection, remembered
+from attn_compiler.targets.past import remembered
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class Remembering:
     def __str__(self) -> str:
         heads, features, width = self.shape
         return f"the state of a linear attention, {features + 1} x {width} numbers for each of {heads} heads"
-
-
-def remembers(variant: Variant) -> bool:
-    """Whether a state is all that an attention needs of its past, wherever in a text it stands."""
-    return objection(variant) is None and not any(node.mentions(e.q, e.k) for node in reads(variant))
 
 
 def remember(graph: fx.Graph, variants: Mapping[str, Variant]) -> dict[str, Remembering]:
@@ -57,16 +50,7 @@ def _remember(graph: fx.Graph, node: fx.Node, caches: list[fx.Node], what: Call)
         real = torch.promote_types(held.dtype, torch.float32)
         x.meta["val"] = held.new_empty((held.shape[0], heads, rows, width), dtype=real)
     values = [node.meta["val"], *(x.meta["val"] for x in past)]
-    with graph.inserting_before(node):
-        made = graph.call_function(WITH_STATE, ([given, *new, *past, *tables], what.write()))
-        made.meta = {**node.meta, "val": tuple(values)}
-        parts = [graph.call_function(operator.getitem, (made, place)) for place in range(3)]
-    for part, x in zip(parts, values, strict=True):
-        part.meta = {**node.meta, "val": x}
-    node.replace_all_uses_with(parts[0])
-    for cache, part in zip(caches, parts[1:], strict=True):
-        cache.replace_all_uses_with(part, delete_user_cb=lambda user: user.op == "output")
-    graph.erase_node(node)
+    stand_in(graph, (node, *caches), WITH_STATE, ([given, *new, *past, *tables], what.write()), values)
     return Remembering((str(past[0]), str(past[1])), shape)
 
 

@@ -151,7 +151,7 @@ def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         return
     real = mask.to(torch.int64)
     begins = real.argmax(-1)
-    told = [layer for layer in held.layers if hasattr(layer, "padding")]
+    told = [layer for layer in held.layers if getattr(layer, "tells_rows_apart", False)]
     if told:
         _must(real.amax(-1) > 0, "a row of the prompt is padding alone, and a cache has to know where rows begin: give it whole")
     if any(hasattr(layer, "past") for layer in told):

@@ -8,14 +8,12 @@ from dataclasses import replace
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.planning.kept import Kept, together
+from attn_compiler.planning.kept import FAR, Kept, together
 from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.targets.held import of_heads, seen
 from attn_compiler.targets.rows import alone
-
-_LAST = 1 << 28  # a token that no text reaches
 
 
 def kept_at(policy: Policy, site: Site) -> Kept | None:
@@ -48,5 +46,5 @@ def _asked(policy: Policy, site: Site) -> Iterator[Variant]:
 def situations(site: Site) -> Iterator[Site]:
     """A site as it reads a prompt and as it decodes, when few tokens are there and when many are."""
     for phase in (Phase.PREFILL, Phase.DECODE):
-        for tokens in (2, _LAST):
+        for tokens in (2, FAR):
             yield replace(site.likely(), phase=phase, k_hint=tokens, q_hint=1 if phase is Phase.DECODE else tokens)

@@ -29,6 +29,7 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.cumulative_length = 0
         self.places: Tensor | None = None  # where keys stand that are not the latest alone, [1 or batch, held]
         self.padding: Tensor | None = None  # tokens before each row's first
+        self.tells_rows_apart = kept is not None and kept.first > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import wire
-from attn_compiler.algebra.expr import k, q
-from attn_compiler.algebra.variant import Variant, reads
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.generation.kept import situations
 from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.past import objection
+from attn_compiler.targets.past import remembers
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Re
     """What a site's state is of, at every phase and length; None where a state is not enough, or where tables are missing."""
     asked = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
     variant = asked.pop() if len(asked) == 1 else None
-    if variant is None or objection(variant) or any(node.mentions(q, k) for node in reads(variant)):
+    if variant is None or not remembers(variant):
         return None
     tables = {name: _table(name, policy, given) for name in variant.tables()}
     known = {name: table for name, table in tables.items() if table is not None}

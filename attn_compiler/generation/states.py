@@ -32,6 +32,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """
 
     is_croppable = False
+    tells_rows_apart = True
 
     def __init__(self, of: Remembered) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+FAR = 1 << 28  # a token that no text reaches
+
 
 @dataclass(frozen=True)
 class Kept:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.explicit import per_kv_head
@@ -35,6 +35,11 @@ def objection(variant: Variant) -> str | None:
     if found.behind is None:
         return "its queries see keys that come after them: make its mask `causal`"
     return None if found.behind == 0 else f"its queries see keys {found.behind} tokens behind them and further back, not all"
+
+
+def remembers(variant: Variant) -> bool:
+    """Whether a state is all that an attention needs of its past, wherever in a text it stands."""
+    return objection(variant) is None and not any(node.mentions(e.q, e.k) for node in reads(variant))
 
 
 def continued(variant: Variant) -> Linear | None:

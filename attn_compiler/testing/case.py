@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.attend import attend
 from attn_compiler.runtime.call import operands_of
-from attn_compiler.runtime.reading import read_variant
+from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, attend_densely, by_group
 from attn_compiler.testing.budget import assert_all_within_budget
@@ -51,7 +51,7 @@ class Case:
         return [self.q, self.k, self.v, *(self.tables[name] for name in self.names()[3:])]
 
 
-def variant_of(slots: Mapping[str, object], *, heads: int = 4, kv_heads: int = 2, length: int = 300, dim: int = 8) -> Variant:
+def variant_of(slots: VariantLike, *, heads: int = 4, kv_heads: int = 2, length: int = 300, dim: int = 8) -> Variant:
     """What the slots of a policy mean in an attention of these sizes."""
     sizes = {"heads": heads, "kv_heads": kv_heads, "q_len": length, "k_len": length, "head_dim": dim}
     return read_variant(slots, Variant(), **sizes, values=None, layer=0, layers=1)

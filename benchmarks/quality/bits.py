@@ -121,4 +121,5 @@ nearest is the same one.
 {encoded}"""
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -210,3 +210,15 @@ def test_what_is_gone_cannot_be_taken_back() -> None:
 def test_only_models_that_generate_have_a_cache() -> None:
     with pytest.raises(ShapeError, match="models of transformers that generate; found Linear"):
         attn.cache(nn.Linear(2, 2))
+
+
+def test_a_prompt_in_pieces_may_begin_with_padding_alone_where_no_first_tokens_are_held() -> None:
+    model = llama()
+    expected = recomputed(model, near(6), 7)
+    found, _ = generated(model, policy(WINDOW), 7, prefill_chunk_size=4)
+    assert torch.equal(found, expected)
+
+
+def test_first_tokens_of_a_row_that_has_not_begun_are_refused() -> None:
+    with pytest.raises(ShapeError, match="a row of the prompt is padding alone, and a cache has to know where rows begin"):
+        generated(llama(), policy(STREAMING), 7, prefill_chunk_size=4)

@@ -13,14 +13,10 @@ from attn_compiler.algebra.expr import Expr, k, q
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.export.kept import kept
 from attn_compiler.planning.kept import Kept
-from attn_compiler.runtime.reading import read_variant
+from attn_compiler.testing import variant_of
 
 ALIBI = "score + alibi()"
 NEAR, FAR = {"mask": "causal & window(3)"}, {"mask": "causal & window(6)", "feature": "elu_one"}
-
-
-def read(variant: str | Mapping[str, object]) -> Variant:
-    return read_variant(variant, Variant(), heads=4, kv_heads=2, q_len=1, k_len=9, head_dim=8, values=None, layer=0, layers=1)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +46,7 @@ def read(variant: str | Mapping[str, object]) -> Variant:
     ids=str,
 )
 def test_what_is_held_follows_from_the_mask(variant: str | Mapping[str, object], expected: Kept | None) -> None:
-    assert kept(read(variant), heads=4) == expected
+    assert kept(variant_of(variant), heads=4) == expected
 
 
 def holds(mask: Expr, at: int, key: int) -> bool:
@@ -61,7 +57,7 @@ def holds(mask: Expr, at: int, key: int) -> bool:
 @settings(deadline=None, max_examples=60)
 def test_a_mask_says_the_same_of_each_key_in_its_new_place(window: int, sinks: int, step: int, at: int) -> None:
     shown = f"window({window})" + (f" & dilated({step})" if step > 1 else "")
-    mask = read(f"causal & ({shown} | sinks({sinks}))" if sinks else f"causal & {shown}").mask
+    mask = variant_of(f"causal & ({shown} | sinks({sinks}))" if sinks else f"causal & {shown}").mask
     held = kept(Variant(mask=mask), heads=1)
     assert held is not None
     size = held.first + held.latest

@@ -31,7 +31,7 @@ Q, K, V = (drawn(2, HEADS, TOKENS, DIM, seed=seed) for seed in range(3))
 STEPS = drawn(2, HEADS, TOKENS, seed=3).sigmoid().log()
 
 
-def same(variant: VariantLike, expected: Tensor, tables: Mapping[str, Tensor], layer: int = 0) -> None:
+def assert_same(variant: VariantLike, expected: Tensor, tables: Mapping[str, Tensor], layer: int = 0) -> None:
     for target in ("torch", "reference"):
         found = attend(Q, K, V, variant, tables=tables, layer=layer, layers=8, target=target)  # type: ignore[arg-type]
         assert isinstance(found, Tensor)
@@ -60,14 +60,14 @@ def test_l2vit_divides_by_a_hundred_at_least_and_each_head_has_a_temperature() -
     weights = Q.relu() @ K.relu().mT
     expected = temperature[3, :, None, None] * weights @ V / weights.sum(-1, keepdim=True).clamp(min=100.0)
     assert ((weights.sum(-1) < 100) & (weights.sum(-1) > 0)).any()
-    same(ready("l2vit", 3, {"temperature": temperature}), expected, {"temperature": temperature}, layer=3)
+    assert_same(ready("l2vit", 3, {"temperature": temperature}), expected, {"temperature": temperature}, layer=3)
 
 
 def test_scatterformer_sums_within_windows_of_any_number_of_voxels() -> None:
     windows = torch.tensor([5] * 3 + [0] * 40 + [9] + [2] * 26)
     weights = Q.relu() @ K.relu().mT * (windows[:, None] == windows)
     expected = weights @ V / (weights.sum(-1, keepdim=True) + 1e-6)
-    same(ready("scatterformer", 0, {}), expected, {"window": windows})
+    assert_same(ready("scatterformer", 0, {}), expected, {"window": windows})
 
 
 def infinitevl(q: Tensor, k: Tensor, v: Tensor, steps: Tensor, beta: Tensor, opened: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_lizard_adds_a_gated_state_and_a_window_whose_denominator_has_more_terms
             },
         }
     }
-    same(variant, gated + alpha * anchor, {**maps, "gate": running, "sinks": sinks.logsumexp(-1)})
+    assert_same(variant, gated + alpha * anchor, {**maps, "gate": running, "sinks": sinks.logsumexp(-1)})
 
 
 def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> None:

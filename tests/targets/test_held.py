@@ -12,15 +12,11 @@ from attn_compiler.algebra.evaluate import evaluate_scalar
 from attn_compiler.algebra.expr import k, q
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import Kept, together
-from attn_compiler.runtime.reading import read_variant
 from attn_compiler.targets.held import seen
+from attn_compiler.testing import variant_of
 
 ALIBI = "score + alibi()"
 NEAR, FAR = {"mask": "causal & window(3)"}, {"mask": "causal & window(6)", "feature": "elu_one"}
-
-
-def read(variant: str | Mapping[str, object]) -> Variant:
-    return read_variant(variant, Variant(), heads=4, kv_heads=2, q_len=1, k_len=9, head_dim=8, values=None, layer=0, layers=1)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +39,7 @@ def read(variant: str | Mapping[str, object]) -> Variant:
     ids=str,
 )
 def test_what_is_seen_follows_from_the_mask(variant: str | Mapping[str, object], expected: Kept | None) -> None:
-    assert seen(read(variant), heads=4) == expected
+    assert seen(variant_of(variant), heads=4) == expected
 
 
 def test_what_serves_several_serves_each() -> None:
@@ -59,7 +55,7 @@ def test_what_serves_several_serves_each() -> None:
 @settings(deadline=None, max_examples=60)
 def test_no_query_sees_what_is_let_go(window: int, sinks: int, step: int, chunk: int, at: int) -> None:
     near = f"window({window}) & dilated({step})" if step > 1 else f"window({window})"
-    mask = read(f"causal & ({near} | sinks({sinks})) & (window({chunk}) | window(7))" if sinks else f"causal & {near}").mask
+    mask = variant_of(f"causal & ({near} | sinks({sinks})) & (window({chunk}) | window(7))" if sinks else f"causal & {near}").mask
     held = seen(Variant(mask=mask), heads=1)
     assert held is not None
     gone = range(held.first, max(held.first, at - held.latest))

@@ -63,12 +63,11 @@ class Nodes:
         inputs: Sequence[ir.Value | None],
         results: Sequence[ir.Value],
         attributes: Mapping[str, Attribute],
-        domain: str = "",
     ) -> None:
         """Write an operator with as many results as there are names for them."""
         attrs = ir.convenience.convert_attributes(attributes)
         name = f"{results[0].name}_node"
-        self.written.append(ir.Node(domain, operator, inputs, attributes=attrs, outputs=results, name=name))
+        self.written.append(ir.Node("", operator, inputs, attributes=attrs, outputs=results, name=name))
 
     def named(self, stem: str) -> ir.Value:
         """A value with a name of its own."""
