@@ -24,6 +24,7 @@ from attn_compiler.planning.report import Report, report_of
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.uses import Uses
 from attn_compiler.runtime.targets import TARGETS
+from attn_compiler.targets.holdings import with_caches
 
 log = logging.getLogger("attn_compiler")
 OURS = ("policy", "tables", "values", "target")
@@ -64,7 +65,7 @@ class Settings:
     def planner(self, sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
         """Decide sites; all targets are asked in their order, unless one was named."""
         targets = tuple(TARGETS.values()) if self.target == "auto" else (TARGETS[self.target],)
-        return plan(sites, self.policy.with_values(self.values), targets, near_misses)
+        return with_caches(plan(sites, self.policy.with_values(self.values), targets, near_misses))
 
 
 def attn(

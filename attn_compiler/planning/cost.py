@@ -41,12 +41,19 @@ def saving(schedule: Schedule, heads: int, head_dim: int, value_dim: int, dtype:
     once, width = heads * schedule.q_len * (head_dim + value_dim), head_dim + value_dim
 
     def cost(computed: int, read: int) -> Cost:
-        return Cost(flops=2 * computed * width, bytes=(once + read * width) * _bits(dtype) // 8)
+        return Cost(flops=2 * computed * width, bytes=(once + read * width) * bits_of(dtype) // 8)
 
     return Saving(cost(heads * all_pairs, heads * all_reads), cost(pairs, reads))
 
 
-def _bits(dtype: str) -> int:
+def summed(q_len: int, k_len: int, heads: int, features: int, head_dim: int, value_dim: int, dtype: str) -> Cost:
+    """What linear attention costs: a key's features times its value are added up, and a query's meet the sum."""
+    numbers = heads * (q_len + k_len) * (head_dim + value_dim)
+    return Cost(flops=2 * heads * (q_len + k_len) * features * value_dim, bytes=numbers * bits_of(dtype) // 8)
+
+
+def bits_of(dtype: str) -> int:
+    """How many bits a number of this type takes."""
     found = re.search(r"\d+", dtype)
     if found is None:
         raise ShapeError(f'a dtype is named with its bits, like "float32" or "bfloat16", not "{dtype}"')

@@ -12,13 +12,19 @@ from typing import NamedTuple
 from attn_compiler.algebra.expr import Expr, i, layer, layers
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.planning.cost import Cost
+from attn_compiler.planning.cost import Cost, summed
 from attn_compiler.planning.formula import Formula, formulas, whole
+from attn_compiler.planning.kept import Caches, Holding
 from attn_compiler.planning.plan import Decision
 from attn_compiler.planning.schedule import Schedule, schedule
 from attn_compiler.planning.site import Site
 
 SKIPPING = ("blocks", "scaled_dot_product_attention(is_causal)", "a generated kernel")  # forms that leave out what a mask hides
+SUMMING = (
+    "chunk by chunk",
+    "whose state stays in the cache",
+    "adds keys up to states",
+)  # that need no map
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class Finding:
             yield Row("positions", f"q = {notation(site.frame.position)}, from {site.frame.because}")
         yield Row("runs", _runs_as(first))
         yield Row("costs", _costs(costs(first)))
+        if first.caches:
+            yield Row("cache", _caches(first.caches, site.k_hint))
         errors = [d.error for d in self.decisions if d.error is not None]
         if errors:
             yield Row("error", f"at most {max(errors):.3g} of its output, as calibration measured it (relative L2)")
@@ -157,11 +165,29 @@ def _runs_as(decision: Decision) -> str:
 
 
 def _costs(cost: Costs) -> str:
-    part = f"{cost.density_after:.1%} of the map" if cost.density_after < 1 else "the whole map"
+    part = (
+        "no map"
+        if not cost.density_after
+        else f"{cost.density_after:.1%} of the map"
+        if cost.density_after < 1
+        else "the whole map"
+    )
     return (
         f"{change(cost.before.flops, cost.after.flops, 'FLOP')}, {change(cost.before.bytes, cost.after.bytes, 'B')} of memory "
         f"traffic, {part}"
     )
+
+
+def _caches(caches: Caches, tokens: int) -> str:
+    own, decided = (_holding(holding, tokens) for holding in (caches.own, caches.decided))
+    return f"transformers' own holds {own}" + (f"; attn.cache {decided}" if decided != own else "; attn.cache the same")
+
+
+def _holding(holding: Holding, tokens: int) -> str:
+    """What is held, and in how much memory: of a row."""
+    if holding.most is None:
+        return f"{si(holding.token)}B a token, {si(holding.token * tokens)}B at {tokens}"
+    return f"{si(holding.most)}B at most: {holding.kept or 'a state'}"
 
 
 def change(before: float, after: float, unit: str) -> str:
@@ -186,6 +212,9 @@ def costs(decision: Decision) -> Costs:
 
 
 def _cost(site: Site, variant: Variant, form: str) -> tuple[Cost, float]:
+    if form.endswith(SUMMING):
+        features = variant.feature.width(site.head_dim)
+        return summed(site.q_hint, site.k_hint, site.heads, features, site.head_dim, site.value_dim, site.dtype), 0.0
     visited = visits(site, variant)
     saved = visited.cost(site.heads, site.head_dim, site.value_dim, site.dtype)
     return (saved.scheduled, visited.density) if form.startswith(SKIPPING) else (saved.dense, 1.0)

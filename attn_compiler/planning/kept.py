@@ -1,4 +1,4 @@
-"""How much of the past a cache holds."""
+"""How much of the past a cache holds, and what memory that takes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,28 @@ class Kept:
 
     def __str__(self) -> str:
         return f"the latest {self.latest} tokens" + (f" and the first {self.first}" if self.first else "")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a cache holds of the past of one row: all tokens, some, or in place of them a state of so many bytes."""
+
+    token: int  # bytes of a token's keys and values
+    kept: Kept | None = None
+    state: int = 0
+
+    @property
+    def most(self) -> int | None:
+        """How many bytes that is at most; None if it grows with the text."""
+        return self.state or (self.token * self.kept.most if self.kept else None)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What an attention needs of its past: as the model computes it, which transformers' own caches hold, and as decided."""
+
+    own: Holding
+    decided: Holding
 
 
 def together(needs: Iterable[Kept | None]) -> Kept | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.kept import Caches
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.uses import Uses
 
@@ -43,6 +44,7 @@ class Decision:
     refusals: tuple[Refusal, ...] = ()
     refused: bool = False  # the rule wanted something else, and could not have it
     error: float | None = None  # of what the rule asks for, as calibration measured it: the relative L2 of the site's output
+    caches: Caches | None = None  # what it costs to generate with it; None where nothing is generated
 
     @property
     def outcome(self) -> Outcome:

@@ -12,6 +12,7 @@ from typing import get_args
 
 from attn_compiler.planning.findings import Row, costs, findings
 from attn_compiler.planning.formula import formulas, whole
+from attn_compiler.planning.kept import Holding
 from attn_compiler.planning.page import page
 from attn_compiler.planning.plan import Decision, NearMiss, Outcome, Plan, Refusal
 from attn_compiler.planning.policy import Policy
@@ -146,8 +147,17 @@ def _record(decision: Decision) -> dict[str, object]:
         "form": decision.form,
         "notes": list(site.notes),
         "costs": asdict(costs(decision)),
+        "caches": decision.caches and {"own": _holding(decision.caches.own), "decided": _holding(decision.caches.decided)},
         "error": decision.error,
         "refusals": [{"by": r.by, "reason": r.reason} for r in decision.refusals],
+    }
+
+
+def _holding(holding: Holding) -> dict[str, object]:
+    return {
+        "holds": str(holding.kept or ("a state" if holding.state else "every token")),
+        "token": holding.token,
+        "most": holding.most,
     }
 
 

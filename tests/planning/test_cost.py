@@ -5,7 +5,7 @@ import pytest
 from attn_compiler.algebra.expr import k, q
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.planning.cost import Cost
+from attn_compiler.planning.cost import Cost, summed
 from attn_compiler.planning.schedule import schedule
 
 CAUSAL = k <= q
@@ -32,3 +32,9 @@ def test_the_last_tiles_count_only_what_they_hold() -> None:
 def test_a_dtype_without_bits_is_refused() -> None:
     with pytest.raises(ShapeError, match='not "half"'):
         schedule(Variant(), 8, 8).cost(1, 8, 8, "half")
+
+
+def test_what_is_added_up_costs_in_proportion_to_its_length() -> None:
+    once, twice = (summed(n, n, 2, 16, 8, 8, "float32") for n in (100, 200))
+    assert (twice.flops, twice.bytes) == (2 * once.flops, 2 * once.bytes)
+    assert once == Cost(flops=2 * 2 * 200 * 16 * 8, bytes=2 * 200 * 16 * 4)

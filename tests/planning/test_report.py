@@ -157,3 +157,12 @@ def test_a_form_that_skips_nothing_costs_all() -> None:
 )
 def test_distances_are_written_as_people_say_them(mask: Expr, says: str) -> None:
     assert notation(mask) == says
+
+
+def test_linear_attention_costs_its_sums_and_no_map() -> None:
+    form: Form = "states, to which keys are added up chunk by chunk"
+    linear = replace(_decision(0), form=form)
+    found = costs(linear)
+    assert found.density_after == 0
+    assert found.after.flops < found.before.flops
+    assert "no map" in str(Report(_plan(linear)))
