@@ -17,6 +17,7 @@ from attn_compiler.errors import ExportError
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import Dialect, export_mlir
 from attn_compiler.export.pt2 import export_pt2
+from attn_compiler.targets.onnx.choice import STRATEGIES
 from attn_compiler.targets.onnx.opsets import OPSET
 
 Format = Literal["onnx", "mlir", "pt2"]
@@ -34,9 +35,7 @@ def export(
     batch: Annotated[int, typer.Option(help="Rows of that input; a single one stays a single one.", min=1)] = 2,
     static: Annotated[bool, typer.Option("--static", help="Keep the sizes of that input for good, as MLIR does.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="ONNX: caches are inputs and outputs, to generate text.")] = False,
-    strategy: Annotated[
-        str | None, typer.Option(help="ONNX: the form of the functions: auto, dense, scan, either or listed.")
-    ] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"ONNX: the form of the functions: auto, {', '.join(STRATEGIES)}.")] = None,
     flavor: Annotated[
         Literal["plain", "genai"] | None, typer.Option(help="ONNX, with --decode: genai has the names of onnxruntime-genai.")
     ] = None,

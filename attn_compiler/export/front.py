@@ -49,8 +49,9 @@ def export_onnx(
     Each attention that is rewritten is one local function `attn::<its name>`. The file is compared in onnxruntime with the
     rewritten model on random inputs before it gets its name: where they differ, there is no file; `check=False` leaves that out.
     `dynamic_shapes` is that of torch.export; `tables` become constants of the file; `strategy` forces a form of the functions
-    (`dense`, `scan`, `either`, `listed`); `opset=18` is for importers that do not know ONNX's own `Attention`. Lengths like those
-    the file is meant for let the comparison see what will run.
+    (`attn_compiler.targets.onnx.choice.STRATEGIES` lists them; where an attention has none such, the report says why not);
+    `opset=18` is for importers that do not know ONNX's own `Attention`. Lengths like those the file is meant for let the
+    comparison see what will run.
 
     With `decode`, the model is one of transformers that generates text, and its caches are inputs and outputs: one file reads
     prompts and single tokens (`attn_compiler.export.Decoder`), and a layer remembers what the policy lets later tokens see.
@@ -116,7 +117,7 @@ def _written(prepared: Prepared, policy: Policy, path: Path, strategy: str, opse
     prepared.finish(made.model)
     trials = prepared.runs() if check else ()
     checks, size = write(made.model, path, lambda at: checked(at, result.module, trials), prepared.beside)
-    return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches)
+    return ExportReport(path, report_of(result.plan, policy), made.strategies, checks, size, prepared.caches, made.notes)
 
 
 def _need_packages() -> None:

@@ -22,6 +22,7 @@ from attn_compiler.planning.formula import formulas, whole
 from attn_compiler.planning.plan import Decision
 from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.onnx.choice import Likely, choose
+from attn_compiler.targets.onnx.fit import refusal
 from attn_compiler.targets.onnx.function import DOMAIN, function
 
 
@@ -31,6 +32,7 @@ class Translated:
 
     model: ir.Model
     strategies: Mapping[str, str]
+    notes: tuple[str, ...]  # where a body was asked for that an attention has not, and why not
 
 
 def translated(rewritten: Rewritten, wanted: str, opset: int) -> Translated:
@@ -44,18 +46,21 @@ def translated(rewritten: Rewritten, wanted: str, opset: int) -> Translated:
         raise ExportError(f"PyTorch's exporter cannot write the model as ONNX: {reason}") from failure
     assert exported is not None
     model: ir.Model = exported.model
-    strategies = {}
+    strategies, notes = {}, []
     for spec, contents in ((one.spec, one.contents) for one in calls):
         name = spec.call.name
         decision = rewritten.plan.decisions[rewritten.names.index(name)]
         likely = Likely(decision.site.q_hint, decision.site.k_hint)
-        strategies[name] = "states" if spec.call.remembers else choose(spec, likely, contents, wanted)
+        strategies[name] = "states" if spec.call.remembers else choose(spec, likely, contents, wanted, opset)
+        objection = None if wanted == "auto" or spec.call.remembers else refusal(spec, wanted, opset)
+        notes += [f'{name} has no body "{wanted}": {objection}'] if objection else []
         made = function(spec, strategies[name], contents, opset)
         made.metadata_props.update(_metadata(spec, strategies[name], decision))
         model.functions[made.identifier()] = made
+        model.opset_imports.update({domain: version for domain, version in made.opset_imports.items() if domain})
     if calls:
         model.opset_imports[DOMAIN] = 1
-    return Translated(model, strategies)
+    return Translated(model, strategies, tuple(notes))
 
 
 def _called(program: ExportedProgram) -> Iterator[Called]:

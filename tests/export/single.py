@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.call import operands_of
 from attn_compiler.targets.exported import Q_POSITIONS, Call, Spec, Stored
-from attn_compiler.targets.onnx.function import DOMAIN, OPSET, function
+from attn_compiler.targets.onnx.function import DOMAIN, function
 from attn_compiler.targets.onnx.nodes import DTYPES
 from attn_compiler.targets.walk import Contents
 from attn_compiler.testing.case import Case
@@ -78,5 +78,5 @@ def _model(spec: Spec, strategy: str, contents: Contents) -> onnx.ModelProto:
     ]
     out = tensor("out", spec.dtype, spec.batch, spec.heads, spec.q_len, spec.value_dim)
     call = ir.Node(DOMAIN, made.name, inputs, outputs=[out])
-    graph = ir.Graph(inputs, [out], nodes=[call], opset_imports={"": OPSET, DOMAIN: 1}, name="main")
+    graph = ir.Graph(inputs, [out], nodes=[call], opset_imports={**made.opset_imports, DOMAIN: 1}, name="main")
     return ir.to_proto(ir.Model(graph, ir_version=10, functions=[made]))

@@ -11,12 +11,15 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.runtime.reading import read_variant
+from attn_compiler.runtime.reading import VariantLike, read_variant
+from attn_compiler.targets.onnx.fit import refusal
+from attn_compiler.targets.onnx.opsets import OPSET
 from attn_compiler.testing.budget import assert_all_within_budget
 from attn_compiler.testing.case import Case, on, plain
 from attn_compiler.testing.fuzz import random_case
-from export.single import run
+from export.single import run, spec_of
 
+CAUSAL = {"mask": "causal"}
 MASKS = (
     "all",
     "causal",
@@ -32,9 +35,9 @@ MASKS = (
 )
 
 
-def case_of(mask: str | dict[str, str], length: int, heads: int = 4, kv_heads: int = 2) -> Case:
+def case_of(mask: VariantLike, length: int, heads: int = 4, kv_heads: int = 2, value_dim: int = 8) -> Case:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, heads, length, 16), (2, kv_heads, length, 16), (2, kv_heads, length, 8))
+    shapes = ((2, heads, length, 16), (2, kv_heads, length, 16), (2, kv_heads, length, value_dim))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
     variant = read_variant(
         mask, Variant(), heads=heads, kv_heads=kv_heads, q_len=length, k_len=length, head_dim=16, values=None, layer=0, layers=1
@@ -49,13 +52,13 @@ def assert_right(case: Case, strategy: str, *, dynamic: bool, known: bool = Fals
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("strategy", ["dense", "scan", "either"])
+@pytest.mark.parametrize("strategy", ["dense", "scan", "either", "batched", "matmul"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_mask_means_the_same_in_onnxruntime(mask: str, strategy: str, dynamic: bool) -> None:
     assert_right(case_of(mask, 300), strategy, dynamic=dynamic)
 
 
-@pytest.mark.parametrize("strategy", ["dense", "scan", "listed"])
+@pytest.mark.parametrize("strategy", ["dense", "scan", "listed", "matmul"])
 def test_scores_need_not_ask_queries_and_keys(strategy: str) -> None:
     assert_right(case_of({"mask": "causal & window(40)", "score": "alibi"}, 300), strategy, dynamic=strategy != "listed")
 
@@ -65,6 +68,8 @@ def test_scores_need_not_ask_queries_and_keys(strategy: str) -> None:
 def test_blocks_are_right_for_every_length(mask: str, length: int) -> None:
     assert_right(case_of(mask, length), "scan", dynamic=True)
     assert_right(case_of(mask, length), "either", dynamic=True)
+    assert_right(case_of(mask, length), "matmul", dynamic=True)
+    assert_right(case_of(mask, length), "batched", dynamic=True)
 
 
 def assert_random_case(seed: int) -> None:
@@ -75,6 +80,10 @@ def assert_random_case(seed: int) -> None:
     assert_right(case, "dense", dynamic=bool(seed % 2))
     assert_right(case, "scan", dynamic=bool(seed % 2))
     assert_right(case, "listed", dynamic=False, known=bool(seed % 3))
+    for strategy in ("batched", "matmul"):
+        for dynamic in (False, True):
+            if not refusal(spec_of(case, dynamic=dynamic)[0], strategy, OPSET):
+                assert_right(case, strategy, dynamic=dynamic, known=bool(seed % 3))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -88,7 +97,7 @@ def test_random_variants_mean_the_same_in_onnxruntime(seed: int) -> None:
     assert_random_case(seed)
 
 
-@pytest.mark.parametrize("strategy", ["dense", "scan", "listed"])
+@pytest.mark.parametrize("strategy", ["dense", "scan", "listed", "batched", "matmul"])
 def test_half_precision_is_only_how_numbers_are_stored(strategy: str) -> None:
     half = case_of("causal & (window(20) | sinks(3))", 300).to(torch.float16)
     case = replace(half, q=half.q.detach(), k=half.k.detach(), v=half.v.detach())
@@ -114,5 +123,20 @@ def test_a_random_window_is_that_of_onnx(seed: int) -> None:
     window, length = draw.randint(1, 200), draw.randint(1, 400)
     case = case_of(f"causal & window({window})", length, heads := draw.choice((1, 2, 4)), heads)
     exact = as_onnx_says(case.q.double(), case.k.double(), case.v.double(), window)
-    for strategy in ("dense", "scan", "either", "listed"):
+    for strategy in ("dense", "scan", "either", "listed", "batched", "matmul"):
         assert_all_within_budget([run(case, strategy)], [exact], lambda: [as_onnx_says(case.q, case.k, case.v, window)])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "causal",
+        "causal & window(40)",
+        "causal & window(1)",
+        {"heads": {"0:2": {"mask": "causal & window(9)"}, "rest": {"mask": "causal"}}},
+    ],
+    ids=str,
+)
+def test_onnxruntimes_own_windows_are_ours(mask: VariantLike, dynamic: bool) -> None:
+    assert_right(case_of(mask, 300, value_dim=16), "contrib", dynamic=dynamic)

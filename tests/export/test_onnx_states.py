@@ -68,6 +68,13 @@ def test_a_linear_variant_means_the_same_in_onnxruntime(name: str, strategy: str
         assert_right(case_of(VARIANTS[name], queries, keys), strategy, dynamic=dynamic)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["causal", "far", "powers", "unit", "means", "inline causal"])
+def test_onnxruntimes_own_linear_attention_is_ours(name: str, dynamic: bool) -> None:
+    for length in (1, 150):
+        assert_right(case_of(VARIANTS[name], length, length), "contrib", dynamic=dynamic)
+
+
 @pytest.mark.parametrize("strategy", ["dense", "states"])
 def test_learned_features_are_those_of_each_head(strategy: str) -> None:
     tables = {name: drawn(1, HEADS, DIM, DIM, seed=seed) for seed, name in enumerate(("hedgehog_q", "hedgehog_k"))}

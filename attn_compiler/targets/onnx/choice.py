@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attn_compiler.algebra.variant import EmptyRows, Variant
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError, did_you_mean
 from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.gathered import by_states
 from attn_compiler.targets.linear import linear
+from attn_compiler.targets.onnx.fit import bounded, is_static, needs_all, refusal
+from attn_compiler.targets.onnx.opsets import OPSET
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.walk import STEP, Contents, walks
@@ -20,6 +22,9 @@ STRATEGIES: Mapping[str, str] = {
     "dense": "standard operators over all keys",
     "scan": "a loop over blocks of queries, each with the keys in reach",
     "either": "the keys in reach, or all of them where queries are few",
+    "batched": "blocks of queries, each with the keys that it may see, as the heads of one ONNX Attention",
+    "matmul": "the same as products of matrices, without a loop and without Attention",
+    "contrib": "onnxruntime's own GroupQueryAttention or LinearAttention",
     "listed": "a loop over blocks of queries, each with the tiles of keys that a list names",
     "branches": "branches by themselves, each as suits it",
     "states": "a loop over chunks of tokens, each of which meets the state that earlier ones left",
@@ -42,25 +47,28 @@ def check_strategy(wanted: str) -> None:
         raise ExportError(f'there is no strategy "{wanted}"{did_you_mean(wanted, ("auto", *STRATEGIES))}')
 
 
-def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto") -> str:
-    """The name of a body; one that is wanted and does not suit gives way to `dense`."""
-    costs = {"dense": float(likely.queries * likely.keys)}
+def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto", opset: int = OPSET) -> str:
+    """The name of a body; one that is wanted and that an attention has not gives way to `dense`.
+
+    `batched`, `matmul` and `contrib` have to be asked for: they were nowhere measured to be faster (`docs/exporting.md`).
+    """
     groups = head_groups(spec.call.variant, spec.heads)
     if any(variant.mix for _, variant in groups):
         return "branches"
-    static = isinstance(spec.q_len, int) and isinstance(spec.k_len, int)
-    if any(_bounded(spec, variant) for _, variant in groups):
+    if wanted != "auto":
+        return "dense" if refusal(spec, wanted, opset) else wanted
+    costs = {"dense": float(likely.queries * likely.keys)}
+    static = is_static(spec)
+    if any(bounded(spec, variant) for _, variant in groups):
         cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
-        one = static or wanted != "auto" or _few_among_many(spec, [variant for _, variant in groups])
-        costs |= {"scan": cost if static or wanted != "auto" else 0.0} if one else {"either": 0.0}
-    if static and wanted in ("auto", "listed") and not all(_needs_all(spec, variant) for _, variant in groups):
+        one = static or _few_among_many(spec, [variant for _, variant in groups])
+        costs |= {"scan": cost if static else 0.0} if one else {"either": 0.0}
+    if static and not all(needs_all(spec, variant) for _, variant in groups):
         found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
         costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
     if any(linear(variant) for _, variant in groups):
         cost = sum(_states_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
         costs["states"] = cost if static else -1.0  # all others' time grows with the square of a length
-    if wanted != "auto":
-        return wanted if wanted in (*costs, "either") else "dense"
     return min(costs, key=costs.__getitem__)
 
 
@@ -78,16 +86,6 @@ def _few_among_many(spec: Spec, variants: Sequence[Variant]) -> bool:
     return spec.q_len != spec.k_len and spec.call.held is None and not open_ended
 
 
-def _needs_all(spec: Spec, variant: Variant) -> bool:
-    """Whether a row may be empty, and is of all keys then."""
-    return variant.empty_rows is EmptyRows.UNMASKED and not spec.always_sees(variant)
-
-
-def _bounded(spec: Spec, variant: Variant) -> bool:
-    mask = spec.in_positions(variant.mask)
-    return not _needs_all(spec, variant) and spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
-
-
 def shortest(spec: Spec, variant: Variant) -> int:
     """The number of queries from which on a scan costs less than all keys."""
     lengths = (2**exponent for exponent in range(6, 24))
@@ -96,7 +94,7 @@ def shortest(spec: Spec, variant: Variant) -> int:
 
 def _scan_cost(spec: Spec, variant: Variant, likely: Likely) -> float:
     """Pairs of query and key that the blocks of a scan compute."""
-    if not _bounded(spec, variant):
+    if not bounded(spec, variant):
         return float(likely.queries * likely.keys)
     mask = spec.in_positions(variant.mask)
     reach, step = sides(mask), dilation(mask)

@@ -11,11 +11,9 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value
+from attn_compiler.targets.onnx.operators import scaled_ahead
 from attn_compiler.targets.onnx.scope import Scope
-from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import Sides
-
-_PRODUCTS = (e.dot, e.q_norm, e.k_norm)
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,6 @@ class Group:
     step: int
 
 
-def scaled_ahead(variant: Variant) -> bool:
-    """Whether q can be multiplied with the scale before it meets any key."""
-    return not variant.score.mentions(*_PRODUCTS) and not variant.scale.mentions(e.i, PLACE, *_PRODUCTS)
-
-
 def attend(group: Group) -> ir.Value:
     """The output for the queries of a block; q holds the scale already where `scaled_ahead` says so."""
     scope, block, variant, empty = group.scope, group.block, group.variant, group.empty
@@ -58,7 +51,7 @@ def attend(group: Group) -> ir.Value:
     visible = scope.masks.read(variant.mask)
     if visible is False:  # everywhere, which is no reason to take it for a mask that hides nothing
         visible = scope.nodes.constant([[[[False]]]], "bool")
-    holes = _may_be_infinite(variant.score)
+    holes = may_be_infinite(variant.score)
     if variant.empty_rows is EmptyRows.UNMASKED and isinstance(visible, ir.Value) and empty is not None:
         visible, empty = _unmasked(scope.nodes, visible), None
     if variant.normalizer == SOFTMAX:
@@ -68,7 +61,8 @@ def attend(group: Group) -> ir.Value:
 
 def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     nodes = scope.nodes
-    products = grouped(scope, block.q, nodes.op("Transpose", block.k, perm=[0, 1, 3, 2]), block.kv_heads)
+    axes = scope.axes[e.b]
+    products = grouped(scope, block.q, nodes.turned(block.k, axes), block.kv_heads)
     if not variant.score.mentions(e.score, e.dot):  # what does not ask q and k has an axis only where it changes
         return nodes.op("Expand", scope.scores.real_tensor(variant.score), nodes.op("Shape", products))
     if scaled_ahead(variant):
@@ -78,7 +72,7 @@ def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     if computed.mentions(e.q_norm):
         known[e.q_norm] = nodes.op("ReduceL2", block.q, nodes.vector(-1), keepdims=1)
     if computed.mentions(e.k_norm):
-        norms = nodes.op("Transpose", nodes.op("ReduceL2", block.k, nodes.vector(-1), keepdims=1), perm=[0, 1, 3, 2])
+        norms = nodes.turned(nodes.op("ReduceL2", block.k, nodes.vector(-1), keepdims=1), axes)
         ratio = len(scope.heads) // block.kv_heads
         owners = [owner for owner in range(block.kv_heads) for _ in range(ratio)]
         known[e.k_norm] = nodes.op("Gather", norms, nodes.constant(owners, "int64"), axis=1)
@@ -86,18 +80,25 @@ def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
 
 
 def grouped(scope: Scope, left: ir.Value, right: ir.Value, kv_heads: int) -> ir.Value:
-    """`left @ right`, where several heads of `left` share one of `right`: their rows stand below each other."""
+    """`left @ right`, where several heads of `left` share one of `right`: their rows stand below each other.
+
+    Where blocks stand between heads and rows, heads that share one follow each other instead.
+    """
     nodes, heads = scope.nodes, len(scope.heads)
     if heads == kv_heads:
         return nodes.op("MatMul", left, right)
     rows = scope.queries.count
     times = heads // kv_heads
+    if scope.blocks is not None:
+        apart = nodes.reshape(left, 0, kv_heads, times, scope.blocks, rows, -1)
+        products = nodes.op("MatMul", apart, nodes.op("Unsqueeze", right, nodes.vector(2)))
+        return nodes.reshape(products, 0, heads, scope.blocks, rows, -1)
     below = rows * times if isinstance(rows, int) else nodes.op("Mul", nodes.index(rows), nodes.index(times))
     folded = nodes.reshape(left, 0, kv_heads, below, -1)
     return nodes.reshape(nodes.op("MatMul", folded, right), 0, heads, rows, -1)
 
 
-def _may_be_infinite(score: Expr) -> bool:
+def may_be_infinite(score: Expr) -> bool:
     """Whether a score may be -inf although its key is visible: a bias given as a tensor may hide keys."""
     return any(node.op == "table" and node.sort is Sort.REAL for node in score.walk())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,25 +15,30 @@ from attn_compiler.algebra.variant import EmptyRows, How, Variant
 from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.exported import Call, Spec
 from attn_compiler.targets.linear import linear
+from attn_compiler.targets.onnx import attention, contrib, formula
 from attn_compiler.targets.onnx.cache import appended, let_go
 from attn_compiler.targets.onnx.choice import shortest
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.either import either
-from attn_compiler.targets.onnx.formula import Block, Group, scaled_ahead
+from attn_compiler.targets.onnx.fit import closed, is_static, sees_alike
+from attn_compiler.targets.onnx.formula import Block, Group
 from attn_compiler.targets.onnx.listed import listed
 from attn_compiler.targets.onnx.mapped import mapped
 from attn_compiler.targets.onnx.mixing import mixed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
+from attn_compiler.targets.onnx.operators import latest, scaled_ahead
 from attn_compiler.targets.onnx.opsets import OPSET
 from attn_compiler.targets.onnx.scan import scan
 from attn_compiler.targets.onnx.scope import All, Inputs, Scope, picked, real_of
-from attn_compiler.targets.onnx.states import State, continued, ones_beside, states
+from attn_compiler.targets.onnx.stacked import by_lists, in_reach
+from attn_compiler.targets.onnx.states import State, continued, gathered_by, ones_beside, states
 from attn_compiler.targets.operands import head_groups, kv_owners
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.walk import Contents, walks
 
 DOMAIN = "attn"
 Strategy = Callable[[Group], ir.Value]
+STACKED: Mapping[str, Strategy] = {"batched": attention.attend, "matmul": formula.attend}
 
 
 def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) -> ir.Function:
@@ -57,7 +62,7 @@ def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) 
         [*given, *past, *tables.values()],
         [out, *held],
         nodes=[*nodes.shared.front, *nodes.written],
-        opset_imports={"": opset},
+        opset_imports={"": opset} | {node.domain: 1 for node in nodes.written if node.domain},
         name=spec.call.name,
     )
     return ir.Function(DOMAIN, spec.call.name, graph=graph, attributes=[])
@@ -95,12 +100,36 @@ def _parts(
     if strategy == "listed":
         for members, walk in walks(spec, heads, variant, contents):
             yield members, variant, partial(listed, walk=walk)
+    elif strategy == "contrib":
+        yield heads, variant, _own_operator(spec, variant)
+    elif strategy in STACKED:
+        yield from _stacked(spec, heads, variant, STACKED[strategy], contents)
     elif strategy in ("states", "branches"):
         yield heads, variant, _own(variant)
     elif strategy == "either":
         yield heads, variant, partial(either, below=shortest(spec, variant))
     else:
         yield heads, variant, {"dense": dense, "scan": scan}[strategy]
+
+
+def _stacked(
+    spec: Spec, heads: Sequence[int], variant: Variant, attend: Strategy, contents: Contents
+) -> Iterator[tuple[Sequence[int], Variant, Strategy]]:
+    """Blocks side by side: of keys in reach where all see equally many, else of keys from lists."""
+    if is_static(spec) and not sees_alike(spec, variant):
+        for members, walk in walks(spec, heads, variant, contents):
+            yield members, variant, partial(by_lists, attend=attend, walk=walk)
+    else:
+        yield heads, variant, partial(in_reach, attend=attend)
+
+
+def _own_operator(spec: Spec, variant: Variant) -> Strategy:
+    """The operator of onnxruntime for a variant."""
+    found, shown = linear(variant), latest(spec, variant)
+    if found is not None:
+        return partial(gathered_by, found=found, gather=contrib.linear_attention)
+    assert shown is not None
+    return partial(contrib.group_query, shown=shown)
 
 
 def _own(variant: Variant) -> Strategy:
@@ -150,10 +179,15 @@ def _group(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], varia
 def _suits(group: Group, run: Strategy) -> bool:
     """Whether a block of queries can do with some of the keys; a row that is empty may be of all of them."""
     whole = group.variant.empty_rows is EmptyRows.UNMASKED and group.empty is not None
-    if isinstance(run, partial) and run.func is listed:
+    kind = run.func if isinstance(run, partial) else run
+    if kind in (listed, by_lists):
         return not whole
-    if isinstance(run, partial) and run.func is states:
+    if isinstance(run, partial) and kind in (states, gathered_by):
         return scaled_ahead(group.variant) and (run.keywords["found"].behind is None or group.first is not None)
+    if kind is contrib.group_query:
+        return True
+    if kind is in_reach and not closed(group.sides, group.step):
+        return False
     return not whole and group.first is not None and (group.sides.bounded or group.step > 1)
 
 

@@ -63,11 +63,12 @@ class Nodes:
         inputs: Sequence[ir.Value | None],
         results: Sequence[ir.Value],
         attributes: Mapping[str, Attribute],
+        domain: str = "",
     ) -> None:
         """Write an operator with as many results as there are names for them."""
         attrs = ir.convenience.convert_attributes(attributes)
         name = f"{results[0].name}_node"
-        self.written.append(ir.Node("", operator, inputs, attributes=attrs, outputs=results, name=name))
+        self.written.append(ir.Node(domain, operator, inputs, attributes=attrs, outputs=results, name=name))
 
     def named(self, stem: str) -> ir.Value:
         """A value with a name of its own."""
@@ -104,6 +105,10 @@ class Nodes:
     def reshape(self, x: ir.Value, *sizes: Value) -> ir.Value:
         """Other axes; 0 keeps an axis, -1 is what is left."""
         return self.op("Reshape", x, self.vector(*sizes))
+
+    def turned(self, x: ir.Value, axes: int = 4) -> ir.Value:
+        """The last two of so many axes exchanged."""
+        return self.op("Transpose", x, perm=[*range(axes - 2), axes - 1, axes - 2])
 
     def range(self, start: Value, stop: Value, step: Value = 1) -> ir.Value:
         """The numbers from `start` to before `stop`."""

@@ -18,6 +18,7 @@ from attn_compiler.targets.onnx.printer import Printer
 from attn_compiler.targets.operands import PLACE
 
 _AXES: Mapping[Expr, int] = {e.b: 4, e.h: 3, e.i: 2, PLACE: 1}  # where a coordinate stands, from the right
+_AXES_OF_BLOCKS: Mapping[Expr, int] = {e.b: 5, e.h: 4}  # and where blocks have an axis of their own before that of queries
 
 
 class Tokens(Protocol):
@@ -78,6 +79,21 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Blocks of tokens side by side, [blocks, tokens of a block]; `inside` are those that exist, in place of others that fill."""
+
+    listed: ir.Value
+    inside: ir.Value
+    count: Value
+
+    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
+        return nodes.op("Gather", x, self.inside, axis=axis)
+
+    def places(self, nodes: Nodes) -> ir.Value:
+        return self.listed
+
+
+@dataclass(frozen=True)
 class Joined:
     """Several runs of tokens, one after the other."""
 
@@ -103,7 +119,10 @@ class Inputs:
 
 @dataclass
 class Scope:
-    """Where expressions are printed: some query heads, queries and keys of a call. `outer` is the scope around a loop."""
+    """Where expressions are printed: some query heads, queries and keys of a call. `outer` is the scope around a loop.
+
+    Where queries stand in so many `blocks` side by side, these have an axis of their own: [batch, heads, blocks, queries, keys].
+    """
 
     spec: Spec
     nodes: Nodes
@@ -112,7 +131,13 @@ class Scope:
     queries: Tokens
     keys: Tokens
     outer: Scope | None = None
+    blocks: Value | None = None
     _printers: dict[str, Printer] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> Mapping[Expr, int]:
+        """The coordinates that have an axis to themselves, and where that stands, from the right."""
+        return _AXES if self.blocks is None else _AXES_OF_BLOCKS
 
     @property
     def real(self) -> str:
@@ -141,11 +166,15 @@ class Scope:
             return self._table(node, at, real)
         if node in (e.h, e.kv):
             ratio = self.spec.heads // self.spec.kv_heads if node == e.kv else 1
-            return self.nodes.constant(np.asarray(self.heads)[:, None, None] // ratio, "int64")
+            return self.nodes.constant(np.asarray(self.heads).reshape(-1, *[1] * (self.axes[e.h] - 1)) // ratio, "int64")
         if node in (e.q_len, e.k_len):
             return self._lengths[node]
         places = {e.b: self._batch, e.i: self.queries.places, PLACE: self.keys.places}[node](self.nodes)
-        return places if node == PLACE else self.nodes.reshape(places, -1, *[1] * (_AXES[node] - 1))
+        if node == PLACE:
+            return places if self.blocks is None else self.nodes.op("Unsqueeze", places, self.nodes.vector(1))
+        if node == e.i and self.blocks is not None:
+            return self.nodes.op("Unsqueeze", places, self.nodes.vector(-1))
+        return self.nodes.reshape(places, -1, *[1] * (self.axes[node] - 1))
 
     def _batch(self, nodes: Nodes) -> ir.Value:
         return nodes.range(0, nodes.size(self.inputs.q, 0))
@@ -167,7 +196,7 @@ class Scope:
 
     def _counts(self, coordinates: Sequence[Expr], stored: Stored) -> bool:
         """Whether a table's axes are those of the call, so that it is a view."""
-        places = [_AXES.get(coordinate, 0) for coordinate in coordinates]
+        places = [self.axes.get(coordinate, 0) for coordinate in coordinates]
         spec = self.spec
         sizes = {e.b: spec.batch, e.h: spec.heads, e.i: spec.q_len, PLACE: spec.k_len}
         fits = all(size in (1, sizes.get(x)) for x, size in zip(coordinates, stored.shape, strict=True))
@@ -182,7 +211,7 @@ class Scope:
             else:
                 tokens = self.queries if coordinate == e.i else self.keys
                 table = tokens.pick(self.nodes, table, axis)
-        places = {_AXES[coordinate] for coordinate in coordinates}
+        places = {self.axes[coordinate] for coordinate in coordinates}
         rank = max(places, default=0)
         new = [rank - place for place in range(rank, 0, -1) if place not in places]
         return self.nodes.op("Unsqueeze", table, self.nodes.vector(*new)) if new else table

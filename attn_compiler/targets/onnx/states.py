@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -12,10 +12,10 @@ from attn_compiler.algebra.expr import Expr, Sort, maximum, minimum
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.targets.gathered import NEAR
 from attn_compiler.targets.linear import Linear
+from attn_compiler.targets.onnx.cut import counting
 from attn_compiler.targets.onnx.formula import Group, grouped
 from attn_compiler.targets.onnx.mapped import by_heads, by_query_heads
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value
-from attn_compiler.targets.onnx.scan import counting
 from attn_compiler.targets.onnx.scope import Neighbors, Scope
 from attn_compiler.targets.operands import PLACE
 
@@ -36,12 +36,18 @@ def states(group: Group, found: Linear) -> ir.Value:
     return continued(group, found, None)[0]
 
 
+def gathered_by(group: Group, found: Linear, gather: Callable[[Tokens], ir.Value]) -> ir.Value:
+    """The same where `gather` says what queries gather of keys up to their own."""
+    tokens = Tokens.of(group, found)
+    return _result(tokens.group, gather(tokens), tokens.running(None))
+
+
 def continued(group: Group, found: Linear, past: State | None) -> tuple[ir.Value, State | None]:
     """The output, and the state after all tokens, whose `past` is a state; where queries see all keys there is no such state."""
-    tokens = _Tokens.of(group, found)
+    tokens = Tokens.of(group, found)
     nodes, group = tokens.group.scope.nodes, tokens.group
     if found.behind is None:
-        sums = nodes.op("MatMul", _turned(nodes, tokens.k), tokens.v)
+        sums = nodes.op("MatMul", nodes.turned(tokens.k), tokens.v)
         return _result(
             group,
             grouped(group.scope, group.block.q, sums, group.block.kv_heads),
@@ -68,7 +74,7 @@ def _result(group: Group, gathered: ir.Value, seen: ir.Value) -> ir.Value:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """The keys that exist, mapped, and [v, 1] of them, in line with the queries: query i sees keys up to i + `ahead`."""
 
     group: Group
@@ -79,7 +85,7 @@ class _Tokens:
     ahead: Value
 
     @classmethod
-    def of(cls, group: Group, found: Linear) -> _Tokens:
+    def of(cls, group: Group, found: Linear) -> Tokens:
         scope = group.scope
         nodes, spec = scope.nodes, scope.spec
         if found.fades is not None or found.shown.mentions(e.h):
@@ -89,7 +95,7 @@ class _Tokens:
         placed = {**spec.sizes, e.k: PLACE}
         shown = scope.masks.read(found.shown.substitute(placed))
         if shown is not True:
-            exists = _turned(nodes, _whole(nodes, scope.masks.tensor(shown, Sort.BOOL)))
+            exists = nodes.turned(_whole(nodes, scope.masks.tensor(shown, Sort.BOOL)))
             k, v = (nodes.op("Where", exists, x, nodes.constant(0, scope.real)) for x in (k, v))
         logs = before = None
         if found.fades is not None:
@@ -133,7 +139,7 @@ class _Tokens:
 class _Chunks:
     """Queries in chunks of one size, the last one filled up; the state knows the log up to which it has faded."""
 
-    tokens: _Tokens
+    tokens: Tokens
     past: State | None
 
     def run(self) -> tuple[ir.Value, ir.Value]:
@@ -165,9 +171,9 @@ class _Chunks:
             place = nodes.op("Max", nodes.index(_plus(nodes, tokens.ahead, -1)), nodes.index(0))
             faded = [nodes.slice(tokens.logs[1], 3, place, _plus(nodes, place, 1))]
             log = nodes.slice(tokens.logs[1], 3, 0, tokens.ahead)
-            k = nodes.op("Mul", k, _turned(nodes, _fading(nodes, faded[0], log, scope.real)))
+            k = nodes.op("Mul", k, nodes.turned(_fading(nodes, faded[0], log, scope.real)))
         k, v = (_padded(nodes, x, 2, 1, 0) for x in (k, v))  # onnxruntime's products over no keys are not always zero
-        return [nodes.op("MatMul", _turned(nodes, k), v), *faded]
+        return [nodes.op("MatMul", nodes.turned(k), v), *faded]
 
     def _whole_log(self, log: Value | None) -> ir.Value:
         """A log for all heads, with the axes of one at a key."""
@@ -185,27 +191,23 @@ class _Chunks:
         keys = Neighbors(_plus(nodes, start, tokens.ahead), _plus(nodes, stop, tokens.ahead), size)
         here = Scope(outer.spec, nodes, outer.inputs, outer.heads, queries, keys, outer)
         q, k, v = queries.pick(nodes, group.block.q, 2), keys.pick(nodes, tokens.k, 2), keys.pick(nodes, tokens.v, 2)
-        near, left = grouped(here, q, _turned(nodes, k), group.block.kv_heads), state[0]
+        near, left = grouped(here, q, nodes.turned(k), group.block.kv_heads), state[0]
         ends: list[ir.Value] = []
         if tokens.logs is not None:
             at_q, at_k = queries.pick(nodes, tokens.logs[0], 2), keys.pick(nodes, tokens.logs[1], 3)
             end = nodes.slice(tokens.logs[1], 3, _plus(nodes, keys.stop, -1), keys.stop)
             near = nodes.op("Mul", near, _fading(nodes, at_q, at_k, outer.real))
             q = nodes.op("Mul", q, _fading(nodes, at_q, state[1], outer.real))
-            k = nodes.op("Mul", k, _turned(nodes, _fading(nodes, end, at_k, outer.real)))
+            k = nodes.op("Mul", k, nodes.turned(_fading(nodes, end, at_k, outer.real)))
             left, ends = nodes.op("Mul", left, _fading(nodes, end, state[1], outer.real)), [end]
         near = grouped(here, nodes.op("Trilu", near, upper=0), v, group.block.kv_heads)
         gathered = nodes.op("Add", near, grouped(here, q, state[0], group.block.kv_heads))
-        return gathered, [nodes.op("Add", left, nodes.op("MatMul", _turned(nodes, k), v)), *ends]
+        return gathered, [nodes.op("Add", left, nodes.op("MatMul", nodes.turned(k), v)), *ends]
 
 
 def _with_block(group: Group) -> Group:
     """The same heads, keys and values once for each of them."""
     return replace(group, block=by_query_heads(group.scope, group.block))
-
-
-def _turned(nodes: Nodes, x: ir.Value) -> ir.Value:
-    return nodes.op("Transpose", x, perm=[0, 1, 3, 2])
 
 
 def _whole(nodes: Nodes, x: ir.Value) -> ir.Value:
