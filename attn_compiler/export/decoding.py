@@ -24,7 +24,7 @@ from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
-from attn_compiler.targets.past import remembers
+from attn_compiler.targets.held_past import is_state
 
 _LENGTHS = (2, 1 << 28)  # the shortest and the longest text that a policy is asked about
 _SHARED = "its cache, or how long that is, is read elsewhere too"
@@ -36,7 +36,7 @@ Remembers = Callable[[Variant], bool]  # whether a state may take the place of a
 
 
 def decoding(
-    step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept, remembering: Remembers = remembers
+    step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept, remembering: Remembers = is_state
 ) -> Prepared:
     """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
     program = traced(step.module, step.args, {}, step.dynamic_shapes)

@@ -42,7 +42,7 @@ class PlainTarget:
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         """Record the operator that `spelled` takes apart; what goes on from a state has nothing to choose."""
-        if operands.past is not None or lse:
+        if operands.past or lse:
             return _TORCH.attend(operands, variant, lse=lse)
         return record(self.site, operands, variant), None
 

@@ -154,7 +154,7 @@ def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     told = [layer for layer in held.layers if getattr(layer, "tells_rows_apart", False)]
     if told:
         _must(real.amax(-1) > 0, "a row of the prompt is padding alone, and a cache has to know where rows begin: give it whole")
-    if any(hasattr(layer, "past") for layer in told):
+    if any(hasattr(layer, "states") for layer in told):
         _must(real.sum(-1) == real.shape[1] - begins, "padding behind a row's first token would join its state: pad on the left")
     for layer in told:
         layer.padding = begins

@@ -1,4 +1,4 @@
-"""Which attentions need no more of their past than the state of a linear attention."""
+"""Which attentions need no more of their past than states, and the latest tokens beside them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from attn_compiler.generation.kept import situations
 from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.past import remembers
+from attn_compiler.targets.held_past import knows_no_tokens, latest, objection, states
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """A linear attention whose past is a state: what it computes, as text, where, and the tables that it reads."""
+    """An attention with linear parts, whose past are states: what it computes, as text, where, and the tables that it reads.
+
+    Beside the states a layer holds as many of the `latest` tokens as its queries see one by one.
+    """
 
     what: str
+    latest: int
     heads: int
     layer: int
     layers: int
@@ -29,16 +33,16 @@ class Remembered:
 
 
 def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Remembered | None:
-    """What a site's state is of, at every phase and length; None where a state is not enough, or where tables are missing."""
+    """What a site's states are of, at every phase and length; None where these are not enough, or where tables are missing."""
     asked = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
     variant = asked.pop() if len(asked) == 1 else None
-    if variant is None or not remembers(variant):
+    if variant is None or not knows_no_tokens(variant) or not states(variant, site.heads) or objection(variant, site.heads):
         return None
     tables = {name: _table(name, policy, given) for name in variant.tables()}
     known = {name: table for name, table in tables.items() if table is not None}
     if len(known) < len(tables):
         return None
-    return Remembered(wire.write(variant), site.heads, site.layer or 0, site.layers or 1, known)
+    return Remembered(wire.write(variant), latest(variant, site.heads), site.heads, site.layer or 0, site.layers or 1, known)
 
 
 def _settled(asked: object, site: Site) -> Variant | None:

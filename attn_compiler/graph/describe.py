@@ -23,6 +23,7 @@ from attn_compiler.graph.recover import Recovered, recover
 from attn_compiler.graph.risky import risky_tables
 from attn_compiler.graph.sliding import slides
 from attn_compiler.graph.symbolic import SymbolicReader, Table
+from attn_compiler.planning.kept import Kept
 from attn_compiler.planning.plan import NearMiss, Refusal
 from attn_compiler.planning.site import UNKNOWN_LENGTH, Form, Frame, Kind, Length, Site, TableShape
 from attn_compiler.runtime.codes import held_of
@@ -73,7 +74,7 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         _known(product(axis)) for axis in (found.heads, found.kv_heads, found.depth, found.width)
     )
     q_len, k_len = found.lengths
-    known, held = kind(found), placed(found)
+    known, held, past = kind(found), placed(found), recalled(found)
     dynamic = any(isinstance(size, SymInt) for size in found.lengths)
     return Site(
         name=found.name,
@@ -98,8 +99,8 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         blocked=_blocked(found),
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
-        recalls=recalled(found) is not None,
-        kept=held.kept if held else None,
+        recalls=0 if past is None else len(past.past),
+        kept=held.kept if held else Kept(0, past.latest) if past else None,
         risky=risky_tables(found, recovered.tables, reader.recorded),
         tables={name: _shape(table) for name, table in recovered.tables.items()},
         idiom=found.idiom,

@@ -1,4 +1,4 @@
-"""Finds keys whose past is a state, by the operator that stands for it (`runtime/recall.py`)."""
+"""Finds keys of whose past only states are left, by the operator that stands for it (`runtime/recall.py`)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from attn_compiler.targets.operands import Operands
 
 @dataclass(frozen=True)
 class Recalled:
-    """The state, and how many places in front of the new keys and values stand for what it remembers."""
+    """The states, how many places in front of the keys that are here stand for what they remember, and how many are promised."""
 
-    past: fx.Node
-    held: Argument  # a number, or the node of one
+    past: tuple[fx.Node, ...]
+    before: Argument  # a number, or the node of one
+    latest: int
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """What a computation has to be given of this."""
-        return (self.past, self.held) if isinstance(self.held, fx.Node) else (self.past,)
+        return (*self.past, self.before) if isinstance(self.before, fx.Node) else self.past
 
     def count(self, operands: Operands, values: Sequence[Argument]) -> int | SymInt:
         """How many tokens there are."""
         return operands.k_len
 
     def stand(self, operands: Operands, values: Sequence[Argument]) -> Operands:
-        """The same call with the new keys alone; `values` begin with those of `nodes`."""
-        held = values[1] if isinstance(self.held, fx.Node) else self.held
-        k, v = operands.k[:, :, held:], operands.v[:, :, held:]
-        return replace(operands, k=k, v=v, q_positions=held, k_positions=held, past=values[0])
+        """The same call with the keys that are here alone; `values` begin with those of `nodes`."""
+        before = values[len(self.past)] if isinstance(self.before, fx.Node) else self.before
+        k, v = operands.k[:, :, before:], operands.v[:, :, before:]
+        return replace(operands, k=k, v=v, q_positions=None, k_positions=before, past=tuple(values[: len(self.past)]))
 
 
 def recalled(site: GraphSite) -> Recalled | None:
     """What a site's keys recall; None where all of them are there."""
     reads = [call(node) for node in recalls(site)]
-    return Recalled(reads[0]["past"], reads[0]["held"]) if len(reads) == 2 else None
+    return Recalled(tuple(reads[0]["past"]), reads[0]["before"], reads[0]["latest"]) if len(reads) == 2 else None
 
 
 def recalls(site: GraphSite) -> tuple[fx.Node, ...]:
@@ -60,8 +61,8 @@ def forget(graph: fx.Graph, recalls: Iterable[fx.Node]) -> None:
     for node in dict.fromkeys(recalls):
         read = call(node)
         with graph.inserting_before(node):
-            padding = [0, 0, read["held"], 0]
-            zeros = graph.call_function(torch.ops.aten.constant_pad_nd.default, (read["new"], padding, 0.0))
+            padding = [0, 0, read["before"], 0]
+            zeros = graph.call_function(torch.ops.aten.constant_pad_nd.default, (read["here"], padding, 0.0))
         zeros.meta.update(node.meta)
         node.replace_all_uses_with(zeros)
         graph.erase_node(node)

@@ -187,7 +187,8 @@ def _holding(holding: Holding, tokens: int) -> str:
     """What is held, and in how much memory: of a row."""
     if holding.most is None:
         return f"{si(holding.token)}B a token, {si(holding.token * tokens)}B at {tokens}"
-    return f"{si(holding.most)}B at most: {holding.kept or 'a state'}"
+    held = [*(["a state"] if holding.state else []), *([str(holding.kept)] if holding.kept else [])]
+    return f"{si(holding.most)}B at most: {' and '.join(held)}"
 
 
 def change(before: float, after: float, unit: str) -> str:

@@ -30,7 +30,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a cache holds of the past of one row: all tokens, some, or in place of them a state of so many bytes."""
+    """What a cache holds of the past of one row: all tokens, some, or states of so many bytes, perhaps beside some."""
 
     token: int  # bytes of a token's keys and values
     kept: Kept | None = None
@@ -39,7 +39,8 @@ class Holding:
     @property
     def most(self) -> int | None:
         """How many bytes that is at most; None if it grows with the text."""
-        return self.state or (self.token * self.kept.most if self.kept else None)
+        near = self.token * self.kept.most if self.kept else 0
+        return self.state + near if self.state or self.kept else None
 
 
 @dataclass(frozen=True)

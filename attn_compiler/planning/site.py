@@ -86,7 +86,7 @@ class Site:
     k_hint: int
     device: str = "cpu"
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
-    recalls: bool = False  # whether its past is the state of a linear attention, and only its new keys are there
+    recalls: int = 0  # how many states of linear attentions stand for keys that are gone
     kept: Kept | None = None  # what its cache holds, which let go of the rest
     form: Form = "written out"  # how the model itself runs it
     blocked: str = ""  # why its code cannot be replaced, whatever is asked for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def attend_by(operands: Sequence[Tensor], call: Call, by: Tilings) -> Tensor:
     return attend_torch(_given(call, operands[:3], operands[3:]), by.variant, way=Way(lay_out=by.lay_out))[0]
 
 
-def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: Tensor | None = None) -> Operands:
+def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: tuple[Tensor, ...] = ()) -> Operands:
     q, k, v = qkv
     tables, heads = dict(zip(call.tables, given, strict=True)), q.shape[1]
     first: Any = tables.pop(FIRST_QUERY, call.first)
@@ -122,9 +122,9 @@ def attend_with_state(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Te
     """The same where a state stands for earlier tokens, its features and what it has seen; and both after these tokens."""
     call = Call.read(what)
     *qkv, features, seen = operands[:5]
-    given = _given(call, qkv, operands[5:], torch.cat([features, seen], dim=2))
+    given = _given(call, qkv, operands[5:], (torch.cat([features, seen], dim=2),))
     out, _ = attend_torch(given, call.variant)
-    state = remembered(replace(given, past=None), call.variant, given.past)
+    state = remembered(given, call.variant, *given.past)
     return out.contiguous(), state[:, :, :-1], state[:, :, -1:]
 
 

@@ -1,10 +1,12 @@
-"""Linear attention token by token: a state goes in, a state comes out, and no more than that is held of the past."""
+"""Attention token by token, where little is held of the past: states of what is linear, and a window's latest tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
@@ -14,7 +16,19 @@ from attn_compiler.runtime.automatic import automatic
 from attn_compiler.runtime.call import check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.targets import TARGETS
-from attn_compiler.targets.past import objection, remembered
+from attn_compiler.targets.held_past import joined, latest, objection, states
+from attn_compiler.targets.operands import Operands
+
+
+class Past(NamedTuple):
+    """What a step hands to the next one: the latest keys and values, and a state of all tokens before them for each linear part.
+
+    As long as all tokens are among the latest, there are no states.
+    """
+
+    states: tuple[Tensor, ...]
+    k: Tensor
+    v: Tensor
 
 
 @in_one_piece
@@ -23,19 +37,19 @@ def step(
     k: Tensor,
     v: Tensor,
     variant: VariantLike,
-    past: Tensor | None = None,
+    past: Past | None = None,
     *,
     position: int = 0,
     tables: Mapping[str, Tensor] | None = None,
     values: Mapping[str, int | float] | None = None,
     layer: int = 0,
     layers: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Attend with new tokens, whose `past` is the state that an earlier step returned; the result, and the state after them.
+) -> tuple[Tensor, Past]:
+    """Attend with new tokens, whose `past` is what an earlier step returned; the result, and the past of the tokens behind them.
 
     `position` is that of the first new token, where tables are read by tokens. All that `attend` gives at once, steps of any
-    lengths give one after the other. The state takes the place of a cache: its size does not depend on how many tokens there
-    were. Differentiable.
+    lengths give one after the other. The past takes the place of a cache: a state for each linear part (of a branch, of a
+    group of heads), and as many of the latest keys as a window shows, however many tokens there were. Differentiable.
     """
     check_shapes(q, k, v)
     if q.shape[2] != k.shape[2]:
@@ -44,11 +58,36 @@ def step(
         variant, Variant(), heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], k_len=k.shape[2], head_dim=q.shape[3],
         values=values, layer=layer, layers=layers,
     )  # fmt: skip
-    reason = objection(read)
+    reason = objection(read, q.shape[1])
     if reason:
         raise ShapeError(f"the past of this variant is no state: {reason}")
-    operands = operands_of(q, k, v, read, tables or {}, position, position, layer, layers, False)
-    target = automatic(operands, read) if past is None else TARGETS["torch"]
-    state = remembered(operands, read, past)
-    out, _ = target.attend(replace(operands, past=past), read)
-    return out, state
+    before = _checked(past, read, q, k, v)
+    k, v = torch.cat([before.k, k], dim=2), torch.cat([before.v, v], dim=2)
+    first = position - before.k.shape[2]
+    operands = replace(operands_of(q, k, v, read, tables or {}, position, first, layer, layers, False), past=before.states)
+    then = _past(operands, read, before.states)
+    target = TARGETS["torch"] if before.states else automatic(operands, read)
+    out, _ = target.attend(operands, read)
+    return out, then
+
+
+def _past(operands: Operands, variant: Variant, before: tuple[Tensor, ...]) -> Past:
+    """What is held once the tokens of a call are there."""
+    q, k, v = operands.q, operands.k, operands.v
+    gone = k.shape[2] - latest(variant, operands.heads)
+    if gone <= 0:
+        return Past(before, k, v)
+    left = replace(operands, q=q[:, :, :0], k=k[:, :, :gone], v=v[:, :, :gone], past=())
+    return Past(joined(left, variant, before), k[:, :, gone:], v[:, :, gone:])
+
+
+def _checked(past: Past | None, variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Past:
+    """The past of a step, where it is one of this variant; nothing at the start."""
+    if past is None:
+        return Past((), k[:, :, :0], v[:, :, :0])
+    wanted = len(states(variant, q.shape[1])) if past.states else 0
+    if len(past.states) != wanted:
+        raise ShapeError(
+            f"expected a `past` with {wanted} states, as an earlier step with this variant returned it; found {len(past.states)}"
+        )
+    return past

@@ -15,6 +15,7 @@ from attn_compiler.targets.blocks import pays
 from attn_compiler.targets.fused import bias_of, swallows
 from attn_compiler.targets.gathered import pays as states_pay
 from attn_compiler.targets.held import lost
+from attn_compiler.targets.held_past import unremembered
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import continued
@@ -40,12 +41,11 @@ class TorchTarget:
         return attend_torch(operands, variant, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        reason = refuse(variant)
-        if site.recalls and not reason:
-            if continued(variant):
-                return Carried("a state, which new tokens meet and join", gains=True)
-            return Refusal("torch", "its earlier keys are gone: the state of a linear attention is all that is left of them")
-        reason = reason or lost(site, variant)
+        if site.recalls:
+            behind = continued(variant)
+            reason = refuse(behind) or unremembered(site, behind)
+            return Refusal("torch", reason) if reason else Carried(_from_states(site), gains=True)
+        reason = refuse(variant) or lost(site, variant)
         if reason:
             return Refusal("torch", reason)
         forms = [form_of(site, part) for part in _alone(variant)]
@@ -54,6 +54,13 @@ class TorchTarget:
         emulated = ", of operands rounded as they would be held" if held else ""
         gains = site.kept is not None or _RANK[slowest] > _RANK[site.form]
         return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains)
+
+
+def _from_states(site: Site) -> str:
+    """How the past of a site is met whose earlier keys are gone."""
+    states = "a state" if site.recalls == 1 else f"{site.recalls} states"
+    window = f", beside the latest {site.kept.latest} tokens" if site.kept and site.kept.latest else ""
+    return f"{states}, which tokens meet and join{window}"
 
 
 def _alone(variant: Variant) -> Iterator[Variant]:

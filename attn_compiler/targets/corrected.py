@@ -15,9 +15,8 @@ from torch import Tensor
 
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.targets.fading import fading, logs_of, shown_of
-from attn_compiler.targets.gathered import NEAR
-from attn_compiler.targets.linear import linear
+from attn_compiler.targets.fading import fading, log_before, logs_of, shown_of
+from attn_compiler.targets.linear import NEAR, linear
 from attn_compiler.targets.operands import Operands
 
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # from k, v, beta and running logs at keys, or none
@@ -48,6 +47,9 @@ def corrected(operands: Operands, variant: Variant, solve: Solve) -> tuple[Opera
     if shown is not None:
         k, v, beta = (torch.where(shown[..., None], x, 0.0) for x in (k, v, beta))
     logs = logs_of(operands, found, arrays)
+    if operands.past:  # what its state gives for a key is no part of what the key adds
+        reached = k if logs is None else k * fading(logs[1], log_before(operands, found, arrays), k)[..., None]
+        v = v - reached @ operands.past[0][..., :-1, :-1].to(real)
     added = solve(k, v, beta, logs[1] if logs else None)
     return replace(operands, q=operands.q.to(real), k=k, v=added), replace(variant, delta=None)
 

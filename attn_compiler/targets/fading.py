@@ -27,6 +27,15 @@ def logs_of(operands: Operands, found: Linear, arrays: Arrays) -> Logs | None:
     return at_q.expand(*lead, operands.q_len, 1)[..., 0], at_k.expand(*lead, 1, operands.k_len)[:, :, 0]
 
 
+def log_before(operands: Operands, found: Linear, arrays: Arrays) -> Tensor:
+    """The running log at the last token before the first key, [batch, heads, 1]."""
+    assert found.fades is not None
+    assert not isinstance(operands.k_positions, Tensor)
+    exactly = replace(arrays, real=torch.float64, whole={leaf: n for leaf, n in arrays.whole.items() if leaf != e.k})
+    log = exactly.tensor(exactly.read(found.fades, {e.k: operands.k_positions - 1}), Sort.REAL)
+    return log.expand(operands.q.shape[0], operands.q.shape[1], 1, 1)[..., 0]
+
+
 def shown_of(operands: Operands, found: Linear, arrays: Arrays) -> Tensor | None:
     """Which keys exist, as [batch, heads, keys]; None where all do."""
     if found.shown == e.true:

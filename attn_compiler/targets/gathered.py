@@ -14,12 +14,11 @@ from attn_compiler.planning.site import UNKNOWN_LENGTH
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.explicit import Sums
 from attn_compiler.targets.fading import Logs, logs_of, shown_of
-from attn_compiler.targets.linear import Linear, linear
+from attn_compiler.targets.linear import NEAR, Linear, linear
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import with_past
-from attn_compiler.torch_private import likely
+from attn_compiler.torch_private import likely, statically_known_true
 
-NEAR = 64  # tokens that meet each other directly
 Count = int | torch.SymInt
 
 
@@ -68,7 +67,7 @@ def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays
     counted = torch.cat([v, ones], dim=-1) if variant.normalizer.counts else ones
     seen = counted.sum(dim=-2, keepdim=True) if offset is None else _running(counted, offset, operands.q_len)
     seen = seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1)
-    if operands.past is not None:
+    if operands.past:
         acc, mass, seen = with_past(operands, found, arrays, q, (acc, mass, seen))
     sees = (seen[..., -1:] > 0).expand(*acc.shape[:-1], 1)
     mass = torch.where(sees, mass, 1.0)
@@ -80,8 +79,10 @@ def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays
 
 def offset_of(operands: Operands, found: Linear) -> Count | None:
     """How far ahead of a query's own place in the call its latest visible key stands; None where it sees all, or nobody knows."""
-    if operands.past is not None and found.behind is not None:
-        return -found.behind  # the keys of a call that has a past are those of its queries
+    if operands.past and found.behind is not None:  # queries are the last of the keys, however many these are
+        ahead = operands.k_len - operands.q_len
+        hint = int(likely(ahead, 0))
+        return (hint if statically_known_true(ahead == hint) else ahead) - found.behind
     first_query, first_key = operands.first_query, operands.k_positions
     if first_query is None or isinstance(first_key, Tensor) or found.behind is None:
         return None

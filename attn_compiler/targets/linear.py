@@ -14,6 +14,7 @@ from attn_compiler.algebra.simplify import conjuncts, disjuncts
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.targets.operands import PLACE
 
+NEAR = 64  # tokens that meet each other directly, where the others are summed up
 _BEHIND = symbol("behind", e.Sort.INDEX)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -12,6 +13,7 @@ from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import How, Mix, Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.explicit import Sums
+from attn_compiler.targets.held_past import divided
 from attn_compiler.targets.operands import Operands
 
 Result = tuple[Tensor, Tensor | None]  # the output, and the log-sum-exp where it was asked for
@@ -34,11 +36,12 @@ def mixed(operands: Operands, mix: Mix, attend: Attend, gather: Gather, real: to
         raise ShapeError(reason)
     weights = _weights(operands, mix, real)
     branches = [branch for _, branch in mix.branches]
+    calls = [(replace(operands, past=past), one) for past, one in zip(divided(operands.past, branches), branches, strict=True)]
     if mix.how is How.SHARED:
-        return _shared([gather(operands, branch) for branch in branches], weights), None
+        return _shared([gather(*call) for call in calls], weights), None
     if mix.how is How.SUM:
-        return _sum([weight * attend(operands, branch, False)[0] for weight, branch in zip(weights, branches, strict=True)]), None
-    return _by_lse([attend(operands, branch, True) for branch in branches], weights)
+        return _sum([weight * attend(*call, False)[0] for weight, call in zip(weights, calls, strict=True)]), None
+    return _by_lse([attend(*call, True) for call in calls], weights)
 
 
 def _weights(operands: Operands, mix: Mix, real: torch.dtype) -> list[Tensor]:

@@ -42,7 +42,7 @@ class Operands:
     training: bool = False  # whether dropout is active
     differentiated: bool = False  # whether gradients will be asked for
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
-    past: Tensor | None = None  # the state that stands for the tokens before the first key
+    past: tuple[Tensor, ...] = ()  # states that stand for the tokens before the first key, one for each linear part
     codes: tuple[Codes, Codes] | None = None  # what k and v were decoded from, where a kernel may read that instead
 
     @property

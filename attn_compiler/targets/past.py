@@ -12,39 +12,37 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.expr import Sort
-from attn_compiler.algebra.variant import Variant, reads
+from attn_compiler.algebra.storage import PLAIN
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
+from attn_compiler.targets.corrected import by_chunks, corrected
 from attn_compiler.targets.explicit import per_kv_head
-from attn_compiler.targets.fading import fading, logs_of, shown_of
+from attn_compiler.targets.fading import fading, log_before, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
 
 
 def objection(variant: Variant) -> str | None:
-    """Why the past of a variant cannot be a state; None if it can."""
-    if variant.groups or variant.mix is not None:
-        return "its heads or branches compute several things, and a state stands for the past of one"
+    """Why the past of a variant without groups and branches is no state, whatever its latest tokens are; None if it is one."""
     found = linear(variant)
     if found is None:
         return "it is not linear, so it needs every key that it sees"
-    if variant.delta is not None:
-        return "a delta rule corrects what the state holds, which steps do not do yet"
-    if found.behind is None:
-        return "its queries see keys that come after them: make its mask `causal`"
-    return None if found.behind == 0 else f"its queries see keys {found.behind} tokens behind them and further back, not all"
+    if variant.storage != PLAIN:
+        return "its operands are held in few bits, and a state is added up of numbers"
+    return (
+        "its queries see keys that come after them: make its mask `causal`" if found.behind is None or found.behind < 0 else None
+    )
 
 
-def remembers(variant: Variant) -> bool:
-    """Whether a state is all that an attention needs of its past, wherever in a text it stands."""
-    return objection(variant) is None and not any(node.mentions(e.q, e.k) for node in reads(variant))
-
-
-def continued(variant: Variant) -> Linear | None:
-    """What makes a variant linear whose past is a state; a single new query sees none ahead of it, though no mask says so."""
-    return linear(replace(variant, mask=variant.mask & (e.k <= e.q)))
+def continued(variant: Variant) -> Variant:
+    """The variant behind a past: a single new query sees no key ahead of it, though no mask says so."""
+    groups = tuple((heads, continued(of_group)) for heads, of_group in variant.groups)
+    if variant.mix is None:
+        return replace(variant, mask=variant.mask & (e.k <= e.q), groups=groups)
+    branches = tuple((name, continued(branch)) for name, branch in variant.mix.branches)
+    return replace(variant, mix=replace(variant.mix, branches=branches), groups=groups)
 
 
 def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Tensor:
@@ -52,15 +50,15 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
     real = torch.promote_types(operands.k.dtype, torch.float32)
     found = linear(variant)
     assert found is not None
-    mapped, _ = featured(operands, variant, real)
+    mapped, _ = corrected(*featured(replace(operands, past=() if past is None else (past,)), variant, real), by_chunks)
     k, v, arrays = mapped.k.to(real), mapped.v.to(real), operands.arrays(real)
     v = torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)
     logs = logs_of(operands, found, arrays)
     if logs:
-        k, v = (x.repeat_interleave(operands.heads // x.shape[1], dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(operands.q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     shown = shown_of(operands, found, arrays)
     if shown is not None:
-        shown = shown[:, :: operands.heads // k.shape[1], :, None]
+        shown = shown[:, :: operands.q.shape[1] // k.shape[1], :, None]
         k, v = torch.where(shown, k, 0.0), torch.where(shown, v, 0.0)
     count = v.sum(dim=-2, keepdim=True)
     if logs:
@@ -73,7 +71,7 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
         raise ShapeError(f"expected a `past` of {expected}, as an earlier step with this variant returned it; found {given}")
     if logs is None:
         return past + added
-    left = fading(logs[1][..., -1:], _log_before(operands, found, arrays), k)[..., None]
+    left = fading(logs[1][..., -1:], log_before(operands, found, arrays), k)[..., None]
     return torch.cat([past[..., :-1, :] * left, past[..., -1:, :]], dim=-2) + added
 
 
@@ -82,20 +80,10 @@ def with_past(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of weight * v, of weights and of what is seen, once the mapped and scaled queries have met their past."""
     acc, mass, seen = sums
-    past = operands.past
-    assert past is not None
+    (past,) = operands.past
     logs = logs_of(operands, found, arrays)
-    reached = q if logs is None else q * fading(logs[0], _log_before(operands, found, arrays), q)[..., None]
+    reached = q if logs is None else q * fading(logs[0], log_before(operands, found, arrays), q)[..., None]
     added = per_kv_head(reached, past[..., :-1, :])
     count = past[..., -1:, -seen.shape[-1] :]
     count = count.repeat_interleave(seen.shape[1] // count.shape[1], dim=1)
     return acc + added[..., :-1], mass + added[..., -1:], seen + count
-
-
-def _log_before(operands: Operands, found: Linear, arrays: Arrays) -> Tensor:
-    """The running log at the last token of the past, [batch, heads, 1]."""
-    assert found.fades is not None
-    assert not isinstance(operands.k_positions, Tensor)
-    exactly = replace(arrays, real=torch.float64, whole={leaf: n for leaf, n in arrays.whole.items() if leaf != e.k})
-    log = exactly.tensor(exactly.read(found.fades, {e.k: operands.k_positions - 1}), Sort.REAL)
-    return log.expand(operands.q.shape[0], operands.heads, 1, 1)[..., 0]

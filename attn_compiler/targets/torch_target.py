@@ -21,7 +21,9 @@ from attn_compiler.targets.corrected import refuse as refuse_delta
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
-from attn_compiler.targets.gathered import NEAR, Gather, gather_by_states, gatherable
+from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable, offset_of
+from attn_compiler.targets.held_past import divided
+from attn_compiler.targets.linear import NEAR, linear
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
@@ -67,7 +69,11 @@ def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, V
     groups = head_groups(variant, operands.heads)
     if len(groups) == 1:
         return attend(operands, groups[0][1])
-    parts = [attend(operands.take(members), of_group) for members, of_group in groups]
+    pasts = divided(operands.past, [of_group for _, of_group in groups])
+    parts = [
+        attend(replace(operands.take(members), past=past), of_group)
+        for (members, of_group), past in zip(groups, pasts, strict=True)
+    ]
     order = [head for members, _ in groups for head in members]
     totals = [x for _, x in parts if x is not None]
     return _reordered([out for out, _ in parts], order), _reordered(totals, order) if totals else None
@@ -166,8 +172,10 @@ def _shown(variant: Variant, layout: Layout) -> Variant:
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
-    if operands.past is not None:
-        found, states = continued(variant), BY_SCORES if likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR else states
+    if operands.past:
+        found = linear(continued(variant))
+        few = likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR or not (found and isinstance(offset_of(operands, found), int))
+        states = BY_SCORES if few else states
     else:
         found = gatherable(operands, variant, states)
     if found is None:

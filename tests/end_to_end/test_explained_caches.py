@@ -12,6 +12,8 @@ from end_to_end.by_hand import policy, with_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 BATCH, LENGTH, OWN = 1, 40, 9
+NEAR, FAR = {"mask": "causal & window(6)"}, {"mask": "causal & ~window(6)", "feature": "elu_one"}
+FADING = {"feature": "silu", "state": "decay(0.1)"}
 
 
 def model(own: int | None = None) -> nn.Module:
@@ -41,7 +43,7 @@ def said(of: nn.Module, asked: object) -> Caches:
 
 def bytes_held(layer: object) -> int:
     """Of the tensors that a layer of a cache keeps."""
-    held = [getattr(layer, name, None) for name in ("keys", "values", "past")]
+    held = [*(getattr(layer, name, None) for name in ("keys", "values")), *getattr(layer, "states", ())]
     return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
@@ -74,9 +76,11 @@ def test_transformers_own_caches_hold_what_is_said_of_them(own: int | None) -> N
         {"mask": "causal & (window(6) | sinks(2))"},
         {"feature": "taylor", "normalizer": "linear"},
         {"feature": "silu", "state": "decay((h + 1) / 8)", "normalizer": "linear(none)"},
+        {"mix": {"how": "shared_denominator", "branches": {"near": NEAR, "far": FAR}}},
+        {"heads": {"0:2": NEAR, "2": FADING, "rest": {"feature": "elu_one"}}},
     ],
 )
-def test_our_caches_hold_what_is_said_of_them(rule: dict[str, str]) -> None:
+def test_our_caches_hold_what_is_said_of_them(rule: dict[str, object]) -> None:
     asked = {"version": 1, "rules": [{"attn": rule}]}
     of = model()
     decided = said(of, asked).decided
@@ -96,6 +100,12 @@ def test_codes_take_what_is_said_of_them(held: str) -> None:
 def test_the_report_says_it_in_bytes() -> None:
     text = " ".join(str(attn.explain(model(), (prompt(),), {"use_cache": False}, policy("causal & window(6)"))).split())
     assert "cache transformers' own holds 128 B a token, 5.12 kB at 40; attn.cache 640 B at most: the latest 5 tokens" in text
+
+
+def test_the_report_says_what_is_held_beside_a_state() -> None:
+    shared = {"version": 1, "rules": [{"attn": {"mix": {"how": "shared_denominator", "branches": {"near": NEAR, "far": FAR}}}}]}
+    text = " ".join(str(attn.explain(model(), (prompt(),), {"use_cache": False}, shared)).split())
+    assert "attn.cache 1.29 kB at most: a state and the latest 5 tokens" in text
 
 
 def test_nothing_is_said_of_attention_that_does_not_generate() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler.errors import ShapeError
+from attn_compiler.generation import states
 from end_to_end.by_hand import ByHand, Seen, with_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -34,6 +35,28 @@ class Elu(ByHand):
     windows: frozenset[int] = frozenset()
 
 
+class Shared(ByHand):
+    """Softmax in a window and elu + 1 before it, under one denominator, as LoLCATs has it."""
+
+    def formula(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+        near = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2]) < WINDOW
+        near, far = visible & near, visible & ~near
+        peak = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weights = (scores - peak).exp() * near + (F.elu(q) + 1) @ (F.elu(k) + 1).mT * far
+        mass = weights.sum(-1, keepdim=True)
+        return weights @ v / torch.where(mass == 0, 1.0, mass)
+
+
+class ByHead(ByHand):
+    """Two heads with a window, two that are linear."""
+
+    def formula(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+        near = visible & (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2]) < WINDOW)
+        soft = scores.masked_fill(~near, -torch.inf).softmax(-1).nan_to_num() @ v
+        weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT * visible
+        return torch.cat([soft[:, :2], (weights @ v / (weights.sum(-1, keepdim=True) + 1e-6))[:, 2:]], dim=1)
+
+
 class Windowed(Elu):
     windows = frozenset({1})
 
@@ -45,12 +68,25 @@ class Fading(ByHand):
         return (F.silu(q) @ F.silu(k).mT * torch.exp(-slopes * distance) * visible) @ v
 
 
+class Gated(Fading):
+    """A window, and the same share of a decaying sum of all keys."""
+
+    def formula(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        near = scores.masked_fill(~(visible & (distance < WINDOW)), -torch.inf).softmax(-1).nan_to_num() @ v
+        return 0.75 * near + 0.25 * super().formula(q, k, v, scores, visible)
+
+
 def policy(*rules: tuple[Mapping[str, object], Mapping[str, object]]) -> dict[str, object]:
     return {"version": 1, "rules": [{"match": {"kind": "self", **match}, "attn": attn} for match, attn in rules]}
 
 
 EVERYWHERE, FADES = policy(({}, ELU)), policy(({}, FADING))
 MIXED = policy(({"layers": "1"}, {"mask": f"causal & window({WINDOW})"}), ({}, ELU))
+NEAR, FAR = {"mask": f"causal & window({WINDOW})"}, {"mask": f"causal & ~window({WINDOW})", "feature": "elu_one"}
+SHARED = policy(({}, {"mix": {"how": "shared_denominator", "branches": {"near": NEAR, "far": FAR}}}))
+GATED = policy(({}, {"mix": {"how": "lerp", "weights": {"near": 0.75}, "branches": {"near": NEAR, "far": FADING}}}))
+BY_HEAD = policy(({}, {"heads": {"0:2": NEAR, "rest": ELU}}))
 
 
 def llama(layers: int = 2) -> nn.Module:
@@ -59,10 +95,10 @@ def llama(layers: int = 2) -> nn.Module:
     return with_weights(LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)))
 
 
-def prompt(padding: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
+def prompt(padding: int, length: int = 11) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(5))
     valid = torch.ones_like(tokens)
-    valid[0, :padding] = 0
+    valid[0, : min(padding, length - 1)] = 0
     return tokens, valid
 
 
@@ -70,9 +106,9 @@ def shown(valid: Tensor) -> Seen:
     return lambda number, q, k: torch.ones((), dtype=torch.bool)
 
 
-def recomputed(model: nn.Module, formula: type[ByHand], padding: int) -> Tensor:
+def recomputed(model: nn.Module, formula: type[ByHand], padding: int, length: int = 11) -> Tensor:
     """Greedy tokens where each step computes the whole prefix in parallel."""
-    tokens, valid = prompt(padding)
+    tokens, valid = prompt(padding, length)
     for _ in range(NEW):
         places = (valid.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad(), formula(shown(valid)):
@@ -82,11 +118,11 @@ def recomputed(model: nn.Module, formula: type[ByHand], padding: int) -> Tensor:
     return tokens
 
 
-def generated(model: nn.Module, asked: Mapping[str, object], padding: int, **more: object) -> tuple[Tensor, object]:
+def generated(model: nn.Module, asked: Mapping[str, object], padding: int, length: int = 11) -> tuple[Tensor, object]:
     held = attn.cache(model, asked)
     model.forward = torch.compile(model.forward, backend="attn", options={"policy": asked})  # type: ignore[method-assign]
-    tokens, valid = prompt(padding)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True, **more}
+    tokens, valid = prompt(padding, length)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True}
     return model.generate(tokens, attention_mask=valid, past_key_values=held, **settings), held
 
 
@@ -99,9 +135,48 @@ def test_tokens_are_those_of_the_parallel_form(asked: Mapping[str, object], form
     expected = recomputed(model, formula, padding)
     found, held = generated(model, asked, padding)
     assert torch.equal(found, expected)
-    states = [layer.past for layer in held.layers if hasattr(layer, "past")]  # type: ignore[attr-defined]
-    assert len(states) == (1 if asked is MIXED else 2)
-    assert all(tuple(state.shape) == (2, 4 if asked is FADES else 2, 9, 9) for state in states)
+    remembered = [state for layer in held.layers for state in getattr(layer, "states", ())]  # type: ignore[attr-defined]
+    assert len(remembered) == (1 if asked is MIXED else 2)
+    assert all(tuple(state.shape) == (2, 4 if asked is FADES else 2, 9, 9) for state in remembered)
+
+
+@pytest.mark.parametrize(
+    ("asked", "formula", "heads", "padding", "prompted"),
+    [
+        (SHARED, Shared, 2, PADDING, 11),
+        (GATED, Gated, 4, 0, 11),
+        (BY_HEAD, ByHead, 1, PADDING, 11),
+        pytest.param(SHARED, Shared, 2, 0, 3, marks=pytest.mark.full),
+        pytest.param(GATED, Gated, 4, PADDING, 3, marks=pytest.mark.full),
+        pytest.param(BY_HEAD, ByHead, 1, PADDING, 3, marks=pytest.mark.full),
+    ],
+)
+def test_beside_a_state_a_layer_holds_the_window_that_is_mixed_with_it(
+    asked: Mapping[str, object], formula: type[ByHand], heads: int, padding: int, prompted: int
+) -> None:
+    model = llama()
+    expected = recomputed(model, formula, padding, prompted)
+    found, held = generated(model, asked, padding, prompted)
+    assert torch.equal(found, expected)
+    for layer in held.layers:  # type: ignore[attr-defined]
+        assert [tuple(state.shape) for state in layer.states] == [(2, heads, 9, 9)]
+        assert layer.keys.shape == layer.values.shape == (2, 2, WINDOW - 1, 8)
+
+
+@pytest.mark.parametrize("padding", [None, PADDING])
+def test_tokens_join_a_state_when_the_window_has_passed_them_however_they_come(
+    padding: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "recall", lambda here, *_: here)
+    x, y = (torch.randn(2, 2, 20, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    at_once, one_by_one = (attn.cache(llama(1), SHARED).layers[0] for _ in range(2))
+    for layer, cuts in ((at_once, [20]), (one_by_one, [1] * 20)):
+        layer.padding = None if padding is None else torch.tensor([padding, 0])
+        for k, v in zip(x.split(cuts, dim=2), y.split(cuts, dim=2), strict=True):
+            layer.update(k, v)
+        assert torch.equal(layer.keys, x[:, :, 1 - WINDOW :])
+        assert torch.equal(layer.values, y[:, :, 1 - WINDOW :])
+    assert torch.allclose(at_once.states[0], one_by_one.states[0], atol=1e-5)
 
 
 def test_a_cache_of_other_tables_has_a_state_of_those() -> None:
@@ -111,7 +186,7 @@ def test_a_cache_of_other_tables_has_a_state_of_those() -> None:
     for slope in (0.1, 2.0):
         layer = attn.cache(model, slopes, tables={"slopes": torch.full((4,), slope)}).layers[0]
         layer.update(x, x)
-        pasts.append(layer.past)
+        pasts.append(layer.states[0])
     assert not torch.equal(*pasts)
 
 
@@ -171,14 +246,14 @@ def test_beams_take_their_states_along() -> None:
     x = torch.randn(2, 2, 5, 8)
     layer.update(x, x)
     layer.padding = torch.tensor([1, 0])
-    before = layer.past
+    (before,) = layer.states
     held.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(layer.past, before[[1, 1]])
+    assert torch.equal(layer.states[0], before[[1, 1]])
     assert layer.padding.tolist() == [0, 0]
     held.batch_repeat_interleave(2)
-    assert layer.past.shape[0] == 4
+    assert layer.states[0].shape[0] == 4
     with pytest.raises(ShapeError, match="a state cannot be taken back by 3 tokens"):
         layer.crop(-3)
     held.reset()
     assert layer.get_seq_length() == 0
-    assert layer.past is None
+    assert layer.states == ()

@@ -91,9 +91,3 @@ def test_who_cannot_carry_a_delta_rule_says_so(slots: Mapping[str, object], targ
     case = case_of("delta", 20, 20, 2)
     with pytest.raises(ShapeError, match=f"the target {target}: .*{said}"):
         attn.attend(case.q.float(), case.k.float(), case.v.float(), slots, tables=case.tables, target=target)  # type: ignore[arg-type]
-
-
-def test_a_step_of_a_delta_rule_is_refused() -> None:
-    case = case_of("delta", 20, 20, 2)
-    with pytest.raises(ShapeError, match="a delta rule corrects what the state holds"):
-        attn.step(case.q, case.k, case.v, VARIANTS["delta"], tables=case.tables)

@@ -10,15 +10,19 @@ from torch import Tensor
 
 from attn_compiler import attend, reference, step
 from attn_compiler.errors import ShapeError
+from attn_compiler.runtime.step import Past
 from attn_compiler.testing import assert_all_within_budget
 
 TOKENS = 90
 TABLES = {
     "padding": torch.arange(TOKENS) >= torch.tensor([[0], [37]]),
     "gate": torch.rand(2, 4, TOKENS, generator=torch.Generator().manual_seed(4)).sigmoid().log().cumsum(-1),
+    "beta": torch.rand(2, 4, TOKENS, generator=torch.Generator().manual_seed(7)),
     "hedgehog_q": torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(5)),
     "hedgehog_k": torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(6)),
 }
+ELU = {"mask": "causal", "feature": "elu_one"}
+FADING = {"mask": "causal", "state": "decay((h + 1) / 8)"}
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "elu": {"feature": "elu_one", "mask": "causal"},
     "padding and means": {"feature": "elu_one", "mask": "causal & valid(padding)", "normalizer": "linear(mean)"},
@@ -26,6 +30,21 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "gate": {"feature": "elu_one", "mask": "causal & valid(padding)", "state": "gate(scalar)"},
     "shifted weights": {"feature": "identity", "mask": "causal", "scale": 0.3, "normalizer": "linear(subtract)"},
     "learned features": {"feature": "hedgehog", "mask": "causal"},
+    "delta": {"feature": "cosine", "mask": "causal", "state": "delta"},
+    "gated delta, padding": {"feature": "cosine", "mask": "causal & valid(padding)", "state": "gated_delta"},
+    "far keys": {"feature": "elu_one", "mask": "causal & ~window(12)", "state": "decay(0.1)"},
+    "window": {"mask": "causal & window(7)"},
+    "shared denominator": {
+        "mix": {
+            "how": "shared_denominator",
+            "branches": {
+                "near": {"mask": "causal & window(9) & valid(padding)"},
+                "far": {"mask": "causal & ~window(9) & valid(padding)", "feature": "elu_one"},
+            },
+        }
+    },
+    "sum": {"mix": {"how": "lerp", "weights": {"all": 0.3}, "branches": {"near": {"mask": "causal & window(20)"}, "all": ELU}}},
+    "heads": {"heads": {"0, 3": {"mask": "causal & window(5)"}, "1": FADING, "rest": ELU}},
 }
 CUTS = {"one by one after a prompt": [86, 1, 1, 1, 1], "pieces": [1, 5, 70, 14]}
 
@@ -37,7 +56,7 @@ def operands(dtype: torch.dtype) -> list[Tensor]:
 
 
 def tables(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    read = ("hedgehog_q", "hedgehog_k") if name == "learned features" else ("padding", "gate")
+    read = ("hedgehog_q", "hedgehog_k") if name == "learned features" else ("padding", "gate", "beta")
     return {table: TABLES[table].to(dtype) if TABLES[table].dtype.is_floating_point else TABLES[table] for table in read}
 
 
@@ -72,7 +91,20 @@ def test_a_state_does_not_grow() -> None:
     q, k, v = (x.detach() for x in operands(torch.float32))
     _, first = step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS["elu"])
     _, last = step(q, k, v, VARIANTS["elu"], first, position=1)
-    assert first.shape == last.shape == (2, 2, 9, 7)
+    assert [x.shape for x in first.states] == [x.shape for x in last.states] == [(2, 2, 9, 7)]
+    assert first.k.shape == last.k.shape == (2, 2, 0, 8)
+
+
+def test_beside_a_state_a_branch_holds_its_window_and_no_more() -> None:
+    q, k, v = (x.detach() for x in operands(torch.float32))
+    shared = VARIANTS["shared denominator"]["mix"]["branches"]  # type: ignore[index]
+    branches = {name: {**branch, "mask": branch["mask"].removesuffix(" & valid(padding)")} for name, branch in shared.items()}
+    slots = {"mix": {"how": "shared_denominator", "branches": branches}}
+    _, early = step(q[:, :, :5], k[:, :, :5], v[:, :, :5], slots)
+    _, late = step(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], slots, early, position=5)
+    assert (len(early.states), early.k.shape[2]) == (0, 5)
+    assert [tuple(x.shape) for x in late.states] == [(2, 2, 9, 7)]
+    assert torch.equal(late.k, k[:, :, -8:])
 
 
 @pytest.mark.parametrize(
@@ -80,8 +112,9 @@ def test_a_state_does_not_grow() -> None:
     [
         ({"mask": "causal"}, "it is not linear"),
         ({"feature": "elu_one"}, "keys that come after them"),
-        ({"feature": "elu_one", "mask": "causal & ~window(4)"}, "see keys 4 tokens behind them"),
-        ({"heads": {"0": {"feature": "elu_one", "mask": "causal"}}}, "several things"),
+        ({"heads": {"0": {"feature": "elu_one", "mask": "causal"}}}, "it is not linear"),
+        ({"mask": "causal & (window(4) | sinks(2))"}, "see the first 2 tokens for ever"),
+        ({"feature": "elu_one", "mask": "causal", "storage": {"qk": "int8"}}, "held in few bits"),
     ],
 )
 def test_what_has_no_state_for_its_past_is_refused(slots: Mapping[str, object], said: str) -> None:
@@ -99,7 +132,10 @@ def test_a_step_has_a_query_for_every_new_key() -> None:
 @pytest.mark.parametrize(("name", "heads"), [("decay", 4), ("elu", 2)])
 def test_a_past_of_another_variant_or_of_other_heads_is_refused(name: str, heads: int) -> None:
     q, k, v = operands(torch.float32)
+    past = Past((torch.zeros(2, 3, 9, 7),), k[:, :, :0], v[:, :, :0])
     with pytest.raises(
         ShapeError, match=rf"expected a `past` of \[2, {heads}, 9, 7\], as an earlier step .*; found \[2, 3, 9, 7\]"
     ):
-        step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS[name], torch.zeros(2, 3, 9, 7))
+        step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS[name], past)
+    with pytest.raises(ShapeError, match=r"expected a `past` with 1 states, .*; found 2"):
+        step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS[name], past._replace(states=past.states * 2))

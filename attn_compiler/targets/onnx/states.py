@@ -10,8 +10,7 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, maximum, minimum
 from attn_compiler.algebra.simplify import simplify
-from attn_compiler.targets.gathered import NEAR
-from attn_compiler.targets.linear import Linear
+from attn_compiler.targets.linear import NEAR, Linear
 from attn_compiler.targets.onnx.cut import counting
 from attn_compiler.targets.onnx.formula import Group, grouped
 from attn_compiler.targets.onnx.mapped import by_heads, by_query_heads

@@ -1,0 +1,101 @@
+"""What attentions whose parts are linear, or see a window, hold of the past: the latest tokens, and states of all before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.variant import Variant, reads
+from attn_compiler.planning.site import Site
+from attn_compiler.targets import past
+from attn_compiler.targets.held import seen
+from attn_compiler.targets.linear import linear
+from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.past import continued, remembered
+
+Leaf = tuple[tuple[int, ...], Variant]  # some heads, and what they compute: without groups, without branches
+
+
+def leaves(variant: Variant, heads: int) -> Iterator[Leaf]:
+    """What the heads of a variant compute, branch by branch."""
+    for members, of_group in head_groups(variant, heads):
+        branches = (of_group,) if of_group.mix is None else (branch for _, branch in of_group.mix.branches)
+        yield from ((members, branch) for branch in branches)
+
+
+def objection(variant: Variant, heads: int) -> str | None:
+    """Why the past of a variant cannot be its latest tokens and states; None if it can."""
+    for _, leaf in leaves(variant, heads):
+        kept = None if linear(leaf) else seen(leaf, heads)
+        reason = past.objection(leaf) if kept is None else _first_tokens(kept.first)
+        if reason:
+            return reason
+    return None
+
+
+def latest(variant: Variant, heads: int) -> int:
+    """How many of the latest tokens a query has to find beside itself, where there is no objection."""
+    return max(_latest(leaf, heads) for _, leaf in leaves(variant, heads))
+
+
+def is_state(variant: Variant) -> bool:
+    """Whether a single state is all that an attention needs of its past, wherever in a text it stands."""
+    alone = not variant.groups and variant.mix is None and past.objection(variant) is None
+    return alone and latest(variant, 1) == 0 and knows_no_tokens(variant)
+
+
+def knows_no_tokens(variant: Variant) -> bool:
+    """Whether a variant reads nothing that stands in a table token by token."""
+    return not any(node.mentions(e.q, e.k) for node in reads(variant))
+
+
+def states(variant: Variant, heads: int) -> tuple[Leaf, ...]:
+    """The linear parts of a variant: each has a state of its own."""
+    return tuple((members, leaf) for members, leaf in leaves(variant, heads) if linear(continued(leaf)))
+
+
+def divided(past: tuple[Tensor, ...], variants: Sequence[Variant]) -> list[tuple[Tensor, ...]]:
+    """The states of a call as those of its groups, or of its branches."""
+    counts = [len(states(variant, 1)) if past else 0 for variant in variants]
+    return [past[sum(counts[:n]) : sum(counts[: n + 1])] for n in range(len(counts))]
+
+
+def joined(operands: Operands, variant: Variant, past: Sequence[Tensor], shown: Expr = e.true) -> tuple[Tensor, ...]:
+    """The states after those tokens of a call that are `shown`, behind what `past` stands for; none: no tokens were before."""
+    parts = states(variant, operands.heads)
+    before = tuple(past) or (None,) * len(parts)
+    return tuple(
+        remembered(
+            operands if len(members) == operands.heads else operands.take(members), replace(leaf, mask=leaf.mask & shown), state
+        )
+        for (members, leaf), state in zip(parts, before, strict=True)
+    )
+
+
+def unremembered(site: Site, variant: Variant) -> str | None:
+    """Why states and the latest tokens do not serve a variant at a site of which no more is left; None if they do."""
+    count, lacks = len(states(variant, site.heads)), objection(variant, site.heads)
+    needed = f"{count} states" if not lacks else "every token"
+    if not lacks and site.kept:
+        near = latest(variant, site.heads)
+        if count == site.recalls and near <= site.kept.latest:
+            return None
+        needed += f" and the latest {near} tokens"
+    return f"this model's cache holds {site.recalls} states and {site.kept}, and this needs {needed}: make both with one policy"
+
+
+def _latest(leaf: Variant, heads: int) -> int:
+    found = linear(leaf)
+    if found:
+        return max(0, (found.behind or 0) - 1)
+    kept = seen(leaf, heads)
+    assert kept is not None
+    return kept.latest
+
+
+def _first_tokens(first: int) -> str | None:
+    return f"its queries see the first {first} tokens for ever, and only the latest are held beside states" if first else None
