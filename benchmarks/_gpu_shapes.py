@@ -54,6 +54,11 @@ def near(window: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda i, j: (i >= j) & (i - j < window)
 
 
+def together(length: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Causal, in documents of one length."""
+    return lambda i, j: (i >= j) & (i // length == j // length)
+
+
 def within(window: int, length: int) -> float:
     """The share of pairs that a causal window shows."""
     return window / length * (1 - window / (2 * length))
@@ -62,6 +67,8 @@ def within(window: int, length: int) -> float:
 TWO = {"0:8": {"mask": "causal & window(256)"}, "8:16": {"mask": "causal & window(1024)"}}
 BOTH = (within(256, 16384) + within(1024, 16384)) / 2
 REACHES = {"reaches": (256.0,) * 8 + (1024.0,) * 8}
+DOCUMENTS = {"documents": tuple(n // 2048 for n in range(16384))}
+PADDING = {"tokens": (True,) * 8192 + (False,) * 8192}
 SHAPES = (
     Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
     Shape("window 1024", "causal & window(1024)", 16384, within(1024, 16384), sees=near(1024), window=1024, trains=True),
@@ -70,6 +77,8 @@ SHAPES = (
     Shape("decoding, window 1024 of 8192", "causal & window(1024)", 8192, 1024 / 8192, kv_heads=4, queries=1),
     Shape("neighborhood", {"geometry": [128, 128], "mask": "neighborhood([13, 13])"}, 16384, 169 / 16384, dim=64, grid=(13, 128)),
     Shape("every tenth block", "strided(128, 10)", 16384, 0.1),
+    Shape("documents of 2048", "causal & same(documents)", 16384, 1 / 16, tables=DOCUMENTS, sees=together(2048), trains=True),
+    Shape("half of it padding", "valid(tokens)", 16384, 0.5, tables=PADDING, sees=lambda i, j: (i >= 0) & (j < 8192)),
     Shape("windows by head, a table", "causal & span(reaches, 0)", 16384, BOTH, tables=REACHES, apart=TWO),
     Shape("windows by head, two kinds", {"mask": "causal", "heads": TWO}, 16384, BOTH, apart=TWO),
     Shape("dense causal, heads of 64", "causal", 16384, 0.5, dim=64, sees=near(1 << 30), window=0, trains=True),

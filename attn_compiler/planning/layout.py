@@ -27,8 +27,13 @@ def natural_order(variant: Variant, length: int, size: Sequence[int] = (), *, be
     return _tiled(length, size, before, tile)
 
 
-def arrangements(mask: Expr, q_len: int, k_len: int, tile: int) -> Iterator[tuple[Integers | None, Integers | None]]:
-    """Orders of queries and of keys in which a tile of queries may meet fewer keys; the first leaves both as they are."""
+def arrangements(
+    mask: Expr, q_len: int, k_len: int, tile: int, of_keys: int = 1
+) -> Iterator[tuple[Integers | None, Integers | None]]:
+    """Orders of queries and of keys in which a tile of queries may meet fewer keys; the first leaves both as they are.
+
+    `of_keys` is how many keys are met together: many ones had better be neighbors in a grid, too.
+    """
     yield None, None
     step = dilation(mask)
     if 1 < step < min(q_len, k_len):
@@ -36,6 +41,8 @@ def arrangements(mask: Expr, q_len: int, k_len: int, tile: int) -> Iterator[tupl
     grid = grid_of(mask, q_len)
     if grid:
         yield _tiled(q_len, grid[0], grid[1], tile), None
+        if of_keys > 1 and q_len == k_len:
+            yield _tiled(q_len, grid[0], grid[1], tile), _tiled(k_len, grid[0], grid[1], of_keys)
 
 
 def grid_of(mask: Expr, length: int) -> tuple[tuple[int, ...], int] | None:

@@ -34,6 +34,7 @@ _library.define(  # type: ignore[no-untyped-call]
 # What is kept of each query besides its output. A cached graph holds these words: another layout needs other ones.
 NOTHING, TOTAL, FOR_GRADIENTS, BOTH = "nothing", "log-sum-exp", "peak and mass", "log-sum-exp, peak and mass"
 _TOTALS = (TOTAL, BOTH)
+_LOOKING = ("cpp", "states")  # targets that look at tables to see who sees whom: kernels of others find out themselves
 CODES = "codes"  # in place of a target's name: k and v are rows of codes, as the storage of the cache says
 
 NOTHING_TOLD: Mapping[str, Tensor] = {}
@@ -102,7 +103,7 @@ class _Call:
 def _read(what: str) -> _Call:
     text, names, layer, layers, target = json.loads(what)
     variant = wire.read(text)
-    decisive = kernels.decisive(variant)
+    decisive = kernels.decisive(variant) if target in _LOOKING else frozenset()
     plain = target == CODES or not any(part.storage != PLAIN for part in variant.parts())
     few = plain and target in _DECODE and SEED not in names
     held = variant.storage.kv_cache if target == CODES else None

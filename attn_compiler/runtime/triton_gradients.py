@@ -15,6 +15,7 @@ from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.runtime.gradients import Given, empty_like_tokens
 from attn_compiler.runtime.kernels import Shape, spec_at
 from attn_compiler.runtime.triton_launch import call, load, on_device, operand, sizes, table
+from attn_compiler.runtime.triton_visits import Visits, visits_of
 from attn_compiler.runtime.tuning import chosen, example
 from attn_compiler.runtime.visits import visited
 from attn_compiler.targets.operands import head_groups
@@ -30,7 +31,7 @@ class Launch:
 
     kernel: Any
     blocks: Blocks
-    visits: tuple[Tensor, ...]
+    visits: Visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Pair:
     empty_rows: EmptyRows
     by_query: Launch
     by_key: Launch
-    owners: int  # key heads
+    owners: tuple[Tensor, ...]  # key heads, and where the members of each start
     numbers: tuple[int, ...]  # the places of its tables among those of the call
     wanted: tuple[int, ...]  # of those that want gradients
 
@@ -77,15 +78,16 @@ def _cut(shape: Shape, group: int, wanted: Wanted, device: torch.device, cuts: t
     numbers = tuple(shape.names.index(name) for name, _ in spec.tables)
     chosen_ones = tuple(n for n in numbers if wanted[n])
     names = tuple(shape.names[n] for n in chosen_ones)
-    rows, of_queries = visited(shape, members, variant, spec, (first.queries, first.keys))
-    columns, of_keys = visited(shape, members, variant, spec, (second.keys, second.queries), by_key=True)
+    rows = visited(shape, members, variant, spec, (first.queries, first.keys))
+    columns = visited(shape, members, variant, spec, (second.keys, second.queries), by_key=True)
     owners, starts = np.unique(np.array(members) // (shape.heads // shape.kv_heads), return_index=True)
-    shared = (*of_keys.values(), owners, np.append(starts, len(members)))
+    of_owners = on_device((owners, np.append(starts, len(members))), device)
+    of_queries, of_keys = visits_of(spec, rows, first, device), visits_of(spec, columns, second, device, by_key=True)
     launches = (
-        Launch(load(by_query(spec, rows, names)).backward, first, on_device(of_queries.values(), device)),
-        Launch(load(by_key(spec, columns, names)).backward, second, on_device(shared, device)),
+        Launch(load(by_query(spec, rows.iteration, names)).backward, first, of_queries),
+        Launch(load(by_key(spec, columns.iteration, names)).backward, second, of_keys),
     )
-    return Pair(members, variant.empty_rows, *launches, len(owners), numbers, chosen_ones)
+    return Pair(members, variant.empty_rows, *launches, of_owners, numbers, chosen_ones)
 
 
 def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
@@ -110,24 +112,27 @@ def _run_by_query(pair: Pair, shape: Shape, given: Given, results: Results) -> N
     one = pair.by_query
     grid = -(-shape.q_len // one.blocks.queries), len(pair.members), shape.batch
     operands = map(operand, (given.q, given.k, given.v, given.out, given.above, results.of_q))
-    arguments = (*operands, given.of_totals, given.kept, results.numbers, one.visits, *_rest(pair, shape, given, results))
+    read, rest = _rest(pair, shape, given, results)
+    visits = one.visits.of_call(given.q, read, sizes(shape))
+    arguments = (*operands, given.of_totals, given.kept, results.numbers, visits, read, *rest)
     call(given.q, one.kernel, grid, arguments, one.blocks.options())
 
 
 def _run_by_key(pair: Pair, shape: Shape, given: Given, results: Results) -> None:
     one = pair.by_key
-    grid = -(-shape.k_len // one.blocks.keys), pair.owners, shape.batch
+    grid = -(-shape.k_len // one.blocks.keys), len(pair.owners[0]), shape.batch
     operands = map(operand, (given.q, given.k, given.v, given.above, results.of_k, results.of_v))
-    visits = (*one.visits, results.numbers[3].amax(-1))  # whether some query of a head saw no key, where that matters
-    call(
-        given.q, one.kernel, grid, (*operands, results.numbers, visits, *_rest(pair, shape, given, results)), one.blocks.options()
-    )
+    read, rest = _rest(pair, shape, given, results)
+    unseeing = results.numbers[3].amax(-1)  # whether some query of a head saw no key, where that matters
+    visits = (*one.visits.of_call(given.q, read, sizes(shape)), *pair.owners, unseeing)
+    call(given.q, one.kernel, grid, (*operands, results.numbers, visits, read, *rest), one.blocks.options())
 
 
-def _rest(pair: Pair, shape: Shape, given: Given, results: Results) -> tuple[object, ...]:
+def _rest(pair: Pair, shape: Shape, given: Given, results: Results) -> tuple[object, tuple[object, ...]]:
+    """The tables that are read; those that are added to, and the sizes."""
     read = tuple(table(given.tables[n]) for n in pair.numbers)
     added = tuple(table(x) for x in (results.sums[n] for n in pair.wanted) if x is not None)
-    return read, added, *sizes(shape)
+    return read, (added, *sizes(shape))
 
 
 def _attempt(
@@ -147,7 +152,7 @@ def _attempt(
 def _means(pair: Pair, shape: Shape, given: Given) -> Tensor:
     """What queries that see no key add to every row of v."""
     unseeing = given.kept[0] == float("-inf")
-    members = pair.by_query.visits[0]  # on the device already: a list of numbers would have the host wait
+    members = pair.by_query.visits.arrays["members"]  # on the device already: a list of numbers would have the host wait
     mine = torch.zeros(shape.heads, dtype=torch.bool, device=unseeing.device).index_fill_(0, members.long(), True)
     above = torch.where((unseeing & mine[:, None])[..., None], given.above.float(), 0.0).sum(2, keepdim=True)
     return above.reshape(shape.batch, shape.kv_heads, -1, 1, shape.value_dim).sum(2) / shape.k_len

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.planning.runs import Integers
 from attn_compiler.runtime.kernels import Shape, spec_at
-from attn_compiler.runtime.triton_launch import call, can_be_described, load, on_device, operand, sizes, table
+from attn_compiler.runtime.triton_launch import call, can_be_described, load, operand, sizes, table
+from attn_compiler.runtime.triton_visits import Visits, visits_of
 from attn_compiler.runtime.tuning import chosen, example
-from attn_compiler.runtime.visits import visited
+from attn_compiler.runtime.visits import Visited, visited
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks
@@ -23,29 +23,30 @@ from attn_compiler.targets.triton.source import source
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """The kernel of some of the heads, and the arrays that say what it visits."""
+    """The kernel of some of the heads, and what it visits."""
 
     members: tuple[int, ...]
     spec: Spec
     text: str
-    visits: Mapping[str, Integers]
+    visited: Visited
 
 
 def kernel(shape: Shape, group: int, blocks: Blocks) -> Kernel:
     """The kernel of one of a call's groups of heads."""
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
-    iteration, visits = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
-    return Kernel(members, spec, source(spec, replace(iteration, specialized=blocks.specialized)), visits)
+    found = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
+    return Kernel(members, spec, source(spec, replace(found.iteration, specialized=blocks.specialized)), found)
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A kernel, loaded, with what it visits on the device."""
 
+    members: tuple[int, ...]
     kernel: Any
     blocks: Blocks
-    visits: tuple[Tensor, ...]
+    visits: Visits
     numbers: tuple[int, ...]  # the places of its tables among those of the call
 
 
@@ -64,7 +65,7 @@ def launches(shape: Shape, device: torch.device, describable: bool) -> tuple[Lau
 def _launch(shape: Shape, group: int, blocks: Blocks, device: torch.device) -> Launch:
     one = kernel(shape, group, blocks)
     numbers = tuple(shape.names.index(name) for name, _ in one.spec.tables)
-    return Launch(load(one.text).forward, blocks, on_device(one.visits.values(), device), numbers)
+    return Launch(one.members, load(one.text).forward, blocks, visits_of(one.spec, one.visited, blocks, device), numbers)
 
 
 def _attempt(shape: Shape, group: int, device: torch.device, blocks: Blocks) -> Callable[[], None]:
@@ -95,7 +96,8 @@ def run(
 def _start(
     one: Launch, shape: Shape, operands: Sequence[Tensor], kept: tuple[Tensor | None, Tensor | None], tables: Sequence[Tensor]
 ) -> None:
-    grid = -(-shape.q_len // one.blocks.queries), len(one.visits[0]), shape.batch
+    grid = -(-shape.q_len // one.blocks.queries), len(one.members), shape.batch
     read = tuple(table(tables[n]) for n in one.numbers)
-    arguments = (*map(operand, operands), *kept, one.visits, read, *sizes(shape))
+    visits = one.visits.of_call(operands[0], read, sizes(shape))
+    arguments = (*map(operand, operands), *kept, visits, read, *sizes(shape))
     call(operands[0], one.kernel, grid, arguments, one.blocks.options())

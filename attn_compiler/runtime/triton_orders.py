@@ -28,7 +28,7 @@ def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
         return True
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
-    return can_specialize(spec, visited(shape, members, variant, spec, (blocks.queries, blocks.keys))[0])
+    return can_specialize(spec, visited(shape, members, variant, spec, (blocks.queries, blocks.keys)).iteration)
 
 
 def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
@@ -38,8 +38,8 @@ def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
     if kind == "decode":
         return decoding(spec, reach_of(variant.mask, k_counted=shape.k_counted))
     if kind == "backward_kv":
-        return by_key(spec, visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True)[0], ())
-    iteration, _ = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
+        return by_key(spec, visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True).iteration, ())
+    iteration = visited(shape, members, variant, spec, (blocks.queries, blocks.keys)).iteration
     if kind == "forward":
         return source(spec, replace(iteration, specialized=blocks.specialized))
     return by_query(spec, iteration, ())

@@ -14,7 +14,8 @@ from attn_compiler.runtime.triton_launch import sizes
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
-from attn_compiler.targets.triton.launch import program, program_for_few
+from attn_compiler.targets.triton.clip import TILES, clipping
+from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
 
@@ -28,10 +29,17 @@ def programs(shape: Shape) -> Programs:
 def _for_many(shape: Shape) -> Programs:
     blocks = _likeliest("forward", shape)
     found = (triton_kernels.kernel(shape, group, blocks) for group in range(len(head_groups(shape.variant, shape.heads))))
-    return tuple(
-        (one.members, program(one.text, one.spec, _constants(shape, blocks, MEMBERS=len(one.members)), one.visits))
-        for one in found
-    )
+    return tuple((one.members, _alone(one, shape, blocks)) for one in found)
+
+
+def _alone(one: triton_kernels.Kernel, shape: Shape, blocks: Blocks) -> str:
+    visited, own = one.visited, {"MEMBERS": len(one.members)}
+    if visited.tasks is None:
+        return program(one.text, one.spec, _constants(shape, blocks, **own), visited.arrays)
+    arrays = {**visited.arrays, **dict(zip(("heads_of", "rows_of", "schedules"), visited.tasks, strict=True))}
+    own |= {"TILES": TILES, "ORDERED": visited.iteration.ordered}
+    kernels = one.text, clipping(one.spec, visited.shown)
+    return program_clipped(kernels, one.spec, _constants(shape, blocks, **own), arrays)
 
 
 def _for_few(shape: Shape) -> Programs:

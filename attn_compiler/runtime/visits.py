@@ -15,7 +15,9 @@ from attn_compiler.planning.layout import arrangements
 from attn_compiler.planning.runs import Integers, Runs, Segments, sweep
 from attn_compiler.planning.schedule import visits
 from attn_compiler.runtime.kernels import Shape, masks_of
+from attn_compiler.runtime.spans import filled, spans
 from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.triton.clip import divided
 from attn_compiler.targets.triton.source import Iteration
 
 MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more stand in a list
@@ -27,12 +29,23 @@ class Met:
 
     row_order: Integers | None
     column_order: Integers | None
+    lengths: tuple[int, int]
     schedule_of: NDArray[np.int32]
     runs: tuple[Runs, ...]
 
     @property
     def tiles(self) -> int:
         return sum(one.count() for one in self.runs)
+
+    @property
+    def orders(self) -> tuple[Integers, Integers] | None:
+        """Those of rows and of columns, where one of them is not that of tokens as they come."""
+        if self.row_order is None and self.column_order is None:
+            return None
+        rows, columns = self.row_order, self.column_order
+        rows = np.arange(self.lengths[0]) if rows is None else rows
+        columns = np.arange(self.lengths[1]) if columns is None else columns
+        return rows, columns
 
 
 def met(
@@ -52,25 +65,72 @@ def met(
     order = list(dict.fromkeys(masks))
     schedule_of = np.array([order.index(one) for one in masks], np.int32)
     best = None
-    for row_order, column_order in arrangements(in_positions, down, along, tile[0]):
+    for row_order, column_order in arrangements(in_positions, down, along, *tile):
         runs = (visits(one, down, along, tile, e.i, row_order, column_order, tables) for one in order)
         whole = tuple(_whole(one, along // tile[1]) for one in runs)
-        found = Met(row_order, column_order, schedule_of, whole)
+        found = Met(row_order, column_order, (down, along), schedule_of, whole)
         best = found if best is None or found.tiles < best.tiles else best
     assert best is not None
     return best
 
 
+# Schedules, each in a row of the batch and for a head: the heads, the rows, the schedules.
+Tasks = tuple[Integers, Integers, Integers]
+
+
+@dataclass(frozen=True, eq=False)
+class Visited:
+    """How a kernel goes over what its tiles of queries meet, or its tiles of keys, and the arrays that say so.
+
+    Where a part of the mask is `shown` by tables only, "met" are the spans of each tile of each schedule, [tiles, spans, 4],
+    of which another kernel makes stretches for every task.
+    """
+
+    iteration: Iteration
+    arrays: Mapping[str, Integers]
+    shown: Expr = e.true
+    tasks: Tasks | None = None
+
+
 def visited(
     shape: Shape, members: Sequence[int], variant: Variant, spec: Spec, tile: tuple[int, int], *, by_key: bool = False
-) -> tuple[Iteration, Mapping[str, Integers]]:
-    """How a kernel goes over what its tiles of queries meet, or its tiles of keys, and the arrays that say so."""
+) -> Visited:
+    """What the tiles of one launch meet."""
+    unknown = {name for name, contents in zip(shape.names, shape.contents, strict=True) if contents is None}
+    known, shown = divided(spec.variant.mask, unknown)
+    if shown != e.true:
+        found = met(shape, members, variant.mask, known, tile, by_key=by_key)
+        parts = [spans(one) for one in found.runs]
+        most = max(part.shape[1] for part in parts)
+        if 2 * most <= MOST_STRETCHES:
+            of_head, tasks = _tasks(found.schedule_of, members, shown)
+            own = {"met": np.concatenate([filled(part, most) for part in parts]), "listed": np.zeros(1, np.int64)}
+            arrays = _arrays(found, members, of_head, own, by_key=by_key)
+            return Visited(Iteration(2 * most, found.orders is not None), arrays, shown, tasks)
     found = met(shape, members, variant.mask, spec.variant.mask, tile, by_key=by_key)
     steps = walk(found)
-    orders = [np.zeros(1, np.int64) if x is None else x for x in (found.row_order, found.column_order)]
-    arrays = (np.array(members), found.schedule_of, steps.numbers, steps.listed, *orders)
-    names = ("members", "schedule_of", "met", "listed", *(("k_order", "q_order") if by_key else ("q_order", "k_order")))
-    return Iteration(steps.stretches, found.row_order is not None), dict(zip(names, arrays, strict=True))
+    own = {"met": steps.numbers, "listed": steps.listed}
+    arrays = _arrays(found, members, found.schedule_of, own, by_key=by_key)
+    return Visited(Iteration(steps.stretches, found.orders is not None), arrays)
+
+
+def _arrays(
+    found: Met, members: Sequence[int], schedule_of: NDArray[np.int32], own: Mapping[str, Integers], *, by_key: bool
+) -> Mapping[str, Integers]:
+    """In the order in which kernels take them."""
+    orders = found.orders or (np.zeros(1, np.int64),) * 2
+    of_orders = dict(zip(("k_order", "q_order") if by_key else ("q_order", "k_order"), orders, strict=True))
+    return {"members": np.array(members), "schedule_of": schedule_of, **own, **of_orders}
+
+
+def _tasks(schedule_of: NDArray[np.int32], members: Sequence[int], shown: Expr) -> tuple[NDArray[np.int32], Tasks]:
+    """Which task each head follows, row by row of the batch, and the head, the row and the schedule of each task."""
+    heads = np.tile(np.array(members), len(schedule_of) // len(members))
+    rows = np.arange(len(schedule_of)) // len(members)
+    by_head, by_row = shown.mentions(e.h, e.kv), shown.mentions(e.b)
+    asked = np.stack([heads if by_head else heads * 0 + members[0], rows * by_row, schedule_of], axis=1)
+    tasks, of_head = np.unique(asked, axis=0, return_inverse=True)
+    return of_head.reshape(-1).astype(np.int32), (tasks[:, 0], tasks[:, 1], tasks[:, 2])
 
 
 def _whole(runs: Runs, complete: int) -> Runs:

@@ -18,6 +18,35 @@ def task(visits, group, VISIT: tl.constexpr):
 
 
 @triton.jit
+def tokens(tiles, length, order, BLOCK: tl.constexpr):
+    """The tokens of some tiles, side by side, from an order if there is one; beyond the last one it is taken again."""
+    token = tl.minimum(tiles * BLOCK + tl.arange(0, BLOCK)[None, :], length - 1)
+    if order is not None:
+        token = tl.load(order + token)
+    return token
+
+
+@triton.jit
+def extremes(x):
+    """The least and the largest number of each row."""
+    return tl.min(x, 1, keep_dims=True), tl.max(x, 1, keep_dims=True)
+
+
+@triton.jit
+def ends(holds, tile, first, last):
+    """Where the tiles for which something holds start and stop, and those that were found before."""
+    start, stop = tl.where(holds, tile, 0x7FFFFFFF), tl.where(holds, tile + 1, 0)
+    return tl.minimum(first, tl.min(tl.min(start, 1), 0)), tl.maximum(last, tl.max(tl.max(stop, 1), 0))
+
+
+@triton.jit
+def put(place, numbers):
+    """Write numbers one after the other."""
+    for n in tl.static_range(len(numbers)):
+        tl.store(place + n, numbers[n])
+
+
+@triton.jit
 def read(table, at):
     """What stands in a table; an index outside is moved to the border."""
     pointer, sizes, strides = table

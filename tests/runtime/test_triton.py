@@ -12,8 +12,10 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import triton_gradients, triton_kernels
 from attn_compiler.runtime.attend import Target, attend
+from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.reading import read_variant
 from attn_compiler.runtime.triton_launch import can_be_described
+from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import Case, assert_case, random_case
 from attn_compiler.testing.budget import assert_within_budget
 
@@ -66,6 +68,18 @@ def test_masks_are_within_budget(mask: str) -> None:
         mask, Variant(), heads=1, kv_heads=1, q_len=149, k_len=149, head_dim=16, values=None, layer=0, layers=1
     )
     assert_case(Case(meaning, q, k, v, {}), torch.float32, "triton")
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_neighborhood_is_visited_in_squares() -> None:
+    """Of a grid both queries and keys stand in the order of squares, so that few tiles hold those around a square."""
+    variant, grid = {"geometry": [8, 32], "mask": "neighborhood([3, 3])"}, 8 * 32
+    shape = shape_of(variant, q_len=grid, k_len=grid, heads=1, head_dim=16, target="triton")
+    found = triton_kernels.kernel(shape, 0, Blocks(16, 16)).visited
+    assert all(sorted(found.arrays[order]) == list(range(grid)) for order in ("q_order", "k_order"))
+    assert int((found.arrays["met"][..., 1] - found.arrays["met"][..., 0]).sum()) == 88  # of 256, and 96 in order of rows
+    q, k, v = (randn(1, 1, grid, 16) for _ in "qkv")
+    assert_case(Case(shape.variant, q, k, v, {}), torch.float32, "triton")
 
 
 SPECIALIZED: Mapping[str, tuple[object, int]] = {

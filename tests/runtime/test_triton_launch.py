@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_compiler as attn
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels
+from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels, triton_visits
 from attn_compiler.runtime.gradients import Given
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.kernels import Shape
@@ -37,7 +37,7 @@ class Seen(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _kernels_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel does is no part of the way to it."""
-    for module in (triton_kernels, triton_gradients, triton_decode):
+    for module in (triton_kernels, triton_gradients, triton_decode, triton_visits):
         monkeypatch.setattr(module, "call", lambda *_: None)
 
 
@@ -90,7 +90,7 @@ def test_what_would_wait_is_seen(wait: Callable[[Tensor], object]) -> None:
 
 def test_only_the_first_call_of_a_shape_puts_tables_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[object] = []
-    for module in (triton_kernels, triton_gradients, triton_decode):
+    for module in (triton_visits, triton_gradients, triton_decode):
         put = module.on_device
         monkeypatch.setattr(module, "on_device", lambda *given, put=put: copied.append(given) or put(*given))
     triton_decode._on.cache_clear()  # groups of heads are those of many shapes

@@ -19,10 +19,28 @@ _FORWARD = (
     "    *operands, totals, None, visits(q.device), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES",
     ")",
 )
+_CLIPPED = (
+    "*given, heads_of, rows_of, schedules = visits(q.device)",
+    "orders = given[4:] if ORDERED else (None, None)",
+    "spans, tiles, tasks = given[2], triton.cdiv(Q_LEN, BLOCK_Q), len(heads_of)",
+    "given[2] = spans.new_empty((tasks, tiles, 2 * spans.shape[1]))",
+    "of_tasks = (heads_of, rows_of, schedules)",
+    "clip[tiles, tasks](spans, given[2], of_tasks, orders, read, *SIZES, BLOCK_Q, BLOCK_K, spans.shape[1] // 4, TILES)",
+    "forward[tiles, MEMBERS, len(q)](",
+    "    *operands, totals, None, tuple(given), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES",
+    ")",
+)
 _STRETCHES = (
     '"""The heads, the schedule that each follows, and of each tile of queries the tiles of keys that it meets.',
     "",
     "These are stretches of neighbors, each from a start to a stop: those with hidden pairs, then those without.",
+    '"""',
+)
+_SPANS = (
+    '"""The heads, the task that each follows, and of each tile of queries what it visits whatever tables say.',
+    "",
+    "These are spans of neighbors: where they start, where those start and stop that need no mask besides the tables, the end.",
+    "The last three arrays are tasks: schedules, each in a row of the batch and for a head.",
     '"""',
 )
 _GROUPS = ('"""The heads, the first of each group of them that shares its keys, and whose keys these are."""',)
@@ -31,6 +49,11 @@ _GROUPS = ('"""The heads, the first of each group of them that shares its keys, 
 def program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
     """A kernel and what launches it. `visits` are its arrays, in the order in which it takes them."""
     return _program(kernel, spec, constants, visits, {"launches": _FORWARD, "meaning": _STRETCHES})
+
+
+def program_clipped(kernels: Sequence[str], spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
+    """A kernel, the one that cuts what it visits to what tables show, and what launches them."""
+    return _program(joined(*kernels), spec, constants, visits, {"launches": _CLIPPED, "meaning": _SPANS})
 
 
 def program_for_few(kernels: Sequence[str], spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:

@@ -188,7 +188,7 @@ def constants(*values: object) -> str:
 
 def walk(stretches: int, every: Sequence[str] = ()) -> Holes:
     """How many tiles are met in one phase, and which; `every` are the statements before the third one, which meets all."""
-    ends = [f"start_{n}, stop_{n} = tl.load(met + {2 * n}), tl.load(met + {2 * n + 1})" for n in range(stretches)]
+    ends = [_loaded(range(n, min(n + 2, stretches))) for n in range(0, stretches, 2)]
     steps = " + ".join(f"stop_{n} - start_{n}" for n in range(stretches))
     ends += [f"steps = {steps}"] if stretches else ["begin, steps = tl.load(met), tl.load(met + 1)"]
     ends += [f"met += {2 * max(1, stretches)}"]
@@ -200,6 +200,12 @@ def walk(stretches: int, every: Sequence[str] = ()) -> Holes:
         "steps": either("phase == 2", every, ends),
         "other tile": ["other = step", "if phase < 2:", *(f"    {line}" for line in tile)],
     }
+
+
+def _loaded(stretches: Sequence[int]) -> str:
+    """The statement that reads where some stretches start and stop."""
+    names = (f"start_{n}, stop_{n}" for n in stretches)
+    return f"{', '.join(names)} = {', '.join(f'tl.load(met + {2 * n}), tl.load(met + {2 * n + 1})' for n in stretches)}"
 
 
 def _identifier(name: str, taken: set[str]) -> str:
