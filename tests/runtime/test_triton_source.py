@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import attn_compiler as attn
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.cli import app
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.triton_launch import load
@@ -80,6 +83,13 @@ def test_a_generated_kernel_is_as_short_as_any_function(name: str, kind: Kind) -
     shape = shape_of(VARIANTS[name], q_len=q_len, k_len=4096, heads=8, head_dim=64, target="triton")
     tree = ast.parse(order(shape, kind, Blocks(), "sm_90").text)
     assert max((f.end_lineno or 0) - f.lineno + 1 for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)) <= LONGEST
+
+
+def test_what_never_holds_is_no_number() -> None:
+    shape = shape_of("causal", q_len=64, k_len=64, heads=1, head_dim=16, target="triton")
+    text = order(replace(shape, variant=Variant(mask=(e.k <= e.q) & ~e.true)), "forward", Blocks(), "sm_90").text
+    assert "& False" in text
+    assert "~True" not in text
 
 
 def test_heads_that_differ_have_kernels_of_their_own() -> None:

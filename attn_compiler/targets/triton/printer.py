@@ -182,6 +182,8 @@ class _Body:
             return self.printer.leaves[node][0]
         if node.op == "table":
             return self._read(node, here)
+        if node.op == "not" and node.args[0].is_const:
+            return str(not node.args[0].value)  # Python's `~True` is a number
         if node.op in self.printer.dialect["operators"]:
             operands = (self._operand(a, node, here, right=at > 0) for at, a in enumerate(node.args))
             return str(self.printer.dialect["operators"][node.op]).format(*operands)
