@@ -10,6 +10,7 @@ from functools import lru_cache
 from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, seen, sqrt, true, values
 from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.storage import PLAIN, Storage
 
 
@@ -96,6 +97,8 @@ class Variant:
     storage: Storage = PLAIN
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
     output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
+    unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
+    made: tuple[Made, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, those of the groups, and the branches of each."""
@@ -125,6 +128,7 @@ class Variant:
             feature=self.feature.map(change),
             delta=None if self.delta is None else change(self.delta),
             output=tuple(map(change, self.output)),
+            made=tuple(one.map(change) for one in self.made),
             mix=None if self.mix is None else self.mix.map(change),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),
         )
@@ -155,7 +159,7 @@ class Mix:
 
 
 # Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
-EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None, "output": ()}
+EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None, "output": (), "unrotated": ()}
 
 
 def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
@@ -178,6 +182,14 @@ def without_total(variant: Variant) -> str | None:
 
 @lru_cache(maxsize=1024)
 def reads(variant: Variant) -> tuple[Expr, ...]:
-    """All that a variant and its groups read of run-time tables."""
-    nodes = (node for expression in variant.expressions() for node in expression.walk())
-    return tuple(dict.fromkeys(node for node in nodes if node.op == "table"))
+    """All that a variant and its groups read of run-time tables that they do not make."""
+    made = [one for part in variant.parts() for one in part.made]
+    names, expressions = {one.name for one in made}, (*variant.expressions(), *(e for one in made for e in one.expressions()))
+    nodes = (node for expression in expressions for node in expression.walk())
+    return tuple(dict.fromkeys(node for node in nodes if node.op == "table" and node.value not in names))
+
+
+def with_tables_given(variant: Variant) -> Variant:
+    """The same variant where the tables that it makes are given to it."""
+    mix = variant.mix and replace(variant.mix, branches=tuple((n, with_tables_given(x)) for n, x in variant.mix.branches))
+    return replace(variant, made=(), mix=mix, groups=tuple((heads, with_tables_given(x)) for heads, x in variant.groups))

@@ -14,7 +14,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 6
+_VERSION = 7
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -22,7 +22,7 @@ Node = Callable[[int], Expr]
 
 @lru_cache(maxsize=1024)
 def write(variant: Variant) -> str:
-    """The variant as one line of JSON. The recipes of derived tables are not part of it."""
+    """The variant as one line of JSON. The recipes of derived tables, and of made ones, are not part of it."""
     nodes: dict[Expr, int] = {}
 
     def number(root: Expr) -> int:
@@ -62,6 +62,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "storage": variant.storage.words(),
         "delta": None if variant.delta is None else number(variant.delta),
         "output": [number(step) for step in variant.output],
+        "unrotated": list(variant.unrotated),
     }
 
 
@@ -90,6 +91,7 @@ def _variant(written: Written, node: Node) -> Variant:
         storage=Storage.of(written["storage"]),
         delta=None if written["delta"] is None else node(written["delta"]),
         output=tuple(map(node, written["output"])),
+        unrotated=tuple(written["unrotated"]),
     )
 
 

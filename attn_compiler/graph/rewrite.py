@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, fx
 from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k, k_len, q_len
 from attn_compiler.algebra.simplify import simplify
-from attn_compiler.algebra.variant import DerivedTable, Variant
+from attn_compiler.algebra.variant import DerivedTable, Variant, with_tables_given
 from attn_compiler.graph.axes import rearranges
 from attn_compiler.graph.calls import Argument, is_tensor, shape
 from attn_compiler.graph.capture import drop_dead_code
@@ -25,6 +25,7 @@ from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.runtime.targets import Target
+from attn_compiler.targets.made import with_made
 from attn_compiler.targets.operands import Operands, Positions
 from attn_compiler.targets.rows import Codes, without_cache
 
@@ -60,9 +61,21 @@ def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[...
     past = recalled(found) or held
     k, v = (held.k, held.v) if held else (found.k.node, found.v.node)
     behind = (*(past.nodes if past else ()), *(_codes(replacement) or ()))
-    inputs = [found.q.node, k, v, *behind, *tables.values()]
+    asked = _asked(replacement)
+    inputs = [found.q.node, k, v, *behind, *asked.values(), *tables.values()]
     inputs += _sizes(graph, found, inputs)
-    return _computation(replacement, list(tables), past), inputs
+    return _computation(replacement, list(asked), list(tables), past), inputs
+
+
+def _asked(replacement: Replacement) -> dict[str, fx.Node]:
+    """What the new variant works on besides q, k and v."""
+    described, parts = replacement.described, replacement.variant.parts()
+    asked: dict[str, fx.Node] = {}
+    if any(part.unrotated for part in parts) and described.unrotated:
+        asked |= {name: one.node for name, one in zip(("q", "k"), described.unrotated, strict=True)}
+    if any(part.made for part in parts) and described.block is not None:
+        asked["x"] = described.block
+    return asked
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
@@ -141,7 +154,9 @@ def _codes(replacement: Replacement) -> tuple[fx.Node, fx.Node] | None:
     return described.codes if kept and laid_out and ends else None
 
 
-def _computation(replacement: Replacement, names: Sequence[str], past: Recalled | Placed | None) -> Callable[..., Tensor]:
+def _computation(
+    replacement: Replacement, asked: Sequence[str], names: Sequence[str], past: Recalled | Placed | None
+) -> Callable[..., Tensor]:
     described, variant = replacement.described, replacement.variant
     found, site = described.found, described.site
     wanted = (found.batch, found.heads, found.queries, found.depth)
@@ -159,6 +174,12 @@ def _computation(replacement: Replacement, names: Sequence[str], past: Recalled 
             axes = (found.k.axes, groups_k), (found.v.axes, groups_v)
             of_k, of_v = (Codes(arranged(x, *of), held, k.dtype) for x, of in zip(values[:2], axes, strict=True))
             codes, values = (of_k, of_v), values[2:]
+        besides, values = dict(zip(asked, values, strict=False)), values[len(asked) :]
+        earlier = None
+        if "q" in besides and described.unrotated:
+            axes_q, axes_k = (one.axes for one in described.unrotated)
+            groups = kv_groups(axes_k, found.batch, found.kv_heads, found.keys, found.depth)
+            earlier = arranged(besides["q"], axes_q, wanted), arranged(besides["k"], axes_k, groups)
         q = arranged(q, found.q.axes, wanted)
         k = arranged(k, found.k.axes, groups_k)
         v = arranged(v, found.v.axes, groups_v)
@@ -169,12 +190,16 @@ def _computation(replacement: Replacement, names: Sequence[str], past: Recalled 
         operands = Operands(
             q, k, v, tables, 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads, site.layer or 0, site.layers or 1,
             training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky, codes=codes,
+            unrotated=earlier,
         )  # fmt: skip
+        if "x" in besides:
+            operands = with_made(operands, variant, besides["x"])
         if described.first_key and described.first_key.name in variant.tables():
             count = past.count(operands, of_past) if past else operands.k_len
-            tables[described.first_key.name] = _first_key(operands, described.first_key, count)
+            first = _first_key(operands, described.first_key, count)
+            operands = replace(operands, tables={**operands.tables, described.first_key.name: first})
         standing = past.stand(operands, of_past) if past else replace(operands, q_positions=_positions(operands, site))
-        out, _ = replacement.target.attend(standing, variant)
+        out, _ = replacement.target.attend(standing, with_tables_given(variant))
         return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute

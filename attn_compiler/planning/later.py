@@ -11,9 +11,6 @@ from attn_compiler.planning.language import Scope, parse_call
 from attn_compiler.planning.words import Declared, Words
 from attn_compiler.planning.yaml_text import Entry
 
-OPERANDS = ("q", "k", "v", "gate")
-RECORDED = ("q", "k", "v", "q_unrotated", "k_unrotated", "x")
-
 
 @dataclass(frozen=True)
 class Later:
@@ -38,10 +35,6 @@ class Later:
     def emit(self, entry: Entry) -> object:
         return tuple(one_of(one, ("rows", "columns", "column_sums")) for one in each(entry))
 
-    def operands(self, entry: Entry) -> object:
-        given = mapping(entry, OPERANDS, "operand", "{q: q_unrotated, k: k_unrotated}")
-        return {name: one_of(inner, RECORDED) for name, inner in given.items()}
-
     def select(self, entry: Entry) -> object:
         known = ("size", "represent", "choose", "scope", "always")
         given = mapping(entry, known, "key of `select`", "{size: 64, represent: mean, choose: top(16)}")
@@ -63,7 +56,6 @@ class Later:
 SLOTS_LATER: Mapping[str, Callable[[Later, Entry], object]] = {
     "over": Later.over,
     "select": Later.select,
-    "operands": Later.operands,
     "context": lambda later, entry: later.calls(entry, "contexts"),
     "edit": lambda later, entry: later.calls(entry, "edits"),
     "emit": Later.emit,

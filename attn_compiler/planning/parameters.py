@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from attn_compiler.algebra.expr import Expr, Sort, const, h, kv, layer, score
 from attn_compiler.algebra.feature import component, feature, x
+from attn_compiler.algebra.made import channel
 from attn_compiler.algebra.notation import text
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant, reads
@@ -89,6 +90,7 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
     if not name.isidentifier():
         raise PolicyError(f'"{name}" cannot be a parameter of a model: its name is made of letters, digits and `_`')
     sizes = {layer: site.layers or 1, h: site.heads, kv: site.kv_heads, component: site.head_dim, feature: site.head_dim}
+    sizes[channel] = site.input_width
     strange = [text(place) for place in node.args if place not in sizes]
     if strange or node.sort is not Sort.REAL:
         raise PolicyError(

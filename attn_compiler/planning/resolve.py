@@ -12,6 +12,7 @@ from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Delta, EmptyRows, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
+from attn_compiler.planning.operand_names import with_operands
 from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
@@ -177,11 +178,19 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
     derived = tuple(dict.fromkeys(table for _, branch in branches for table in branch.derived))
     mask = simplify(either(*(branch.mask for _, branch in branches)))
     mixed = replace(base, mask=mask, mix=Mix(mix.how, tuple(branches), mix.weights), derived=derived)
-    return mixed if slots.output is None else replace(mixed, output=slots.output)
+    mixed = mixed if slots.output is None else replace(mixed, output=slots.output)
+    gates = {name: x for name, x in (slots.operands or {}).items() if name == "gate"}
+    return with_operands(mixed, gates, site) if gates else mixed
 
 
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     """The variant without groups and branches that slots make of another one."""
+    laid = _laid(slots, base, site, replace_mask)
+    return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)
+
+
+def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
+    """The same on q, k and v."""
     variant: Variant | Refusal = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
     assert isinstance(variant, Variant)
     misfit = _misfit(slots, site)

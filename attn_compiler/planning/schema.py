@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from attn_compiler.algebra.variant import EmptyRows
-from attn_compiler.planning.later import OPERANDS, RECORDED
 from attn_compiler.planning.mixes import HOW
+from attn_compiler.planning.operand_names import RECORDED
 from attn_compiler.planning.policy_file import FILE_KEYS, MATCH_KEYS, RULE_KEYS
 from attn_compiler.planning.site import Kind, Phase
 from attn_compiler.planning.slots import SLOTS
@@ -89,7 +89,7 @@ _SLOTS: Mapping[str, Schema] = {
     "mix": _closed(_MIX, _MIX, required=("how", "branches")),
     "over": _words(("tokens", "channels")),
     "select": _closed(_SELECT, _SELECT, required=("size",)),
-    "operands": _closed(OPERANDS, dict.fromkeys(OPERANDS, _words(RECORDED))),
+    "operands": _closed(tuple(RECORDED), {name: _words(known) for name, known in RECORDED.items()}),
     "storage": _closed(STORED, dict.fromkeys(STORED, _STORAGE)),
     "emit": _one_or_several(_words(("rows", "columns", "column_sums"))),
     **dict.fromkeys(("order", "scale", "score", "normalizer", "feature", "state"), EXPRESSION),

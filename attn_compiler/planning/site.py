@@ -86,6 +86,8 @@ class Site:
     k_hint: int
     device: str = "cpu"
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
+    input_width: int = 0  # how many numbers of each token q, k and v are projected from; 0 where nobody knows which these are
+    rotated: bool = False  # whether q and k are known as they are before a rotary embedding
     recalls: int = 0  # how many states of linear attentions stand for keys that are gone
     kept: Kept | None = None  # what its cache holds, which let go of the rest
     form: Form = "written out"  # how the model itself runs it

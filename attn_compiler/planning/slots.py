@@ -16,12 +16,14 @@ from attn_compiler.planning.geometry import Geometry
 from attn_compiler.planning.language import Scope, parse_call, parse_expression, parse_mask
 from attn_compiler.planning.later import SLOTS_LATER, Later
 from attn_compiler.planning.mixes import MixSlots, read_mix
+from attn_compiler.planning.operand_names import read_operands
 from attn_compiler.planning.storing import read_storage
 from attn_compiler.planning.words import Declared, PerToken, Seen, Words
 from attn_compiler.planning.yaml_text import Entry
 
 NOW = (
     "geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "feature", "state", "storage", "output",
+    "operands",
     "heads", "mix",
 )  # fmt: skip
 SLOTS = (*NOW, *SLOTS_LATER)
@@ -43,6 +45,7 @@ class Slots:
     order: PerToken | None = None
     storage: Storage | None = None
     output: tuple[Expr, ...] | None = None
+    operands: Mapping[str, str] | None = field(default=None, hash=False)
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
     later: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -129,6 +132,8 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
         slots = replace(slots, storage=read_storage(given["storage"], naming.words, scope))
     if "output" in given:
         slots = _with_outputs(slots, given["output"], naming.words, scope)
+    if "operands" in given:
+        slots = replace(slots, operands=read_operands(given["operands"]))
     later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
     if later.get("over") == "tokens":  # what every site does
         del later["over"]

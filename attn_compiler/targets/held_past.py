@@ -49,8 +49,9 @@ def is_state(variant: Variant) -> bool:
 
 
 def knows_no_tokens(variant: Variant) -> bool:
-    """Whether a variant reads nothing that stands in a table token by token."""
-    return not any(node.mentions(e.q, e.k) for node in reads(variant))
+    """Whether nothing that a variant needs of a token stands anywhere but in its key and value."""
+    parts = variant.parts()
+    return not any(part.made or part.unrotated for part in parts) and not any(node.mentions(e.q, e.k) for node in reads(variant))
 
 
 def states(variant: Variant, heads: int) -> tuple[Leaf, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +43,7 @@ class Operands:
     differentiated: bool = False  # whether gradients will be asked for
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
     past: tuple[Tensor, ...] = ()  # states that stand for the tokens before the first key, one for each linear part
+    unrotated: tuple[Tensor, Tensor] | None = None  # q and k before the rotary embedding
     codes: tuple[Codes, Codes] | None = None  # what k and v were decoded from, where a kernel may read that instead
 
     @property
@@ -80,8 +81,17 @@ class Operands:
             q_positions=_pick_rows(q_at, heads) if isinstance(q_at, Tensor) else q_at,
             k_positions=_pick_rows(k_at, heads) if isinstance(k_at, Tensor) else k_at,
             head_numbers=tuple(self.head_numbers[head] for head in heads),
+            unrotated=self.unrotated and (_pick(self.unrotated[0], heads), _pick(self.unrotated[1], kv)),
             codes=None,
         )
+
+    def before_rotation(self, which: Collection[str]) -> Operands:
+        """The same call on q and k as they are before the rotary embedding, those of the two that are named."""
+        if not which:
+            return self
+        assert self.unrotated is not None
+        q, k = self.unrotated
+        return replace(self, q=q if "q" in which else self.q, k=k if "k" in which else self.k)
 
     def arrays(self, real: torch.dtype) -> Arrays:
         """All that expressions may speak of, with axes [batch, heads, queries, keys]."""

@@ -34,7 +34,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "delta", "output")
+CARRIED = ("feature", "mix", "seen", "storage", "delta", "output", "unrotated")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -109,6 +109,7 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
 
 def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: Solve) -> tuple[Operands, Variant]:
     """Operands as they come back from their storage, then mapped, then corrected; a variant without such wishes."""
+    operands, variant = operands.before_rotation(variant.unrotated), replace(variant, unrotated=())
     return corrected(*featured(held(operands, variant.storage), variant, real), solve)
 
 

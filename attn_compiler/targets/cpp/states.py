@@ -10,8 +10,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra import feature as f
 from attn_compiler.algebra.expr import Expr, const
 from attn_compiler.algebra.feature import Block
-from attn_compiler.algebra.storage import PLAIN
-from attn_compiler.algebra.variant import Normalizer, Variant
+from attn_compiler.algebra.variant import Normalizer, Variant, passed_over
 from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level
 from attn_compiler.targets.cpp.source import assembled, printer_of
 from attn_compiler.targets.cpp.spec import Spec
@@ -30,9 +29,7 @@ _TOKENS = (e.i, e.q, e.k, PLACE)
 def serves(variant: Variant) -> Linear | None:
     """What makes a variant linear, if this kernel gives its output: the sums that it finds are all that is asked of it."""
     found = linear(variant)
-    if variant.delta is not None or variant.output:
-        return None
-    if found is None or variant.groups or variant.mix or variant.storage != PLAIN or variant.dropout or variant.normalizer.counts:
+    if found is None or variant.groups or variant.dropout or passed_over(variant, ("feature",)):
         return None
     factor = Spec(variant, 1, 1, "float32", ()).factor
     known = factor is not None and not factor.mentions(e.peak, *_TOKENS) and not variant.scale.mentions(*_TOKENS)
