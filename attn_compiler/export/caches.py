@@ -7,18 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from attn_compiler.export.called import EXPORTED, WITH_CACHE
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
 from attn_compiler.planning.kept import Kept
-from attn_compiler.targets.exported import Call
+from attn_compiler.targets.exported import SCALES, Call
+from attn_compiler.targets.rows import without_cache
 
 _MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")
 
 
-def fold(graph: fx.Graph, needs: Mapping[str, Kept]) -> dict[str, list[str]]:
+Scales = Mapping[str, Sequence[fx.Node]]  # of the caches that hold codes, by the names of their attentions
+
+
+def fold(graph: fx.Graph, needs: Mapping[str, Kept], scales: Scales) -> dict[str, list[str]]:
     """Let each attention that is named keep what it needs of its cache, if nobody else reads that; the inputs of those."""
     folded = {}
     for node in graph.find_nodes(op="call_function", target=EXPORTED):
@@ -27,15 +32,20 @@ def fold(graph: fx.Graph, needs: Mapping[str, Kept]) -> dict[str, list[str]]:
         need = needs.get(what.name)
         if need is not None and what.ends_together and None not in caches:
             own = [x for x in caches if x]
-            _fold(graph, node, own, replace(what, held=(need.first, need.latest)))
+            _fold(graph, node, own, replace(what, held=(need.first, need.latest)), scales.get(what.name, ()))
             folded[what.name] = [str(call(x)["tensors"][0]) for x in own]
     graph.eliminate_dead_code()
     return folded
 
 
-def _fold(graph: fx.Graph, node: fx.Node, caches: Sequence[fx.Node], what: Call) -> None:
+def _fold(graph: fx.Graph, node: fx.Node, caches: Sequence[fx.Node], what: Call, scales: Sequence[fx.Node]) -> None:
     q, _, _, *tables = call(node)["operands"]
     past, new = zip(*(call(x)["tensors"] for x in caches), strict=True)
+    if scales:
+        what = replace(what, variant=without_cache(what.variant), tables=(*what.tables, *SCALES), codes=True)
+        tables = [*tables, *scales]
+        for x in (*past, *caches):
+            x.meta["val"] = x.meta["val"].to(torch.int8)
     values = [node.meta["val"], *(x.meta["val"] for x in caches)]
     stand_in(graph, (node, *caches), WITH_CACHE, ([q, *new, *past, *tables], what.write()), values)
 

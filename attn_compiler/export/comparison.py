@@ -21,11 +21,11 @@ Run = Callable[[Inputs], Sequence[Tensor]]
 
 def compared(by: str, run: Run, inputs: Inputs, module: fx.GraphModule, names: Sequence[str] = ()) -> Checked:
     """Raise where what `run` finds is further from the exact results than their budget; `by` names who runs the file."""
-    exact, plain = _run(_Double(module), inputs), _run(_Plain(module), inputs)
+    exact, plain = _run(_Double(module), inputs), _run(Plain(module), inputs)
     actual = run(inputs)
     shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
     names = names or [f"result {place}" for place in range(len(exact))]
-    wrong = over_budget(actual, exact, lambda: _run(_Plain(module), inputs), names)
+    wrong = over_budget(actual, exact, lambda: _run(Plain(module), inputs), names)
     if wrong:
         raise ExportError(f"{by} computes something else than the rewritten model, for {shapes}: {'; '.join(wrong)}")
     return Checked(by, shapes, max(map(error_of, actual, plain), default=0.0), max(map(largest, plain), default=0.0))
@@ -37,7 +37,7 @@ def _run(interpreter: fx.Interpreter, inputs: Inputs) -> list[Tensor]:
     return [x for x in private.tree_leaves(found) if isinstance(x, Tensor)]
 
 
-class _Plain(fx.Interpreter):
+class Plain(fx.Interpreter):
     """The program in its own precision, operator by operator: in attentions, too."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -54,14 +54,14 @@ class _Plain(fx.Interpreter):
         return None
 
 
-class _Double(_Plain):
+class _Double(Plain):
     """The same, every real number in double precision."""
 
     def run_node(self, n: fx.Node) -> Any:
-        return private.tree_map(_doubled, _Plain.run_node(self, n))
+        return private.tree_map(_doubled, Plain.run_node(self, n))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return private.tree_map(_doubled, _Plain.fetch_args_kwargs_from_env(self, n))
+        return private.tree_map(_doubled, Plain.fetch_args_kwargs_from_env(self, n))
 
 
 def _doubled(x: Any) -> Any:

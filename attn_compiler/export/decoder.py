@@ -30,6 +30,8 @@ class Decoder:
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._wrap = onnxruntime.OrtValue.ortvalue_from_numpy
         self._past = {x.name: x for x in self._session.get_inputs() if x.name.startswith("past_key_values.")}
+        # onnxruntime's GroupQueryAttention, which reads codes, takes several tokens behind others for one row alone.
+        self._one_by_one = any(x.type == "tensor(int8)" for x in self._past.values())
         self._outputs = [x.name for x in self._session.get_outputs()]
         if not self._past or "logits" not in self._outputs:
             raise ExportError(f"{path} has no cache among its inputs: it was not written with `decode=True`")
@@ -43,6 +45,10 @@ class Decoder:
     def step(self, tokens: Tokens, before: int, past: Mapping[str, Any]) -> tuple[NDArray[Any], Mapping[str, Any]]:
         """Read more tokens of each row, behind that many: the logits of what follows, and the past for the next call."""
         rows, count = tokens.shape
+        if self._one_by_one and rows > 1 and before and count > 1:
+            for place in range(count - 1):
+                _, past = self.step(tokens[:, place : place + 1], before + place, past)
+            return self.step(tokens[:, -1:], before + count - 1, past)
         positions = np.ascontiguousarray(np.broadcast_to(np.arange(before, before + count), (rows, count)))
         given = {"input_ids": self._wrap(np.ascontiguousarray(tokens, np.int64)), "position_ids": self._wrap(positions)}
         results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, {**given, **past}), strict=True))
@@ -65,4 +71,4 @@ class Decoder:
         return text
 
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int8)": np.int8}

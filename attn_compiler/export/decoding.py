@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
@@ -14,12 +14,13 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
+from attn_compiler.export.coding import LARGEST, check_coded, seen, with_scales
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
 from attn_compiler.export.states import Remembering, remember
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
-from attn_compiler.planning.kept import Kept
+from attn_compiler.planning.kept import FAR, Kept
 from attn_compiler.planning.planner import agreed
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
@@ -36,36 +37,65 @@ Remembers = Callable[[Variant], bool]  # whether a state may take the place of a
 
 
 def decoding(
-    step: Stepwise, policy: Policy, given: Mapping[str, Tensor], hold: Hold = kept, remembering: Remembers = is_state
+    step: Stepwise,
+    policy: Policy,
+    given: Mapping[str, Tensor],
+    hold: Hold = kept,
+    remembering: Remembers = is_state,
+    *,
+    codes: bool = True,
 ) -> Prepared:
-    """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both."""
+    """Rewrite the model. One graph serves prompts and single tokens, so a policy has to want the same of both.
+
+    `codes`: whether caches may hold them, where a policy wants that.
+    """
     program = traced(step.module, step.args, {}, step.dynamic_shapes)
-    result = rewritten(program, policy, given, OnnxTarget, partial(_at_any_length, policy))
+    result = rewritten(program, policy, given, partial(OnnxTarget, decodes=codes), partial(_at_any_length, policy))
     decided = {name: one for name, one in zip(result.names, result.plan.decisions, strict=True) if one.target}
     linear = {name: one.variant for name, one in decided.items() if remembering(one.variant)}
     needs = {name: need for name, one in decided.items() if (need := hold(one.variant, one.site.heads)) is not None}
+    coded = seen(result.module, [name for name, one in decided.items() if one.variant.storage.kv_cache], step.example)
     before = results(program)
     private.drop_claims(program)
+    scales = with_scales(program, coded)
     remembered = remember(program.graph, linear)
-    folded = fold(program.graph, needs)
-    done = (*remembered, *folded)
+    folded = fold(program.graph, dict.fromkeys(coded, Kept(0, FAR)) | needs, scales)
     program.graph_module.recompile()
     renamed(program, before)
+    check_coded(coded, folded)
     called = dict(zip(program.graph_signature.user_inputs, step.inputs, strict=True))
-    held = {called[x]: needs[name] for name, inputs in folded.items() for x in inputs}
-    whole = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
-    remarks = tuple(f"{name} {why}, and holds every token: {_SHARED}" for name, why in whole.items() if name not in done)
-    plan = replace(result.plan, remarks=(*result.plan.remarks, *remarks))
     states = {called[x]: one for one in remembered.values() for x in one.inputs}
     named = _with_states(step, states)
-    by_name = {new: states[old] for new, old in zip(named.inputs, step.inputs, strict=True) if old in states}
-    caches = {name: str(held.get(name, "every token")) for name in named.inputs if name.endswith(".key")}
+    holding = _Holding(
+        {called[x]: needs[name] for name, inputs in folded.items() for x in inputs if name in needs},
+        {new: states[old] for new, old in zip(named.inputs, step.inputs, strict=True) if old in states},
+        frozenset(called[x] for name in coded for x in folded[name]),
+    )
+    whole = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
+    missed = {name: why for name, why in whole.items() if name not in (*remembered, *folded)}
+    remarks = [f"{name} {why}, and holds every token: {_SHARED}" for name, why in missed.items()]
+    plan = replace(result.plan, remarks=(*result.plan.remarks, *remarks, *(f"{name} {one}" for name, one in coded.items())))
     return Prepared(
         replace(result, module=module_of(program), plan=plan),
-        lambda: list(_runs(named, held, by_name)),
-        partial(_named, step=named, held=held),
-        caches=caches | {name: str(one) for name, one in by_name.items() if name.endswith(".state")},
+        lambda: list(_runs(named, holding)),
+        partial(_named, step=named, held=holding.held),
+        caches=holding.words(named.inputs),
     )
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What the inputs of a file hold of the past: some tokens, a state in their place, numbers or codes."""
+
+    held: Mapping[str, Kept]
+    states: Mapping[str, Remembering]
+    codes: frozenset[str]
+
+    def words(self, inputs: Sequence[str]) -> Mapping[str, str]:
+        """What each cache holds, in words."""
+        found = {name: str(self.held.get(name, "every token")) for name in inputs if name.endswith(".key")}
+        found = {name: f"{what}, in int8" if name in self.codes else what for name, what in found.items()}
+        return found | {name: str(one) for name, one in self.states.items() if name.endswith(".state")}
 
 
 def _with_states(step: Stepwise, states: Mapping[str, Remembering]) -> Stepwise:
@@ -109,20 +139,28 @@ def _named(model: ir.Model, step: Stepwise, held: Mapping[str, Kept]) -> None:
                 value.shape = ir.Shape([*value.shape[:2], name, value.shape[3]])
 
 
-def _runs(step: Stepwise, held: Mapping[str, Kept], states: Mapping[str, Remembering]) -> Iterator[Inputs]:
-    """Random tokens behind a random past."""
+def _runs(step: Stepwise, holding: _Holding) -> Iterator[Inputs]:
+    """Random tokens behind a random past; onnxruntime reads several of them behind codes for one row alone."""
     generator = torch.Generator().manual_seed(0)
-    for rows, tokens, before in _TRIALS:
+    for most, tokens, before in _TRIALS:
+        rows = 1 if holding.codes and before and tokens > 1 else most
         past = min(before, step.positions - tokens)
         new = min(tokens, step.positions)
         ids = torch.randint(0, step.vocabulary, (rows, new), generator=generator)
         inputs = {"input_ids": ids, "position_ids": torch.arange(past, past + new).expand(rows, -1)}
         for name, x in zip(step.inputs[2:], step.args[2:], strict=True):
-            if name in states:
-                heads, features, width = states[name].shape
-                sums = torch.rand(rows, heads, features if name.endswith(".state") else 1, width, generator=generator)
-                inputs[name] = (sums * past).to(torch.promote_types(x.dtype, torch.float32))
-            else:
-                length = min(past, held[name].most) if name in held else past
-                inputs[name] = torch.randn(rows, x.shape[1], length, x.shape[3], generator=generator).to(x.dtype)
+            inputs[name] = _random(holding, name, x, rows, past, generator)
         yield inputs
+
+
+def _random(holding: _Holding, name: str, x: Tensor, rows: int, past: int, generator: torch.Generator) -> Tensor:
+    """What a cache may hold of so many tokens."""
+    if name in holding.states:
+        heads, features, width = holding.states[name].shape
+        sums = torch.rand(rows, heads, features if name.endswith(".state") else 1, width, generator=generator)
+        return (sums * past).to(torch.promote_types(x.dtype, torch.float32))
+    length = min(past, holding.held[name].most) if name in holding.held else past
+    shape = (rows, x.shape[1], length, x.shape[3])
+    if name in holding.codes:
+        return torch.randint(-LARGEST, LARGEST + 1, shape, generator=generator, dtype=torch.int8)
+    return torch.randn(shape, generator=generator).to(x.dtype)

@@ -103,7 +103,7 @@ def _for_genai(
     from attn_compiler.export.stepwise import stepwise
 
     step = stepwise(model, args, kwargs, logits=0)
-    whole = decoding(step, policy, tables, hold=lambda variant, heads: None, remembering=lambda variant: False)
+    whole = decoding(step, policy, tables, hold=lambda variant, heads: None, remembering=lambda variant: False, codes=False)
     return replace(whole, beside={NAME: genai_config(model, step, path)})
 
 

@@ -28,6 +28,7 @@ class Stepwise:
     outputs: tuple[str, ...]
     vocabulary: int
     positions: int  # how many tokens a text may have
+    example: tuple[Tensor, ...]  # what it is given for the tokens that the caller gave, behind no others
 
 
 def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], logits: int = 1) -> Stepwise:
@@ -50,6 +51,11 @@ def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
         ("logits", *(f"present.{layer}.{side}" for layer, side in sides)),
         config.vocab_size,
         getattr(config, "max_position_embeddings", None) or 1 << 20,
+        (
+            ids,
+            torch.arange(ids.shape[1]).expand(ids.shape[0], -1),
+            *(x[:1, :, :0].expand(ids.shape[0], -1, -1, -1) for x in past),
+        ),
     )
 
 

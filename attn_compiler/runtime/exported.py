@@ -14,9 +14,11 @@ from attn_compiler.algebra.variant import SOFTMAX, How, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, Call
+from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, Call
+from attn_compiler.targets.onnx.operators import not_coded
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import remembered
+from attn_compiler.targets.rows import without_cache
 from attn_compiler.targets.tilings import Tilings
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
@@ -34,6 +36,7 @@ class OnnxTarget:
     """A local function of standard ONNX operators; `site` names the attention that it is made for."""
 
     site: str = ""
+    decodes: bool = False  # whether its cache is the file's, which may hold it in few bits
 
     @property
     def name(self) -> str:
@@ -46,7 +49,8 @@ class OnnxTarget:
         return record(self.site, operands, variant), None
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        reason = objection(site, variant)
+        reason = objection(site, without_cache(variant) if self.decodes else variant)
+        reason = reason or (not_coded(site, variant) if variant.storage.kv_cache else None)
         if reason:
             return Refusal(self.name, reason)
         plain = variant == Variant(scale=variant.scale) and variant.score == score and variant.normalizer == SOFTMAX
@@ -112,10 +116,20 @@ def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: tup
 def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
     """The same where q, k and v are followed by the keys and values of a cache; and what the next call is given of both."""
     q, k, v, past_k, past_v, *tables = operands
-    keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    held = Call.read(what).held
-    assert held is not None
-    return attend_eagerly([q, keys, values, *tables], what), _let_go(keys, *held), _let_go(values, *held)
+    call = Call.read(what)
+    assert call.held is not None
+    scales = tables[-len(SCALES) :] if call.codes else []
+    new = [coded(x, scale) for x, scale in zip((k, v), scales, strict=True)] if call.codes else [k, v]
+    keys, values = held = [torch.cat([past, x], dim=2) for past, x in zip((past_k, past_v), new, strict=True)]
+    if call.codes:
+        keys, values = (x * scale for x, scale in zip(held, scales, strict=True))
+    out = attend_eagerly([q, keys, values, *tables], what)
+    return out, _let_go(held[0], *call.held), _let_go(held[1], *call.held)
+
+
+def coded(x: Tensor, scale: Tensor) -> Tensor:
+    """The codes of keys or values; what is beyond the largest becomes the largest."""
+    return torch.round(x / scale).clamp(-128, 127).to(torch.int8)
 
 
 def attend_with_state(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +149,8 @@ def _let_go(x: Tensor, first: int, latest: int) -> Tensor:
 def _shapes(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
     """What is let go is not counted: nothing of the graph depends on it."""
     q, k, v, past_k, past_v, *_ = operands
-    return _shape([q, k, v], what), torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    held = [torch.cat([past, x.to(past.dtype)], dim=2) for past, x in ((past_k, k), (past_v, v))]
+    return _shape([q, k, v], what), held[0], held[1]
 
 
 def _states(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:

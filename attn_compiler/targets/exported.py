@@ -16,6 +16,7 @@ from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import shows_itself
 
 FIRST_QUERY, Q_POSITIONS = "attn.first_query", "attn.q_positions"
+SCALES = ("attn.key_scale", "attn.value_scale")  # of a cache in codes: [1, kv heads, 1, channels]
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,19 @@ class Call:
     layers: int
     held: tuple[int, int] | None = None  # with a cache: the first and the latest keys that the next call is given
     remembers: bool = False  # whether a state takes the place of the past: that of a linear attention
+    codes: bool = False  # whether the cache holds whole numbers of a byte, which its SCALES bring back
 
     def write(self) -> str:
         """The call as text."""
-        what = [self.name, wire.write(self.variant), self.tables, self.first, self.layer, self.layers, self.held, self.remembers]
+        stands = [self.first, self.layer, self.layers]
+        what = [self.name, wire.write(self.variant), self.tables, *stands, self.held, self.remembers, self.codes]
         return json.dumps(what)
 
     @staticmethod
     def read(text: str) -> Call:
         """The call that was written."""
-        name, variant, tables, first, layer, layers, held, remembers = json.loads(text)
-        return Call(name, wire.read(variant), tuple(tables), first, layer, layers, held and (held[0], held[1]), remembers)
+        name, variant, tables, first, layer, layers, held, *how = json.loads(text)
+        return Call(name, wire.read(variant), tuple(tables), first, layer, layers, held and (held[0], held[1]), *how)
 
     @property
     def operands(self) -> int:

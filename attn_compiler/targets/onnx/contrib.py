@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -14,21 +14,33 @@ DOMAIN = "com.microsoft"
 
 
 def group_query(group: Group, shown: int) -> ir.Value:
-    """The output where queries see the latest keys up to their own, as `window` counts them."""
-    scope, nodes, spec = group.scope, group.scope.nodes, group.scope.spec
-    length = nodes.op("Cast", nodes.index(scope.keys.count), to=int(ir.DataType.INT32))
-    last = nodes.op("Sub", length, nodes.op("Cast", nodes.index(1), to=int(ir.DataType.INT32)))
-    rows = nodes.op("Expand", last, nodes.vector(nodes.size(group.block.q, 0)))
-    given = [packed(nodes, x) for x in (group.block.q, group.block.k, group.block.v)]
+    """The output where queries see the latest keys up to their own, as `latest` counts them."""
+    return _group_query(group, shown, group.scope.keys.count, [], {})[0]
+
+
+def with_codes(group: Group, shown: int, past: Sequence[ir.Value], scales: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+    """The same behind a past in int8, and the codes of all tokens."""
+    nodes = group.scope.nodes
+    keys = nodes.op("Add", nodes.size(past[0], 2), nodes.index(group.scope.queries.count))
+    how: Mapping[str, Attribute] = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    return _group_query(group, shown, keys, [*past, *scales], how)
+
+
+def _group_query(
+    group: Group, shown: int, keys: Value, cache: Sequence[ir.Value], how: Mapping[str, Attribute]
+) -> tuple[ir.Value, ...]:
+    """What it gives; of a `cache`, the past of keys and values, and the scales of both."""
+    scope, nodes, block = group.scope, group.scope.nodes, group.block
+    length = nodes.op("Cast", nodes.index(keys), to=int(ir.DataType.INT32))
+    last = nodes.op("Cast", nodes.op("Sub", nodes.index(keys), nodes.index(1)), to=int(ir.DataType.INT32))
+    rows = nodes.op("Expand", last, nodes.vector(nodes.size(block.q, 0)))
+    given = [packed(nodes, x) for x in (block.q, block.k, block.v)]
+    past: list[ir.Value | None] = [*cache[:2]] if cache else [None, None]
+    scales: list[ir.Value | None] = [*[None] * 5, *cache[2:]] if cache else []
     results = [nodes.named(name) for name in ("grouped", "keys", "values")]
-    nodes.write(
-        "GroupQueryAttention",
-        [*given, None, None, rows, length],
-        results,
-        {"num_heads": len(scope.heads), "kv_num_heads": group.block.kv_heads, "scale": 1.0, "local_window_size": shown},
-        DOMAIN,
-    )
-    return unpacked(nodes, results[0], len(scope.heads), spec.value_dim)
+    sizes = {"num_heads": len(scope.heads), "kv_num_heads": block.kv_heads, "local_window_size": shown}
+    nodes.write("GroupQueryAttention", [*given, *past, rows, length, *scales], results, {**sizes, "scale": 1.0, **how}, DOMAIN)
+    return unpacked(nodes, results[0], len(scope.heads), scope.spec.value_dim), results[1], results[2]
 
 
 def linear_attention(tokens: Tokens) -> ir.Value:

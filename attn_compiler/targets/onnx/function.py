@@ -12,8 +12,9 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import acc
 from attn_compiler.algebra.variant import EmptyRows, How, Variant
+from attn_compiler.planning.kept import FAR
 from attn_compiler.planning.layout import dilation
-from attn_compiler.targets.exported import Call, Spec
+from attn_compiler.targets.exported import SCALES, Call, Spec
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx import attention, contrib, formula
 from attn_compiler.targets.onnx.cache import appended, let_go
@@ -50,14 +51,18 @@ def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) 
     q, k, v = given = [ir.Value(name=name) for name in ("q", "k", "v")]
     past = [ir.Value(name=name) for name in _past(spec.call)]
     tables = {name: ir.Value(name=f"table{place}_{name.replace('.', '_')}") for place, name in enumerate(spec.call.tables)}
-    if spec.call.held:
+    if spec.call.held and not spec.call.codes:
         k, v = (appended(nodes, old, new) for old, new in zip(past, (k, v), strict=True))
     inputs = Inputs(q, k, v, tables)
-    if spec.call.remembers:
+    if spec.call.codes:
+        out, *held = _coded(spec, nodes, replace(inputs, k=given[1], v=given[2]), past)
+    elif spec.call.remembers:
         out, *held = _continued(spec, nodes, inputs, State(*past))
     else:
         out = _attention(spec, nodes, inputs, strategy, contents)
-        held = [let_go(nodes, x, *spec.call.held) for x in (k, v)] if spec.call.held else []
+        held = [k, v] if spec.call.held else []
+    if spec.call.held and spec.call.held[1] < FAR:
+        held = [let_go(nodes, x, *spec.call.held) for x in held]
     graph = ir.Graph(
         [*given, *past, *tables.values()],
         [out, *held],
@@ -80,6 +85,14 @@ def _continued(spec: Spec, nodes: Nodes, inputs: Inputs, past: State) -> tuple[i
     out, state = continued(group, found, past)
     assert state is not None
     return _cast(nodes, out, group.scope.real, spec.dtype), state.sums, state.count
+
+
+def _coded(spec: Spec, nodes: Nodes, inputs: Inputs, past: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+    """What all heads compute where the cache holds codes, and the codes of all tokens."""
+    group = _group(spec, nodes, inputs, range(spec.heads), spec.call.variant)
+    shown = latest(spec.call.variant.mask)
+    assert shown is not None
+    return contrib.with_codes(group, shown, past, [inputs.tables[name] for name in SCALES])
 
 
 def _attention(spec: Spec, nodes: Nodes, inputs: Inputs, strategy: str, contents: Contents) -> ir.Value:
@@ -125,7 +138,7 @@ def _stacked(
 
 def _own_operator(spec: Spec, variant: Variant) -> Strategy:
     """The operator of onnxruntime for a variant."""
-    found, shown = linear(variant), latest(spec, variant)
+    found, shown = linear(variant), latest(spec.in_positions(variant.mask))
     if found is not None:
         return partial(gathered_by, found=found, gather=contrib.linear_attention)
     assert shown is not None

@@ -7,7 +7,9 @@ import math
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.storage import Held, Shared
 from attn_compiler.algebra.variant import SOFTMAX, Variant
+from attn_compiler.planning.site import Site
 from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import PLACE
@@ -71,7 +73,7 @@ def _not_group_query(spec: Spec, variant: Variant) -> str | None:
         return "GroupQueryAttention computes a softmax of scaled products, and nothing else"
     if spec.q_len != spec.k_len or spec.position != e.i:
         return "GroupQueryAttention reads several tokens behind others for one row alone"
-    if latest(spec, variant) is None:
+    if latest(spec.in_positions(variant.mask)) is None:
         return "GroupQueryAttention's masks are causal, with a window or none"
     if spec.dim != spec.value_dim:
         return f"GroupQueryAttention's keys and values are of one size; found {spec.dim} and {spec.value_dim}"
@@ -80,9 +82,24 @@ def _not_group_query(spec: Spec, variant: Variant) -> str | None:
     return None
 
 
-def latest(spec: Spec, variant: Variant) -> int | None:
+def not_coded(site: Site, variant: Variant) -> str | None:
+    """Why GroupQueryAttention does not read the cache that a variant wants held in few bits; None if it does."""
+    held = {part.storage.kv_cache for part in variant.parts()}
+    how = next(iter(held))
+    if len(held) > 1 or how is None or how != Held(how.numbers, Shared("channel")) or how.numbers.name != "int8":
+        return "onnxruntime's caches are `{type: int8, per: channel}`"
+    if site.dtype != "float32" or site.head_dim != site.value_dim or site.head_dim % 8:
+        return "onnxruntime's caches in int8 are of float32, of keys and values of one size, a multiple of 8"
+    if len(variant.parts()) > 1 or variant.normalizer != SOFTMAX or variant.score != e.score or not variant.feature.is_identity:
+        return "onnxruntime attends to a cache in int8 by a softmax of scaled products, and nothing else"
+    if variant.scale.mentions(e.q, e.k, e.k_len) or latest(variant.mask) is None:
+        return "onnxruntime attends to a cache in int8 under a causal mask, with a window or none"
+    return None
+
+
+def latest(mask: Expr) -> int | None:
     """How many keys a causal mask shows, a query's own included; -1 for all, None for another mask."""
-    mask = simplify(spec.in_positions(variant.mask))
+    mask = simplify(mask)
     if is_causal(mask):
         return -1
     reach = sides(mask)

@@ -1,0 +1,83 @@
+"""`storage: {kv_cache: {type: int8, per: channel}}` in a file that decodes: codes in onnxruntime, numbers in its attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import attn_compiler as attn
+from attn_compiler.errors import RefusedError
+from attn_compiler.export import Decoder
+from end_to_end.by_hand import with_weights
+from end_to_end.models import tokens
+
+INT8 = {"kv_cache": {"type": "int8", "per": "channel"}}
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=512))
+
+
+def policy(**attention: object) -> dict[str, object]:
+    return {"version": 1, "rules": [{"match": {}, "attn": {"storage": INT8, **attention}, "fallback": "error"}]}
+
+
+def written(path: Path, asked: object, rows: int = 2) -> tuple[nn.Module, attn.ExportReport, Decoder]:
+    model = with_weights(llama())
+    report = attn.export_onnx(model, (tokens(rows, 60),), path / "model.onnx", asked, decode=True)  # type: ignore[arg-type]
+    return model, report, Decoder(path / "model.onnx")
+
+
+@pytest.mark.parametrize(("mask", "holds"), [("causal", "every token"), ("causal & window(8)", "the latest 7 tokens")])
+def test_a_cache_in_bytes_is_right_to_what_its_codes_say(mask: str, holds: str, tmp_path: Path) -> None:
+    _, report, _ = written(tmp_path, policy(mask=mask))
+    assert len(report.checks) == 3, "a prompt, a token and a piece of text, beside the rewritten model with the same codes"
+    assert set(report.caches.values()) == {f"{holds}, in int8"}
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    types = {x.type.tensor_type.elem_type for x in (*graph.input, *graph.output) if "key" in x.name or "value" in x.name}
+    assert types == {onnx.TensorProto.INT8}
+
+
+def test_rounding_the_cache_changes_little_and_the_report_says_how_much(tmp_path: Path) -> None:
+    model, report, decoder = written(tmp_path, policy())
+    text = tokens(2, 60)
+    logits, past = decoder.step(text[:, :20].numpy(), 0, decoder.start(2))
+    logits, past = decoder.step(text[:, 20:].numpy(), 20, past)
+    with torch.no_grad():
+        exact = model(text, use_cache=False).logits[:, -1].numpy()
+    assert 0 < np.linalg.norm(logits - exact) < 0.05 * np.linalg.norm(exact)
+    assert [x.shape() for x in past.values()] == [[2, 2, 60, 8]] * 4
+    assert str(report).count("holds its cache in int8, whose scales are those of the example") == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (policy(mask="causal & (window(8) | sinks(2))"), "under a causal mask, with a window or none"),
+        (policy(score="softcap(score, 30)"), "a softmax of scaled products, and nothing else"),
+        (policy(storage={"kv_cache": "int8"}), "type: int8, per: channel"),
+        (policy(storage={"kv_cache": {"type": "int4", "per": "channel"}}), "type: int8, per: channel"),
+    ],
+    ids=["sinks", "softcap", "token", "int4"],
+)
+def test_what_onnxruntime_does_not_hold_in_bytes_is_refused(asked: object, says: str, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=says):
+        written(tmp_path, asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_file_that_decodes_has_a_cache(tmp_path: Path) -> None:
+    model, path = llama().eval(), tmp_path / "one.onnx"
+    model.config.use_cache = False
+    with pytest.raises(RefusedError, match="storage"):
+        attn.export_onnx(model, (tokens(1, 24),), path, policy())
+    with pytest.raises(RefusedError, match="storage"):
+        attn.export_onnx(model, (tokens(1, 24),), path, policy(), decode=True, flavor="genai")
