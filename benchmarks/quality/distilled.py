@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200, help="of training the model")
     parser.add_argument("--lessons", type=int, default=300, help="of training each attention by itself")
-    parser.add_argument("--logits", type=int, default=300, help="of training on the whole model's logits, behind that")
+    parser.add_argument("--logits", type=int, default=900, help="of training on the whole model's logits, behind that")
     parser.add_argument("--low-rank", type=int, default=8, help="by which that second part may change projections")
     parser.add_argument("--only", default="", choices=("", "linear", "window + linear"))
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
