@@ -91,6 +91,19 @@ def test_what_cannot_be_learned_from_is_said(policy: Path, tmp_path: Path) -> No
     assert "add `parameters: hedgehog.safetensors`" in run(policy, *LEARNING).stderr
 
 
+def test_weights_that_a_low_rank_changed_are_written_by_the_names_of_the_model(policy: Path) -> None:
+    from safetensors.torch import load_file
+
+    result = run(policy, *LEARNING, "--logits", "2", "--low-rank", "2", "--json")
+    assert result.exit_code == 0, result.output
+    (path,) = json.loads(result.stdout)["weights"]
+    changed, (of, tokens) = load_file(path), small()
+    assert sorted(changed) == ["layers.0.qkv.weight", "layers.1.qkv.weight"]
+    before = of(tokens)
+    of.load_state_dict(changed, strict=False)
+    assert not torch.equal(of(tokens), before)
+
+
 def test_text_is_read_file_by_file_and_drawn_alike_again(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("ab")
