@@ -19,7 +19,7 @@ def explain(
     model: Annotated[
         str,
         typer.Argument(
-            help="package.module:factory, hf:type,key=value… (hf:llama,num_hidden_layers=2), or a file: .onnx, .mlir, .pt2."
+            help="package.module:factory, hf:type,key=value… (hf:llama,num_hidden_layers=2), or a file: .onnx, .mlir(bc), .pt2."
         ),
     ],
     policy: Annotated[str | None, typer.Option(help="A policy file, or the name of a ready policy.")] = None,
@@ -34,7 +34,7 @@ def explain(
 ) -> None:
     """Explain what a policy makes of a model, without running it: models named hf:… have no weights at all.
 
-    Of a file that `attn export` wrote, MODEL.onnx, .mlir or .pt2, say which attentions it holds and what became of each.
+    Of a file that `attn export` wrote, MODEL.onnx, .mlir, .mlirbc or .pt2, say which attentions it holds and what became of each.
     """
     if model.endswith(ENDINGS):
         _explain_file(Path(model), as_json=as_json)

@@ -21,7 +21,7 @@ from attn_compiler.targets.onnx.choice import STRATEGIES
 from attn_compiler.targets.onnx.opsets import OPSET
 
 Format = Literal["onnx", "mlir", "pt2"]
-_ENDINGS: dict[str, Format] = {".mlir": "mlir", ".pt2": "pt2"}
+_ENDINGS: dict[str, Format] = {".mlir": "mlir", ".mlirbc": "mlir", ".pt2": "pt2"}
 
 
 def export(

@@ -1,4 +1,4 @@
-"""What an exported file says of its attentions: labels of ONNX functions, the first line of MLIR, an entry of a .pt2."""
+"""What an exported file says of its attentions: labels of ONNX functions, a line or a string of MLIR, an entry of a .pt2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from attn_compiler.targets.onnx.choice import STRATEGIES
 
 PREFIX = "attn."
 ATTENTIONS = "attn.attentions"
-ENDINGS = (".onnx", ".mlir", ".pt2")
+BYTECODE = ".mlirbc"
+ENDINGS = (".onnx", ".mlir", BYTECODE, ".pt2")
 _WIDTH = 100
 MOST = 1 << 24  # characters of a first line that is read
 
@@ -45,7 +46,7 @@ def labels(path: Path) -> tuple[Labelled, ...]:
     """The attentions of a file, in its order; a file that we did not write has none."""
     if not path.is_file():
         raise ExportError(f"there is no file {path}")
-    return {".onnx": _of_onnx, ".mlir": _of_mlir, ".pt2": _of_package}[path.suffix](path)
+    return {".onnx": _of_onnx, ".mlir": _of_mlir, BYTECODE: _of_bytecode, ".pt2": _of_package}[path.suffix](path)
 
 
 def written(result: Rewritten, function: str = "") -> list[dict[str, object]]:
@@ -71,6 +72,12 @@ def _of_mlir(path: Path) -> tuple[Labelled, ...]:
     with path.open(encoding="utf-8") as file:
         mark, _, text = file.readline(MOST).partition(": ")
     return _read(text) if mark == f"// {ATTENTIONS}" else ()
+
+
+def _of_bytecode(path: Path) -> tuple[Labelled, ...]:
+    """Strings stand in bytecode as they are, with a zero behind; the section that holds them is near the end."""
+    _, mark, rest = path.read_bytes().rpartition(f"{ATTENTIONS}: ".encode())
+    return _read(rest.partition(b"\0")[0].decode()) if mark else ()
 
 
 def _of_package(path: Path) -> tuple[Labelled, ...]:

@@ -16,10 +16,11 @@ from attn_compiler import library
 from attn_compiler.errors import ExportError, MissingPackageError, did_you_mean
 from attn_compiler.export.comparison import compared
 from attn_compiler.export.files import check_folder, place
-from attn_compiler.export.metadata import ATTENTIONS, written
+from attn_compiler.export.metadata import written
 from attn_compiler.export.mlir import iree
 from attn_compiler.export.mlir.engine import Engine
 from attn_compiler.export.mlir.lowering import lowered, results
+from attn_compiler.export.mlir.saving import save
 from attn_compiler.export.plain import PlainTarget, spelled
 from attn_compiler.export.prepared import Inputs
 from attn_compiler.export.program import Rewritten, rewritten, traced
@@ -49,6 +50,8 @@ def export_mlir(
     check: bool = True,
 ) -> ExportReport:
     """Write a model and what a policy makes of its attentions as MLIR: linalg on tensors, or torch-mlir's own dialect.
+
+    A path that ends in `.mlirbc` is written as bytecode: half as large, and read by the same tools.
 
     Sizes are those of `args`, and the function is `main`; each of `buckets` is one more function of that name, for inputs (a
     tuple of arguments, or a mapping of keywords) of other sizes. Weights are constants, which all functions share. Before the
@@ -97,11 +100,11 @@ def _written(
 ) -> ExportReport:
     plan = sum((one.rewritten.plan for one in functions.values()), Plan())
     report = report_of(plan, policy, len(functions))
-    text = lowered({name: one.rewritten.program for name, one in functions.items()}, dialect)
+    module = lowered({name: one.rewritten.program for name, one in functions.items()}, dialect)
     compiled = path.with_suffix(".vmfb").name
 
-    def save(unfinished: Path) -> None:
-        unfinished.write_text(f"{_labels(functions)}\n{_comment(str(report))}\n{text}", encoding="utf-8")
+    def write(unfinished: Path) -> None:
+        save(module, unfinished, _labels(functions), str(report))
         if vmfb:
             iree.compile_vmfb(unfinished, unfinished.with_name(compiled), dialect)
 
@@ -110,7 +113,7 @@ def _written(
         ways += [("IREE", iree.Compiled(unfinished.with_name(compiled)))] if vmfb else []
         return tuple(_checked(f"{by}, {name}", way, name, one) for name, one in functions.items() for by, way in ways)
 
-    checks, size = place(path, save, run if check else lambda unfinished: (), companion=compiled)
+    checks, size = place(path, write, run if check else lambda unfinished: (), companion=compiled)
     note = f"compiled by IREE for this machine's processor: {path.with_name(compiled)}" if vmfb else _without(path)
     return ExportReport(path, report, {}, checks, size, notes=(note,))
 
@@ -133,13 +136,9 @@ def _without(path: Path) -> str:
 
 
 def _labels(functions: Mapping[str, _Function]) -> str:
-    """What the attentions of each function are, in a line that `attn explain` reads back."""
+    """What the attentions of each function are, as `attn explain` reads it back."""
     found = [x for name, one in functions.items() for x in written(one.rewritten, name if len(functions) > 1 else "")]
-    return f"// {ATTENTIONS}: {json.dumps(found, ensure_ascii=False)}"
-
-
-def _comment(text: str) -> str:
-    return "\n".join(f"// {line}".rstrip() for line in text.splitlines())
+    return json.dumps(found, ensure_ascii=False)
 
 
 def _need_packages(vmfb: bool | None) -> None:

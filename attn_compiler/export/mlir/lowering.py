@@ -24,8 +24,8 @@ REMAINING: Mapping[str, tuple[str, ...]] = {"linalg": (), "torch": (_TO_LINALG,)
 _IMPORTER_FAILURES = (AssertionError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def lowered(programs: Mapping[str, ExportedProgram], dialect: str) -> str:
-    """The text of a module with a function of each name; results of programs are those of their functions."""
+def lowered(programs: Mapping[str, ExportedProgram], dialect: str) -> Any:
+    """A module with a function of each name; results of programs are those of their functions."""
     from torch_mlir.extras.fx_importer import FxImporter
 
     importer = FxImporter(context=context())
@@ -37,7 +37,7 @@ def lowered(programs: Mapping[str, ExportedProgram], dialect: str) -> str:
             raise ExportError(f"torch-mlir cannot read the model: {type(failure).__name__}: {failure}") from failure
     for pipeline in PIPELINES[dialect]:
         run_passes(importer.module, pipeline)
-    return str(importer.module)
+    return importer.module
 
 
 def context() -> Any:
