@@ -1,10 +1,5 @@
-// Rows of codes, a vector of numbers at a time. What widens bytes and halves is spelled out: compilers take them one by one.
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
+// Rows of codes, a vector of numbers at a time. What widens bytes is spelled out: compilers take them one by one.
 typedef uint8_t codes_of __attribute__((vector_size(LANES)));
-typedef uint16_t halves_of __attribute__((vector_size(LANES * 2)));
 
 INLINE codes_of codes_at(const Code* row) {
   codes_of codes;

@@ -22,6 +22,8 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
 
 constexpr int KEYS = 4 * TILE;     // keys at work together
 constexpr int SLICE = 16 * KEYS;   // keys that one task meets
+// How many rows later those stand that are asked for while one is at work: what was fastest, not all of them at once.
+template <class T> constexpr int AHEAD = CODES<T> ? 128 : 64 / sizeof(T);
 constexpr int DIM_VECTORS = (DIM + LANES - 1) / LANES, VALUE_VECTORS = (VALUE_DIM + LANES - 1) / LANES;
 constexpr int SUMS = LANES == 8 ? 8 : 16;  // registers that hold sums
 
@@ -63,11 +65,12 @@ struct Work {
   std::vector<Head> heads;
   std::vector<Query> queries;  // those of the first head, those of the next
   int count = 0;               // keys that have been collected
+  int64_t k_ahead, v_ahead;    // how far away the rows are to ask for while these are at work; 0: no others follow
   bool mixed = false;          // whether some query does not see some of them
   index_t place[KEYS];
   const Stored* k[KEYS];
   const Value* v[KEYS];
-  alignas(vf) float k_scale[KEYS], v_scale[KEYS];  // where rows are codes
+  alignas(vf) float k_scale[KEYS];  // where rows are codes
   Lanes lanes[KEYS / TILE], seen;
 };
 
@@ -90,11 +93,14 @@ template <int COUNT> INLINE void products(const Stored* const* keys, Query* quer
   }
 }
 
-template <int COUNT, int WIDE> INLINE void accumulate_some(const Value* const* values, int count, Query* queries, int from) {
+template <int COUNT, int WIDE>
+INLINE void accumulate_some(const Value* const* values, int count, Query* queries, int from, int64_t ahead) {
   vf sum[COUNT][WIDE] = {};  // from zero: what is added up over all keys would lose the small ones
   for (int j = 0; j < count; j++) {
+    fetch<VALUE_DIM>(values[j] + ahead);
     float weight[COUNT];
-    UNROLLED for (int r = 0; r < COUNT; r++) weight[r] = ((const float*)queries[r].scores)[j];
+    const float scale = scale_of<VALUE_DIM>(values[j]);
+    UNROLLED for (int r = 0; r < COUNT; r++) weight[r] = ((const float*)queries[r].scores)[j] * scale;
     UNROLLED for (int n = 0; n < WIDE; n++) {
       const vf y = part<VALUE_DIM>(values[j], from + n);
       UNROLLED for (int r = 0; r < COUNT; r++) sum[r][n] += weight[r] * y;
@@ -104,10 +110,10 @@ template <int COUNT, int WIDE> INLINE void accumulate_some(const Value* const* v
 }
 
 // The weighted values of COUNT queries.
-template <int COUNT> INLINE void accumulate(const Value* const* values, int count, Query* queries) {
+template <int COUNT> INLINE void accumulate(const Value* const* values, int count, Query* queries, int64_t ahead) {
   constexpr int WIDE = std::min(VALUE_VECTORS, SUMS / COUNT), LAST = VALUE_VECTORS % WIDE;
-  for (int from = 0; from < VALUE_VECTORS - LAST; from += WIDE) accumulate_some<COUNT, WIDE>(values, count, queries, from);
-  if constexpr (LAST > 0) accumulate_some<COUNT, LAST>(values, count, queries, VALUE_VECTORS - LAST);
+  for (int from = 0; from < VALUE_VECTORS - LAST; from += WIDE) accumulate_some<COUNT, WIDE>(values, count, queries, from, ahead);
+  if constexpr (LAST > 0) accumulate_some<COUNT, LAST>(values, count, queries, VALUE_VECTORS - LAST, ahead);
 }
 
 // Calls f<count>(first) for as many queries at once as there are.
@@ -154,7 +160,6 @@ INLINE void weigh(const Work& work, const Head& head, int j, Query& query, const
     if (PEAK) x = weight_of(x - base);
     else x = x == -INFINITY ? vf{} : weight_from(head.task, lanes[n / VECTORS], n % VECTORS, head.queries, j, x);
     mass += x;
-    if (CODES<Value>) x *= *(const vf*)(work.v_scale + n * LANES);
   }
   sums.mass += total(mass);
 }
@@ -167,13 +172,14 @@ static void meet(Work& work) {
     work.place[j] = work.place[count - 1];
     work.k[j] = work.k[count - 1], work.v[j] = work.v[count - 1];
   }
-  for (int j = 0; j < whole; j++) {
-    if (CODES<Stored>) work.k_scale[j] = scale_of<DIM>(work.k[j]);
-    if (CODES<Value>) work.v_scale[j] = scale_of<VALUE_DIM>(work.v[j]);
+  for (int n = 0; n < (count + LANES - 1) / LANES; n++) {
+    const Stored* const* keys = work.k + n * LANES;
+    UNROLLED for (int j = 0; j < LANES; j++) {
+      fetch<DIM>(keys[j] + work.k_ahead);
+      if (CODES<Stored>) work.k_scale[n * LANES + j] = scale_of<DIM>(keys[j]);
+    }
+    each_few(work.queries.size(), [&](auto few, int first) { products<few>(work.k, &work.queries[first], n); });
   }
-  each_few(work.queries.size(), [&](auto few, int first) {
-    for (int n = 0; n < (count + LANES - 1) / LANES; n++) products<few>(work.k, &work.queries[first], n);
-  });
   for (int n = 0; n < whole / TILE; n++) {
     memcpy(work.lanes[n].lane, work.place + n * TILE, TILE * sizeof(index_t));
     if (NORMS) memcpy(work.lanes[n].data, work.k + n * TILE, TILE * sizeof(work.k[0]));
@@ -183,7 +189,9 @@ static void meet(Work& work) {
     for (int n = 0; n < whole / TILE; n++) prepare(head.task, work.lanes[n]);
     for (int j = 0; j < head.queries.count; j++) weigh(work, head, j, *query++, work.lanes);
   }
-  each_few(work.queries.size(), [&](auto few, int first) { accumulate<few>(work.v, count, &work.queries[first]); });
+  each_few(work.queries.size(), [&](auto few, int first) {
+    accumulate<few>(work.v, count, &work.queries[first], first ? 0 : work.v_ahead);
+  });
   work.count = 0, work.mixed = false;
 }
 
@@ -223,7 +231,10 @@ static void collect(const Call& call, Work& work, int64_t b, int64_t kv, int64_t
     const auto key = [&](int m) { return k + (from + m) * call.k_stride[2]; };
     const auto value = [&](int m) { return v + (from + m) * call.v_stride[2]; };
     const auto put = [&](int at, int m) { work.place[at] = from + m, work.k[at] = key(m), work.v[at] = value(m); };
-    for (int m = 0; m < here; m++) fetch<DIM>(key(m)), fetch<VALUE_DIM>(value(m));
+    if (from < start + KEYS)  // nobody has asked for the first ones
+      for (int m = 0; m < here; m++) fetch<DIM>(key(m)), fetch<VALUE_DIM>(value(m));
+    const bool more = from + KEYS < stop;
+    work.k_ahead = more ? AHEAD<Stored> * call.k_stride[2] : 0, work.v_ahead = more ? AHEAD<Value> * call.v_stride[2] : 0;
     if (whole) {
       for (int m = 0; m < here; m++) put(work.count + m, m);
       work.count += here;

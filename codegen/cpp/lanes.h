@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)

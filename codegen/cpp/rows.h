@@ -10,11 +10,20 @@ INLINE vf load(const float* row) {
   memcpy(&x, row, sizeof(x));
   return x;
 }
+
+// What widens halves is spelled out: compilers do it in parts.
+typedef uint16_t halves_of __attribute__((vector_size(LANES * 2)));
+#if defined(__AVX512F__)
+INLINE vi widened(halves_of x) { return (vi)_mm512_cvtepu16_epi32((__m256i)x); }
+#elif defined(__AVX2__)
+INLINE vi widened(halves_of x) { return (vi)_mm256_cvtepu16_epi32((__m128i)x); }
+#else
+INLINE vi widened(halves_of x) { return __builtin_convertvector(x, vi); }
+#endif
 INLINE vf load(const bfloat16* row) {
-  typedef uint16_t bits_of __attribute__((vector_size(LANES * 2)));
-  bits_of bits;
+  halves_of bits;
   memcpy(&bits, row, sizeof(bits));
-  return (vf)(__builtin_convertvector(bits, vi) << 16);
+  return (vf)(widened(bits) << 16);
 }
 INLINE vf load(const float16* row) {
   typedef float16 halves __attribute__((vector_size(LANES * 2)));
@@ -52,9 +61,8 @@ template <class T> INLINE void store(T* row, vf x) {
 }
 INLINE void store(float* row, vf x) { memcpy(row, &x, sizeof(x)); }
 INLINE void store(bfloat16* row, vf x) {
-  typedef uint16_t bits_of __attribute__((vector_size(LANES * 2)));
   const vi wide = (vi)x, rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  const bits_of bits = __builtin_convertvector(x == x ? rounded : splat<vi>(0x7fc0), bits_of);
+  const halves_of bits = __builtin_convertvector(x == x ? rounded : splat<vi>(0x7fc0), halves_of);
   memcpy(row, &bits, sizeof(bits));
 }
 template <class T> INLINE void store(T* row, vf x, int count) {
