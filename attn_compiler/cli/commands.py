@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from attn_compiler.cli.adapt import adapt
 from attn_compiler.cli.calibrate import calibrate
 from attn_compiler.cli.check import check
+from attn_compiler.cli.choose import chosen
 from attn_compiler.cli.demo import demo
 from attn_compiler.cli.draw import draw
 from attn_compiler.cli.explain import explain
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(adapt)
 app.command()(calibrate)
 app.command()(check)
+app.command("choose")(chosen)
 app.command()(explain)
 app.command()(demo)
 app.command()(draw)
