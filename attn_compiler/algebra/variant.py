@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 
+from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, seen, sqrt, true, values
 from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
@@ -97,6 +98,7 @@ class Variant:
     storage: Storage = PLAIN
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
     output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
+    context: tuple[Context, ...] = ()  # what becomes of keys and values first
     unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
     made: tuple[Made, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
 
@@ -159,7 +161,15 @@ class Mix:
 
 
 # Fields that change what is computed and that most variants leave as they are: whoever carries one has to know it.
-EXTRAS: Mapping[str, object] = {"feature": IDENTITY, "mix": None, "storage": PLAIN, "delta": None, "output": (), "unrotated": ()}
+EXTRAS: Mapping[str, object] = {
+    "feature": IDENTITY,
+    "mix": None,
+    "storage": PLAIN,
+    "delta": None,
+    "output": (),
+    "context": (),
+    "unrotated": (),
+}
 
 
 def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:

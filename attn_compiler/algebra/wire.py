@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Block, Feature
 from attn_compiler.algebra.integers import IntegerSet
@@ -62,6 +63,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "storage": variant.storage.words(),
         "delta": None if variant.delta is None else number(variant.delta),
         "output": [number(step) for step in variant.output],
+        "context": [one.words() for one in variant.context],
         "unrotated": list(variant.unrotated),
     }
 
@@ -91,6 +93,7 @@ def _variant(written: Written, node: Node) -> Variant:
         storage=Storage.of(written["storage"]),
         delta=None if written["delta"] is None else node(written["delta"]),
         output=tuple(map(node, written["output"])),
+        context=tuple(map(Context.of, written["context"])),
         unrotated=tuple(written["unrotated"]),
     )
 

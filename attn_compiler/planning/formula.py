@@ -27,6 +27,7 @@ from attn_compiler.algebra.expr import (
     where,
 )  # fmt: skip
 from attn_compiler.algebra.feature import Block, Feature, norm, x
+from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.output import mean_square
 from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
@@ -94,6 +95,10 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     parts = [*speaking.parts(named), *_maps(variant.feature)]
     if variant.delta is not None:
         parts.append(Part("delta rule", f"β = {speaking.says(speaking.by_index(variant.delta))}"))
+    parts += [Part("keys", str(one)) for one in variant.context]
+    if variant.unrotated:
+        parts.append(Part(" and ".join(variant.unrotated), "as they are before the rotary embedding"))
+    parts += [Part(one.name, _made(one, speaking)) for one in variant.made]
     parts += _results(variant.output, speaking)
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
@@ -111,6 +116,13 @@ def _mixed(mix: Mix, output: Sequence[Expr], site: Site, heads: str) -> Formula:
     ]
     parts += _results(output, speaking)
     return Formula(f"{mix.how.value}( {', '.join(map(speaking.says, weighed))} )", tuple(parts), heads)
+
+
+def _made(one: Made, speaking: _Speaking) -> str:
+    """What a table is of which the block's input, x, says every token."""
+    product = symbol(f"x·{next(iter(one.weights.tables()))}", Sort.REAL)
+    said = speaking.says(speaking.by_index(one.each.substitute({x: product})))
+    return f"{said}, summed up over the tokens" if one.running else said
 
 
 def _results(steps: Sequence[Expr], speaking: _Speaking) -> list[Part]:

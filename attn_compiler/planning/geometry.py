@@ -35,6 +35,15 @@ class Geometry:
             raise LanguageError(f"the size of a geometry is a list of 1 to 3 sizes, or `square`, not {size!r}")
         return Geometry(tuple(_side(x, {} if values is None else values) for x in size), before, after)
 
+    @staticmethod
+    def plane(geometry: Geometry | None, word: str) -> tuple[int, int]:
+        """The sizes of a grid of two axes that is all there is, and known; for a word that can use no other one."""
+        sizes = tuple(size.value for size in geometry.size) if geometry else ()
+        known = [size for size in sizes if isinstance(size, int)]
+        if geometry is None or len(known) != 2 or len(sizes) != 2 or geometry.before or geometry.after:
+            raise LanguageError(f"`{word}` with a list needs a `geometry` of two sizes that are numbers, with nothing beside it")
+        return known[0], known[1]
+
     @property
     def count(self) -> Expr:
         """The number of tokens on the grid."""

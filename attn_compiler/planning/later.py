@@ -56,7 +56,6 @@ class Later:
 SLOTS_LATER: Mapping[str, Callable[[Later, Entry], object]] = {
     "over": Later.over,
     "select": Later.select,
-    "context": lambda later, entry: later.calls(entry, "contexts"),
     "edit": lambda later, entry: later.calls(entry, "edits"),
     "emit": Later.emit,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, k_len, q, q_len, rebuild, score, true
 from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
@@ -186,11 +187,20 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     """The variant without groups and branches that slots make of another one."""
     laid = _laid(slots, base, site, replace_mask)
+    if isinstance(laid, Variant) and slots.context:
+        laid = _in_context(laid, slots.context)
     return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)
 
 
+def _in_context(variant: Variant, context: tuple[Context, ...]) -> Variant | Refusal:
+    """Pooled keys stand nowhere, so nothing may ask where they stand."""
+    asks = variant.mask != true or any(x.mentions(q, k, k_len) for x in (variant.scale, variant.score))
+    said = "its context makes other keys of all that there are, and a mask or a score asks where keys stand"
+    return Refusal("rule", said) if asks else replace(variant, context=context)
+
+
 def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
-    """The same on q, k and v."""
+    """The same of q, k and v as they come."""
     variant: Variant | Refusal = replace(base, derived=tuple(dict.fromkeys((*base.derived, *slots.derived))))
     assert isinstance(variant, Variant)
     misfit = _misfit(slots, site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
@@ -23,7 +24,7 @@ from attn_compiler.planning.yaml_text import Entry
 
 NOW = (
     "geometry", "order", "mask", "empty_rows", "scale", "score", "normalizer", "feature", "state", "storage", "output",
-    "operands",
+    "context", "operands",
     "heads", "mix",
 )  # fmt: skip
 SLOTS = (*NOW, *SLOTS_LATER)
@@ -45,6 +46,7 @@ class Slots:
     order: PerToken | None = None
     storage: Storage | None = None
     output: tuple[Expr, ...] | None = None
+    context: tuple[Context, ...] | None = None
     operands: Mapping[str, str] | None = field(default=None, hash=False)
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
     later: Mapping[str, object] = field(default_factory=dict, hash=False)
@@ -132,6 +134,8 @@ def read_slots(entry: Entry, naming: Naming, within: tuple[str, ...] = ()) -> Sl
         slots = replace(slots, storage=read_storage(given["storage"], naming.words, scope))
     if "output" in given:
         slots = _with_outputs(slots, given["output"], naming.words, scope)
+    if "context" in given:
+        slots = _with_contexts(slots, given["context"], naming.words, scope)
     if "operands" in given:
         slots = replace(slots, operands=read_operands(given["operands"]))
     later = {slot: Later(naming.words, scope).read(slot, given[slot]) for slot in SLOTS_LATER if slot in given}
@@ -188,6 +192,14 @@ def _with_outputs(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slo
     steps = tuple(step for step in found if isinstance(step, Expr))
     declared = tuple(found) if len(steps) < len(found) else ()
     return replace(slots, later={**slots.later, "output": declared}) if declared else replace(slots, output=steps)
+
+
+def _with_contexts(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slots:
+    """What becomes of keys and values, one after the other."""
+    found = [located(one, lambda text: parse_call(text, "contexts", words, scope)) for one in each(entry)]
+    known = tuple(one for one in found if isinstance(one, Context))
+    declared = tuple(found) if len(known) < len(found) else ()
+    return replace(slots, later={**slots.later, "context": declared}) if declared else replace(slots, context=known)
 
 
 def _number_in(words: Words, scope: Scope) -> Callable[[str], Expr]:

@@ -37,4 +37,6 @@ def of_heads(variant: Variant, heads: int) -> Iterator[Variant]:
 
 def _asks_for_all(part: Variant) -> bool:
     """Whether it follows from how many tokens there are, or from those that no query sees."""
-    return part.delta is not None or bool(part.derived) or any(node.mentions(k_len) for node in part.expressions())
+    return (
+        part.delta is not None or bool(part.derived or part.context) or any(node.mentions(k_len) for node in part.expressions())
+    )

@@ -16,6 +16,7 @@ from attn_compiler.targets.arrangement import Arrangement, LayOut, Layout, whole
 from attn_compiler.targets.arrays import Value
 from attn_compiler.targets.blocks import every_query_sees_itself, near_or_whole
 from attn_compiler.targets.chunked import BY_CHUNKS, BY_SCORES
+from attn_compiler.targets.contexts import in_context
 from attn_compiler.targets.corrected import Solve, at_once, by_chunks, corrected
 from attn_compiler.targets.corrected import refuse as refuse_delta
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
@@ -34,7 +35,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "delta", "output", "unrotated")
+CARRIED = ("feature", "mix", "seen", "storage", "delta", "output", "context", "unrotated")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -110,6 +111,7 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
 def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: Solve) -> tuple[Operands, Variant]:
     """Operands as they come back from their storage, then mapped, then corrected; a variant without such wishes."""
     operands, variant = operands.before_rotation(variant.unrotated), replace(variant, unrotated=())
+    operands, variant = in_context(operands, variant, real)
     return corrected(*featured(held(operands, variant.storage), variant, real), solve)
 
 

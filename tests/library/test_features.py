@@ -63,6 +63,27 @@ def test_a_feature_map_is_applied_to_queries_and_keys(name: str) -> None:
     same({"feature": name, "mask": "causal", "normalizer": "linear(none)"}, weights @ ALL_V)
 
 
+def favor(x: Tensor, projection: Tensor) -> Tensor:
+    scaled = x / DIM**0.25
+    return (scaled @ projection - scaled.square().sum(-1, keepdim=True) / 2).exp()
+
+
+def test_favor_is_made_of_positive_random_features() -> None:
+    projection = drawn(3, HEADS, DIM, 16, seed=5)
+    weights = favor(Q, projection[1]) @ favor(ALL_K, projection[1]).mT * CAUSAL / 16
+    expected = weights @ ALL_V / (weights.sum(-1, keepdim=True) + 1e-6)
+    same({"feature": "favor(16)", "mask": "causal"}, expected, {"favor": projection}, layer=1)
+
+
+def test_in_the_mean_the_product_of_favor_features_is_an_exponential() -> None:
+    """Within five standard errors of it."""
+    q, k, draws = Q[0, 0] / 2, K[0, 0] / 2, 4096
+    projection = drawn(DIM, draws, seed=5)
+    each = favor(q, projection)[:, None] * favor(k, projection)[None]
+    error = each.std(-1) / draws**0.5
+    assert ((each.mean(-1) - (q @ k.mT / math.sqrt(DIM)).exp()).abs() <= 5 * error).all()
+
+
 def test_the_product_of_taylor_features_is_the_series_of_an_exponential() -> None:
     scaled = Q @ ALL_K.mT / math.sqrt(DIM)
     weights = 1 + scaled + scaled**2 / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attn_compiler import attend, library
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import AttnError
 from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.runtime.reading import VariantLike, read_variant
@@ -126,6 +127,61 @@ def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> 
     found = attend(Q, agents, gathered, {"mask": "all"})
     assert isinstance(found, Tensor)
     assert_within_budget(found, expected, expected)
+
+
+def by_agents(agents: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Both attentions of Agent Attention."""
+    k, v = (x.repeat_interleave(HEADS // x.shape[1], dim=1) for x in (k, v))
+    return (q @ agents.mT * DIM**-0.5).softmax(-1) @ ((agents @ k.mT * DIM**-0.5).softmax(-1) @ v)
+
+
+def on_a_line(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return by_agents(F.adaptive_avg_pool1d(q.flatten(0, 1).mT, 49).mT.unflatten(0, (2, HEADS)), q, k, v)
+
+
+def on_a_grid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pooled = F.adaptive_avg_pool2d(q.flatten(0, 1).mT.unflatten(-1, (7, 10)), (3, 4))
+    return by_agents(pooled.flatten(2).mT.unflatten(0, (2, HEADS)), q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("variant", "formula", "kv_heads"),
+    [(None, on_a_line, HEADS), ({"geometry": [7, 10], "context": "agents([3, 4])"}, on_a_grid, 2)],
+)
+def test_the_policy_agent_is_both_of_its_attentions(
+    variant: VariantLike | None, formula: Callable[..., Tensor], kv_heads: int
+) -> None:
+    """On a grid and with heads that share keys, too."""
+    wide = Q, K[:, :kv_heads], V[:, :kv_heads]
+    q, k, v = (x.float() for x in wide)
+    found = attend(q, k, v, ready("agent", 0, {}) if variant is None else variant)
+    assert isinstance(found, Tensor)
+    assert_within_budget(found, formula(*wide), formula(q, k, v))
+
+
+def test_pooled_keys_are_means_of_as_many_tokens_as_there_are() -> None:
+    k, v = (torch.stack([part.mean(2) for part in x.split(16, dim=2)], dim=2) for x in (K, V))
+    assert_same({"context": ["pool(16)"]}, (Q @ k.mT * DIM**-0.5).softmax(-1) @ v, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [{"context": "agents(5)"}, {"context": ["pool(4)", "pool(2)"], "feature": "elu_one"}])
+def test_contexts_have_gradients(slots: Mapping[str, object], dtype: torch.dtype) -> None:
+    assert_case(Case(read(slots), Q, K[:, :2], V[:, :2], {}), dtype)
+
+
+@pytest.mark.parametrize(
+    ("slots", "said"),
+    [
+        ({"mask": "causal", "context": "pool(4)"}, "asks where keys stand"),
+        ({"score": "score + alibi()", "context": "agents(4)"}, "asks where keys stand"),
+        ({"context": "agents([3, 4])"}, "needs a `geometry` of two sizes"),
+        ({"context": "extra(given)"}, "no target carries `context` yet"),
+    ],
+)
+def test_a_context_that_makes_no_sense_is_refused(slots: Mapping[str, object], said: str) -> None:
+    with pytest.raises(AttnError, match=said):
+        attend(Q, K, V, slots)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from attn_compiler.algebra.expr import Expr, Sort, b, const, h, i, k, q, same, score, table, tanh, where
+from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.expr import Expr, Sort, b, const, exp, h, i, k, layer, q, same, score, table, tanh, where
+from attn_compiler.algebra.feature import x
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.made import Made, channel
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.planning.formula import Formula, formulas, whole
 from attn_compiler.planning.site import Frame, Kind, Phase, Site, TableShape
@@ -134,3 +137,12 @@ def test_groups_of_heads_have_formulas_of_their_own() -> None:
     found = formulas(grouped, site(grouped))
     assert [one.heads for one in found] == ["0:2", "2:4"]
     assert whole(found) == "heads 0:2: softmax( q·k / √16 ) where causal: k ≤ q; heads 2:4: softmax( q·k / √16 )"
+
+
+def test_what_an_attention_works_on_is_said_where_it_is_not_q_and_k_as_they_come() -> None:
+    gate = Made("gate", table("gate_x", layer, h, channel, sort=Sort.REAL), -exp(x), running=True)
+    assert parts(Variant(context=(Context("agents", (7, 7), (14, 14)),), unrotated=("q", "k"), made=(gate,))) == [
+        ("keys", "7 by 7 agents, pooled queries that gather the values first"),
+        ("q and k", "as they are before the rotary embedding"),
+        ("gate", "−exp(x·gate_x), summed up over the tokens"),
+    ]

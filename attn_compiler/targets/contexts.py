@@ -1,0 +1,65 @@
+"""Applies what a variant does to keys and values first: the same call with fewer keys, and a variant without that wish."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
+from attn_compiler.targets.explicit import per_kv_head
+from attn_compiler.targets.operands import Operands
+
+
+def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
+    """The call of a variant without groups and branches, its keys and values pooled or gathered, in `real`."""
+    for one in variant.context:
+        q, k, v = (x.to(real) for x in (operands.q, operands.k, operands.v))
+        if one.how == "pool":
+            k, v = (_pooled(x, one) for x in (k, v))
+        else:
+            k, v = _agents(q, k, v, one, _scale(operands, variant, real))
+        operands = replace(operands, q=q, k=k, v=v, q_positions=0, k_positions=0)
+    return operands, replace(variant, context=())
+
+
+def _agents(q: Tensor, k: Tensor, v: Tensor, one: Context, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Agents in the place of keys, and what they gathered in that of values."""
+    if len(one.sizes) == 1:
+        agents = _in_rows(F.adaptive_avg_pool1d(_on_grid(q, one), one.sizes[0]), q)
+    else:
+        agents = _in_rows(F.adaptive_avg_pool2d(_on_grid(q, one), (one.sizes[0], one.sizes[1])), q)
+    weights = (per_kv_head(agents, k.mT) * scale).softmax(dim=-1)
+    return agents, per_kv_head(weights, v)
+
+
+def _pooled(x: Tensor, one: Context) -> Tensor:
+    """Means of neighbors; at the far end of those that there are."""
+    pool = F.avg_pool1d if len(one.sizes) == 1 else F.avg_pool2d
+    return _in_rows(pool(_on_grid(x, one), one.sizes, ceil_mode=True, count_include_pad=False), x)
+
+
+def _on_grid(x: Tensor, one: Context) -> Tensor:
+    """Tokens as a pool wants them: [batch · heads, channels, axes of the grid]."""
+    laid_out = x.flatten(0, 1).mT
+    if len(one.sizes) == 1:
+        return laid_out
+    if x.shape[2] != one.grid[0] * one.grid[1]:
+        raise ShapeError(f"its context pools a grid of {one.grid[0]} by {one.grid[1]}, and there are {x.shape[2]} tokens")
+    return laid_out.reshape(*laid_out.shape[:2], *one.grid)
+
+
+def _in_rows(pooled: Tensor, like: Tensor) -> Tensor:
+    """What was pooled as [batch, heads, tokens, channels] again."""
+    flat = pooled.flatten(2).mT
+    return flat.reshape(*like.shape[:2], *flat.shape[1:])
+
+
+def _scale(operands: Operands, variant: Variant, real: torch.dtype) -> Tensor:
+    arrays = operands.arrays(real)
+    return arrays.tensor(arrays.read(variant.scale), Sort.REAL)
