@@ -113,8 +113,14 @@ def codes_objection(operands: Operands, variant: Variant) -> str | None:
 def _of_rows(operands: Operands, variant: Variant, codes: tuple[Codes, Codes]) -> tuple[Operands, Variant]:
     """The call whose k and v are rows of codes, as the storage of its variant says."""
     k, v = codes
-    groups = tuple((heads, replace(group, storage=Storage(kv_cache=k.held))) for heads, group in variant.groups)
-    return replace(operands, k=k.rows, v=v.rows), replace(variant, storage=Storage(kv_cache=k.held), groups=groups)
+    return replace(operands, k=k.rows, v=v.rows), _from_cache(variant, k.held)
+
+
+@lru_cache(maxsize=256)
+def _from_cache(variant: Variant, held: Held) -> Variant:
+    """The variant where every head's keys and values are held so."""
+    groups = tuple((heads, replace(group, storage=Storage(kv_cache=held))) for heads, group in variant.groups)
+    return replace(variant, storage=Storage(kv_cache=held), groups=groups)
 
 
 def _gain(site: Site) -> float:

@@ -30,7 +30,7 @@ WORTH = 1.05  # how many times faster than PyTorch's operators the kernel has to
 
 def gathers(operands: Operands, variant: Variant) -> bool:
     """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators."""
-    return refuse(variant) is None and any(_gathers(operands, part) for part in variant.parts() if part.mix is None)
+    return any(_gathers(operands, part) for part in variant.parts() if part.mix is None) and refuse(variant) is None
 
 
 def _gathers(operands: Operands, variant: Variant) -> bool:

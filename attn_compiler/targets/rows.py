@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -95,6 +96,7 @@ def decoded(rows: Tensor, how: Held, dtype: torch.dtype) -> Tensor:
     return (_numbers(codes, how.numbers) * scale).to(dtype)
 
 
+@lru_cache(maxsize=256)
 def without_cache(variant: Variant) -> Variant:
     """The variant of keys and values that come from a cache: what it held them in is done."""
     groups = tuple((heads, without_cache(group)) for heads, group in variant.groups)
