@@ -151,7 +151,7 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
         **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES"), "constexpr"),
-        **dict.fromkeys(("spans", "clipped"), "*i32"),
+        **dict.fromkeys(("spans", "clipped", "limits"), "*i32"),
         "tasks": ("*i32",) * 3,
         "orders": ("*i32",) * 2,
         "sums": "*fp32" if "peaks" in names else (),

@@ -11,17 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.boolean import conjunction
 from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.simplify import conjuncts
 from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.runtime.kernels import Shape, spec_at
 from attn_compiler.runtime.triton_launch import call, load, on_device, operand, table
 from attn_compiler.runtime.triton_launch import sizes as sizes_of
+from attn_compiler.runtime.triton_visits import WARPS
 from attn_compiler.runtime.tuning import chosen, example
-from attn_compiler.targets.cpp.decode import reach_of
-from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.cpp.decode import MOST_QUERIES, reach_of
+from attn_compiler.targets.cpp.spec import LONGEST, Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import shows_itself
 from attn_compiler.targets.triton.blocks import Blocks
+from attn_compiler.targets.triton.clip import TILES, clipping, divided
 from attn_compiler.targets.triton.decode import decoding, merging
 from attn_compiler.targets.triton.source import NARROWEST
 
@@ -30,6 +35,7 @@ LEAST_TILES = 2  # of keys, that a slice is worth
 PROCESSORS = 8  # of a device that does not say
 WAVES = 2  # slices for each multiprocessor
 TRIED = 1 << 13  # keys with which cuts are compared
+LONG = 1 << 12  # keys from which on it pays to ask tables first which of them are seen
 PARTS = 32  # slices that are merged at once
 
 
@@ -43,6 +49,7 @@ class Launch:
     spec: Spec
     mask: Expr  # in positions
     reach: tuple[int, int, int]
+    shown: Expr  # what only tables tell, of all heads
     numbers: tuple[int, ...]  # the places of its tables among those of the call
 
     @property
@@ -60,7 +67,11 @@ def _launch(shape: Shape, group: int) -> Launch:
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
     reach = reach_of(variant.mask, k_counted=shape.k_counted)
-    return Launch(shape, group, members, spec, variant.mask, reach, tuple(shape.names.index(name) for name, _ in spec.tables))
+    _, shown = divided(spec.variant.mask, spec.variant.mask.tables())
+    shown = conjunction([part for part in conjuncts(shown) if not part.mentions(e.h, e.kv)], {})
+    return Launch(
+        shape, group, members, spec, variant.mask, reach, shown, tuple(shape.names.index(name) for name, _ in spec.tables)
+    )
 
 
 def run(
@@ -98,12 +109,32 @@ def _run(
     sums = q.new_empty((parts, batch, heads, q_len, v.shape[3]), dtype=torch.float32)
     members, starts, owners = _on(groups, q.device)
     read = tuple(table(tables[n]) for n in one.numbers)
-    given = (*map(operand, operands[:3]), sums, peaks, masses, members, starts, owners, read, *sizes)
+    limits = None if k_len < LONG else _limits(one, blocks, q, read, sizes)
+    given = (*map(operand, operands[:3]), sums, peaks, masses, members, starts, owners, limits, read, *sizes)
     for_slices, merge, *rest = map(load, sources(one, everything=fills))
     for module in (for_slices, *rest):
         call(q, module.decode, (count, groups.count, batch), given, blocks.options())
     given = (sums, peaks, masses, operand(out), totals, members, read, *sizes, parts)
     call(q, merge.merge, (q_len, len(one.members), batch), given, {"PARTS": PARTS, "num_warps": 4})
+
+
+def _limits(one: Launch, blocks: Blocks, q: Tensor, read: object, sizes: tuple[int, ...]) -> Tensor | None:
+    """Between which tiles of keys all stand that tables show to some query, in each row of the batch: two numbers of eight."""
+    if one.shown == e.true:
+        return None
+    span, *tasks = _in_each_row(q.shape[0], q.device)
+    clipped, orders = span.new_empty((q.shape[0], 8)), (None, None)
+    options = {**replace(blocks, queries=MOST_QUERIES).sizes(), "SPANS": 1, "TILES": TILES, "num_warps": WARPS}
+    kernel = load(clipping(one.spec, one.shown)).clip
+    call(q, kernel, (1, q.shape[0]), (span, clipped, tuple(tasks), orders, read, *sizes), options)
+    return clipped
+
+
+@lru_cache(maxsize=128)
+def _in_each_row(batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """All tiles of keys, none of which goes without a mask, and a task for each row: any head, the row, the only schedule."""
+    span, nothing = np.array([0, LONGEST, LONGEST, LONGEST]), np.zeros(batch, np.int64)
+    return on_device((span, nothing, np.arange(batch), nothing), device)
 
 
 def sources(one: Launch, *, everything: bool) -> tuple[str, ...]:

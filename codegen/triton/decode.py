@@ -1,11 +1,12 @@
 """Attention of few queries: one program owns a slice of the keys, and meets it with all queries of the heads that share it.
 
-Which keys these may see follows from the positions of the queries, when the kernel runs: some first ones, and those near.
+Which keys these may see follows from the positions of the queries, when the kernel runs: some first ones, and those near; and
+from tables, of which another kernel has found out between which tiles of keys all stand that are seen in a row of the batch.
 """
 
 import triton
 import triton.language as tl
-from tiles import absorb, collect, give, highest, norm, note, numbered, reached, read, rows, some, take, untouched
+from tiles import absorb, between, collect, give, highest, norm, note, numbered, reached, read, rows, some, take, untouched
 
 # <constants>
 DIM, VALUE_DIM = tl.constexpr(64), tl.constexpr(64)  # numbers of a query or a key, and of a value
@@ -19,7 +20,7 @@ BY_PEAK = EVERY = MEAN = False
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "layer", "first_query", "first_key"])
 def decode(
-    q, k, v, sums, peaks, masses, members, starts, owners, tables,
+    q, k, v, sums, peaks, masses, members, starts, owners, limits, tables,
     heads, kv_heads, q_len, k_len, layer, layers, first_query, first_key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """For each slice and query, `sums` take that of weight * v, `peaks` and `masses` the largest score and the sum of weights."""
@@ -41,18 +42,19 @@ def decode(
         # An earlier launch has found who sees no key: those meet all, in parts of their own.
         left = highest(peaks, count, query, tl.num_programs(0)) == -INFINITY
         start = tl.where(tl.max(tl.cast(left, tl.int32)) != 0, k_len, 0)
-        split, met = start, start
+        gone, split, met = 0, start, start
     else:
         position = i + first_query  # <position>
         position, first = tl.cast(position, tl.int64) - first_key, tl.cast(FIRST_KEYS, tl.int64) - first_key
         split, start, met = reached(position, first, k_len, NEAREST, FARTHEST)
+        gone, split, start, met = between(limits, b, split, start, met, BLOCK_K)
     length = tl.cdiv(tl.cdiv(met, tl.num_programs(0)), BLOCK_K) * BLOCK_K
     begin = number * length
     end = tl.minimum(begin + length, met)
 
     for step in tl.range(begin, end, BLOCK_K):
         column = step + tl.arange(0, BLOCK_K)[None, :]
-        j = tl.minimum(tl.where(column < split, column, column - split + start), k_len - 1)
+        j = tl.minimum(tl.where(column < split, column + gone, column - split + start), k_len - 1)
         # <per key>
         visible = column < end  # <visible>
         wanted = tl.max(tl.cast(visible, tl.int32), 0, keep_dims=True).T != 0  # what nobody sees is not read

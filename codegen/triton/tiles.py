@@ -211,6 +211,18 @@ def reached(position, first, k_len, NEAREST: tl.constexpr, FARTHEST: tl.constexp
 
 
 @triton.jit
+def between(limits, b, split, start, met, BLOCK: tl.constexpr):
+    """The same of keys between two tiles, if there are limits: how many first ones are left out, how many stay, and so on."""
+    low, high = 0, start + met
+    if limits is not None:
+        low, high = tl.load(limits + 8 * b) * BLOCK, tl.load(limits + 8 * b + 1) * BLOCK
+    stop = tl.minimum(start + met - split, high)
+    gone = tl.minimum(split, low)
+    split, start = tl.maximum(tl.minimum(split, high) - gone, 0), tl.maximum(start, low)
+    return gone, split, start, split + tl.maximum(stop - start, 0)
+
+
+@triton.jit
 def products(x, y):
     """The sum of the products of each row with its counterpart."""
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1, keep_dims=True)

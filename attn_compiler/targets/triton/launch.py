@@ -66,7 +66,7 @@ def program_for_few(kernels: Sequence[str], spec: Spec, constants: Mapping[str, 
         "sums = q.new_empty((parts, *out.shape), dtype=torch.float32)",
         "peaks, masses = (q.new_empty((parts, *totals.shape), dtype=torch.float32) for _ in range(2))",
         "members, starts, owners = visits(q.device)",
-        "given = (*operands[:3], sums, peaks, masses, members, starts, owners, read, *SIZES, BLOCK_Q, BLOCK_K)",
+        "given = (*operands[:3], sums, peaks, masses, members, starts, owners, None, read, *SIZES, BLOCK_Q, BLOCK_K)",
         *(f"{name}[SLICES, GROUPS, len(q)](*given, num_warps=WARPS, num_stages=STAGES)" for name in names),
         "merge[Q_LEN, MEMBERS, len(q)](sums, peaks, masses, operands[3], totals, members, read, *SIZES, parts, PARTS)",
     ]
