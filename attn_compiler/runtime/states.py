@@ -23,6 +23,7 @@ from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.operands import Operands
 from attn_compiler.torch_private import likely
 
+SHORTEST = 512  # queries of a segment: the keys before them are added up twice
 WIDEST = 512  # features of a state that stays in the cache
 LOG_AT_Q, LOG_AT_K, SHOWN = "attn.log_at_q", "attn.log_at_k", "attn.shown"
 
@@ -140,7 +141,8 @@ class Call:
         shown, of_keys = (0, (0, 0, 0)) if self.shown is None else self._placed(self.shown)
         parallel = int(self.out.shape[0] * heads * q_len * self.q.shape[3] * self.v.shape[3] >= WORTH_THREADS)
         offset = k_len - q_len - self.offset if self.reverse else self.offset
-        return [*pointers, *strides, *sharing, *told, -1 if self.reverse else 1, shown, *of_keys, parallel, offset]
+        cut = segments(self.out.shape[0] * heads, q_len) if parallel else 1
+        return [*pointers, *strides, *sharing, *told, -1 if self.reverse else 1, shown, *of_keys, parallel, cut, offset]
 
     def _placed(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
         """Where the first token to be met lies, and how far from each other rows of the batch, heads and tokens are."""
@@ -148,6 +150,11 @@ class Call:
         if not self.reverse:
             return x.data_ptr(), (batch, heads, token)
         return x.data_ptr() + (x.shape[2] - 1) * token * x.element_size(), (batch, heads, -token)
+
+
+def segments(heads: int, q_len: int) -> int:
+    """Into how many pieces the queries of each of so many heads are cut: several where threads would have nothing to do."""
+    return max(1, min(torch.get_num_threads() // max(heads, 1), q_len // SHORTEST))
 
 
 def gather(told: Call) -> None:

@@ -43,6 +43,7 @@ struct Call {  // every field has eight bytes; strides are those of batch, heads
   const uint8_t* shown;     // keys that exist; null: all
   int64_t shown_stride[3];
   int64_t parallel;         // whether there is work for threads
+  int64_t segments;         // into which the queries of a head are cut, where heads are fewer than threads
   int64_t offset;           // query i sees keys up to i + offset
   Context context;
 };
@@ -57,6 +58,11 @@ struct alignas(64) Work {  // whole vectors come before pointers
   vf mass[VECTORS];
   double since, of_query[TILE], of_key[CHUNK];  // logs, of which the first is that of the state
   const float *key_rows[CHUNK + ROWS], *state_rows[DIM];
+};
+struct alignas(64) Held {  // the state that the keys of a segment leave
+  float state[PANELS][DIM * TILE], sums[padded(DIM)];
+  double since;
+  int64_t keys;  // how many these are
 };
 static_assert(CHUNK == TILE, "queries of a tile meet the keys beside them");
 
@@ -188,17 +194,54 @@ INLINE void finish(const Call& call, const Task& task, Work& work, int64_t first
   }
 }
 
-INLINE void attend(const Call& call, const Task& task, Work& work) {
-  const int64_t q_len = call.context.q_len, k_len = call.context.k_len;
-  for (int m = 0; m < 3 * TILE; m++) work.past[m] = m < TILE ? 0.0f : 1.0f;
+// How many keys the state holds that the tile meets which begins with this query.
+INLINE int64_t keys_before(const Call& call, int64_t first) {
+  return std::clamp<int64_t>(first + call.offset, 0, call.context.k_len);
+}
+
+// The query that a segment begins with: the first one of a tile.
+INLINE int64_t begins(const Call& call, int64_t segment) {
+  const int64_t tiles = (call.context.q_len + TILE - 1) / TILE;
+  return std::min(tiles * segment / call.segments * TILE, call.context.q_len);
+}
+
+// The state of some keys, from nothing.
+INLINE void add_up(const Call& call, const Task& task, Work& work, int64_t first, int64_t stop) {
   memset(work.state, 0, sizeof(work.state)), memset(work.sums, 0, sizeof(work.sums));
+  work.since = first < call.context.k_len ? log_at(call, task, call.at_key, first) : 0.0;
+  for (int64_t key = first; key < stop; key += CHUNK) remember(call, work, take(call, task, work, key, stop));
+}
+
+// The first phase: what the keys leave that the state holds at this segment, and not at the one before it.
+INLINE void hold(const Call& call, const Task& task, Work& work, int64_t segment, Held& held) {
+  const int64_t first = segment ? keys_before(call, begins(call, segment - 1)) : 0;
+  const int64_t stop = keys_before(call, begins(call, segment));
+  add_up(call, task, work, first, stop);
+  memcpy(held.state, work.state, sizeof(work.state)), memcpy(held.sums, work.sums, sizeof(work.sums));
+  held.since = work.since, held.keys = stop - first;
+}
+
+// The state of all keys before a segment, from what the first phase left.
+INLINE void join(const Call& call, const Task& task, Work& work, int64_t segment, const Held* held) {
+  add_up(call, task, work, 0, 0);
+  for (const Held* one = held; one <= held + segment; one++) {
+    if (!one->keys) continue;
+    const float kept = left_of(one->since, work.since);
+    for (int p = 0; p < PANELS; p++)
+      for (int d = 0; d < DIM * TILE; d++) work.state[p][d] = work.state[p][d] * kept + one->state[p][d];
+    for (int d = 0; d < DIM; d++) work.sums[d] = work.sums[d] * kept + one->sums[d];
+    work.since = one->since;
+  }
+}
+
+// The queries of a segment, from the state of all keys before it.
+INLINE void attend(const Call& call, const Task& task, Work& work, int64_t segment) {
+  const int64_t stop_query = begins(call, segment + 1), k_len = call.context.k_len;
+  for (int m = 0; m < 3 * TILE; m++) work.past[m] = m < TILE ? 0.0f : 1.0f;
   int64_t first_key = 0;
   while (first_key < k_len && !exists(call, task, first_key)) first_key++;
-  work.since = k_len ? log_at(call, task, call.at_key, 0) : 0.0;
-  const int64_t before = std::clamp<int64_t>(call.offset, 0, k_len);
-  for (int64_t key = 0; key < before; key += CHUNK) remember(call, work, take(call, task, work, key, before));
-  for (int64_t first = 0; first < q_len; first += TILE) {
-    const int count = std::min<int64_t>(TILE, q_len - first);
+  for (int64_t first = begins(call, segment); first < stop_query; first += TILE) {
+    const int count = std::min<int64_t>(TILE, stop_query - first);
     const int64_t start = std::max<int64_t>(first + call.offset, 0), stop = std::min(first + call.offset + TILE, k_len);
     pack_queries(call, task, work, first, count);
     meet_state(work);
@@ -206,23 +249,35 @@ INLINE void attend(const Call& call, const Task& task, Work& work) {
     const int keys = start < stop ? take(call, task, work, start, stop) : 0;
     meet_keys(call, work, keys, skipped);
     finish(call, task, work, first, count, first_key);
-    if (first + TILE < q_len) remember(call, work, keys);
+    if (first + TILE < stop_query) remember(call, work, keys);
   }
+}
+
+INLINE Task task_of(const Context& sizes, int64_t n) {
+  const int64_t h = n % sizes.heads;
+  Task task = {sizes, (index_t)(n / sizes.heads), (index_t)h, (index_t)(h / (sizes.heads / sizes.kv_heads))};
+  prepare(task);
+  return task;
 }
 
 extern "C" void states(const Call* given) {
   const Call& call = *given;
-  const Context& sizes = call.context;
+  const int64_t segments = call.segments, work_items = call.context.batch * call.context.heads * segments;
+  Held* held = segments > 1 ? new Held[work_items] : nullptr;
 #pragma omp parallel if (call.parallel)
   {
     Work* work = new Work;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < sizes.batch * sizes.heads; n++) {
-      const int64_t h = n % sizes.heads;
-      Task task = {sizes, (index_t)(n / sizes.heads), (index_t)h, (index_t)(h / (sizes.heads / sizes.kv_heads))};
-      prepare(task);
-      attend(call, task, *work);
+    for (int64_t n = 0; n < (held ? work_items : 0); n++)
+      hold(call, task_of(call.context, n / segments), *work, n % segments, held[n]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < work_items; n++) {
+      const Task task = task_of(call.context, n / segments);
+      if (held) join(call, task, *work, n % segments, held + n / segments * segments);
+      else add_up(call, task, *work, 0, keys_before(call, 0));
+      attend(call, task, *work, n % segments);
     }
     delete work;
   }
+  delete[] held;
 }

@@ -12,6 +12,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
+from attn_compiler.runtime import states
 from attn_compiler.runtime.cpp import CppTarget
 from attn_compiler.testing import assert_all_within_budget, drawn_case, on, plain, variant_of
 
@@ -88,3 +89,20 @@ def test_the_source_of_the_kernel_is_written_to_be_read() -> None:
     source = kernel_source(VARIANTS["decay"], q_len=512, k_len=512, heads=4, head_dim=64)
     assert "INLINE vf feature_of_query(const Task& task, vf x) {\n  return x * logistic(x);\n}" in source
     assert "work.of_key[j] = log_at(call, task, call.at_key, first + j);" in source
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("q_len", "k_len"), [(130, 130), (97, 67), (260, 300), (5, 97)])
+def test_queries_in_segments_meet_the_state_of_all_before_them(
+    name: str, q_len: int, k_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where heads are fewer than threads; more segments than tiles are empty ones."""
+    monkeypatch.setattr(states, "segments", lambda heads, queries: 3)
+    monkeypatch.setattr(states, "WORTH_THREADS", 0)
+    check(name, q_len, k_len, 2, torch.float32)
+
+
+def test_there_are_segments_where_heads_are_fewer_than_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [states.segments(heads, 4096) for heads in (1, 2, 3, 4, 5, 64)] == [8, 4, 2, 2, 1, 1]
+    assert [states.segments(1, queries) for queries in (100, 512, 1024)] == [1, 1, 2]
