@@ -48,6 +48,8 @@ QUICK = {
     "backward_q, 128, sm_90": order_of("backward_q", 128, "bfloat16", "sm_90"),
     "backward_kv, 128, sm_90": order_of("backward_kv", 128, "float16", "sm_90"),
     "decode, 128, sm_90": order_of("decode", 128, "bfloat16", "sm_90"),
+    "documents, forward, 128, sm_90": order_of("forward", 128, "bfloat16", "sm_90", variant="documents and alibi"),
+    "documents, backward_kv, 128, sm_90": order_of("backward_kv", 128, "bfloat16", "sm_90", variant="documents and alibi"),
     "forward, 64, sm_80": order_of("forward", 64, "float16", "sm_80"),
     "forward, 128, gfx942": order_of("forward", 128, "float16", "gfx942"),
 }
@@ -78,10 +80,10 @@ def test_the_cut_that_is_tried_first_is_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in QUICK if "sm_" in name and "backward_kv" not in name and "specialized" not in name]
+    "name", [name for name in QUICK if "sm_" in name and not any(x in name for x in ("backward_kv", "specialized", "documents"))]
 )
 def test_what_is_copied_ahead_comes_in_steps_of_16_bytes(name: str) -> None:
-    """In the kernel that is left out, single numbers of each query are copied ahead, too."""
+    """In the kernels that are left out, single numbers of each query are copied ahead, too, or those of tables."""
     assert found(name).loads_in_whole
 
 
