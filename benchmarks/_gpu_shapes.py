@@ -68,6 +68,7 @@ TWO = {"0:8": {"mask": "causal & window(256)"}, "8:16": {"mask": "causal & windo
 BOTH = (within(256, 16384) + within(1024, 16384)) / 2
 REACHES = {"reaches": (256.0,) * 8 + (1024.0,) * 8}
 DOCUMENTS = {"documents": tuple(n // 2048 for n in range(16384))}
+SOME = {"tokens": (True,) * 8192 + (False,) * 24576}
 PADDING = {"tokens": (True,) * 8192 + (False,) * 8192}
 SHAPES = (
     Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
@@ -79,6 +80,7 @@ SHAPES = (
     Shape("every tenth block", "strided(128, 10)", 16384, 0.1),
     Shape("documents of 2048", "causal & same(documents)", 16384, 1 / 16, tables=DOCUMENTS, sees=together(2048), trains=True),
     Shape("half of it padding", "valid(tokens)", 16384, 0.5, tables=PADDING, sees=lambda i, j: (i >= 0) & (j < 8192)),
+    Shape("decoding, a quarter of it there", "valid(tokens)", 32768, 0.25, tables=SOME, kv_heads=4, queries=1),
     Shape("windows by head, a table", "causal & span(reaches, 0)", 16384, BOTH, tables=REACHES, apart=TWO),
     Shape("windows by head, two kinds", {"mask": "causal", "heads": TWO}, 16384, BOTH, apart=TWO),
     Shape("dense causal, heads of 64", "causal", 16384, 0.5, dim=64, sees=near(1 << 30), window=0, trains=True),
