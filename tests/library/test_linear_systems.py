@@ -129,6 +129,32 @@ def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> 
     assert_within_budget(found, expected, expected)
 
 
+def test_rat_sees_itself_and_the_last_token_of_each_chunk_before() -> None:
+    """Its recurrence within a chunk, which is the model's own, token by token; then what the policy makes of that."""
+    gates = drawn(2, HEADS, TOKENS, DIM, seed=8).sigmoid()
+
+    def recurred(x: Tensor) -> Tensor:
+        rows: list[Tensor] = []
+        for t in range(TOKENS):
+            before = rows[-1] if t % 16 else torch.zeros_like(x[:, :, t])
+            rows.append(gates[:, :, t] * before + (1 - gates[:, :, t]) * x[:, :, t])
+        return torch.stack(rows, dim=2)
+
+    k, v = recurred(K), recurred(V)
+    rows = []
+    for t in range(TOKENS):
+        seen = [*range(15, t // 16 * 16, 16), t]
+        rows.append((Q[:, :, t, None] @ k[:, :, seen].mT * DIM**-0.5).softmax(-1) @ v[:, :, seen])
+    exact = torch.cat(rows, dim=2)
+    narrow = [x.float() for x in (Q, k, v)]
+    found = attend(*narrow, ready("rat", 0, {}))
+    assert isinstance(found, Tensor)
+    chunk, place = torch.arange(TOKENS) // 16, torch.arange(TOKENS) % 16
+    shown = (DISTANCE == 0) | ((chunk[:, None] > chunk) & (place == 15))
+    plain = (narrow[0] @ narrow[1].mT * DIM**-0.5).masked_fill(~shown, -math.inf).softmax(-1) @ narrow[2]
+    assert_within_budget(found, exact, plain)
+
+
 def by_agents(agents: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Both attentions of Agent Attention."""
     k, v = (x.repeat_interleave(HEADS // x.shape[1], dim=1) for x in (k, v))
