@@ -15,6 +15,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
 from attn_compiler.export.coding import LARGEST, check_coded, seen, with_scales
+from attn_compiler.export.decoder import PADDING
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
@@ -131,7 +132,7 @@ def _named(model: ir.Model, step: Stepwise, held: Mapping[str, Kept]) -> None:
         value.name = name
     for value, name in zip(model.graph.outputs, step.outputs, strict=True):
         value.name = name
-    for past, present in zip(model.graph.inputs[2:], model.graph.outputs[1:], strict=True):
+    for past, present in zip(model.graph.inputs[step.before :], model.graph.outputs[1:], strict=True):
         need = held.get(str(past.name))
         if need:
             for value, name in ((past, f"at_most_{need.most}"), (present, f"at_most_{need.most}_then")):
@@ -148,9 +149,17 @@ def _runs(step: Stepwise, holding: _Holding) -> Iterator[Inputs]:
         new = min(tokens, step.positions)
         ids = torch.randint(0, step.vocabulary, (rows, new), generator=generator)
         inputs = {"input_ids": ids, "position_ids": torch.arange(past, past + new).expand(rows, -1)}
-        for name, x in zip(step.inputs[2:], step.args[2:], strict=True):
+        if PADDING in step.inputs:
+            inputs[PADDING] = _padding(rows, past + new).to(step.args[2].dtype)
+        for name, x in zip(step.inputs[step.before :], step.args[step.before :], strict=True):
             inputs[name] = _random(holding, name, x, rows, past, generator)
         yield inputs
+
+
+def _padding(rows: int, length: int) -> Tensor:
+    """Every row begins three tokens after the one before it, if the text is that long."""
+    starts = (3 * torch.arange(rows)).clamp(max=length - 1)
+    return torch.arange(length) >= starts[:, None]
 
 
 def _random(holding: _Holding, name: str, x: Tensor, rows: int, past: int, generator: torch.Generator) -> Tensor:

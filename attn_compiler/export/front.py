@@ -98,10 +98,13 @@ def _for_genai(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor], path: Path
 ) -> Prepared:
     """onnxruntime-genai makes room for logits of all tokens and, in each layer, for keys of the whole text."""
+    from attn_compiler.export.decoder import PADDING
     from attn_compiler.export.decoding import decoding
     from attn_compiler.export.genai import NAME, genai_config
     from attn_compiler.export.stepwise import stepwise
 
+    if kwargs.get(PADDING) is not None:
+        raise ExportError(f'onnxruntime-genai\'s texts begin together here: leave `{PADDING}` out, or `flavor="genai"`')
     step = stepwise(model, args, kwargs, logits=0)
     whole = decoding(step, policy, tables, hold=lambda variant, heads: None, remembering=lambda variant: False, codes=False)
     return replace(whole, beside={NAME: genai_config(model, step, path)})

@@ -14,7 +14,7 @@ NAME = "genai_config.json"
 def genai_config(model: Any, step: Stepwise, path: Path) -> str:
     """The configuration that stands beside a file. Past and present are tensors of their own, as long as the text."""
     config = model.config.get_text_config(decoder=True)
-    keys = step.args[2]
+    keys = step.args[step.before]
     tokens = {name: _token(getattr(config, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -23,7 +23,7 @@ def genai_config(model: Any, step: Stepwise, path: Path) -> str:
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": keys.shape[1],
-        "num_hidden_layers": len(step.args[2:]) // 2,
+        "num_hidden_layers": len(step.args[step.before :]) // 2,
         "inputs": {
             "input_ids": "input_ids",
             "position_ids": "position_ids",

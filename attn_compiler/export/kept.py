@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attn_compiler.algebra.bounds import Interval, Occupancy, occupancy
-from attn_compiler.algebra.expr import Expr, Sort, const, k, k_len, q
-from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.expr import Expr, Sort, const, every, k, k_len, q
+from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import FAR, Kept
 from attn_compiler.targets.held import of_heads, seen
@@ -29,10 +29,21 @@ def _bears(part: Variant, held: Kept) -> bool:
         return False
     if any(node.mentions(k_len) for node in (part.mask, *scores)):
         return False
-    if not all(_only_tells_distances(node) for node in (beyond(part.mask, held.first), *scores)):
+    mask = part.mask if held.first else _without_padding(part.mask)
+    if not all(_only_tells_distances(node) for node in (beyond(mask, held.first), *scores)):
         return False
     far = {q: Interval(held.first + held.latest, FAR)}
     return all(occupancy(part.mask.substitute({k: const(n)}), far) is not Occupancy.MIXED for n in range(held.first))
+
+
+def _without_padding(mask: Expr) -> Expr:
+    """The mask without what tables along the keys say by themselves: these are cut as the cache is."""
+    return every(*(part for part in conjuncts(mask) if not _is_padding(part)))
+
+
+def _is_padding(part: Expr) -> bool:
+    rest = part.transform(lambda node: node if node.op != "table" or node.args[-1:] != (k,) else const(0))
+    return part.mentions(k) and not rest.mentions(k, q)
 
 
 def _only_tells_distances(node: Expr) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
+from attn_compiler.export.decoder import PADDING
 
 PAST = 32  # tokens of the past that a model is traced with: any other number serves as well
 WRAPPED = "model."  # what the names of modules begin with once they are part of what is traced
@@ -30,6 +31,11 @@ class Stepwise:
     positions: int  # how many tokens a text may have
     example: tuple[Tensor, ...]  # what it is given for the tokens that the caller gave, behind no others
 
+    @property
+    def before(self) -> int:
+        """How many inputs stand before the caches."""
+        return len(self.inputs) - len(self.outputs) + 1
+
 
 def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], logits: int = 1) -> Stepwise:
     """Let the cache of a model be inputs and outputs: those of each layer are called as onnxruntime's own examples do.
@@ -42,50 +48,75 @@ def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
     past = [torch.zeros(rows, heads, PAST, dim, dtype=dtype) for heads, dim, dtype in _sides(model, ids)]
     tokens = (ids.new_zeros(rows, length), torch.arange(PAST, PAST + length).expand(rows, -1))
     batch, new, before = map(torch.export.Dim, ("batch", "tokens", "past"))
+    padded = kwargs.get(PADDING)
+    masks = [] if padded is None else [torch.ones(rows, PAST + length, dtype=padded.dtype)]
     sides = [(layer, side) for layer in range(len(past) // 2) for side in ("key", "value")]
     return Stepwise(
-        _Stepwise(model, logits),
-        (*tokens, *past),
-        ({0: batch, 1: new}, {0: batch, 1: new}, tuple({0: batch, 2: before} for _ in past)),
-        (*BEFORE, *(f"past_key_values.{layer}.{side}" for layer, side in sides)),
+        (_Padded if masks else _Stepwise)(model, logits),
+        (*tokens, *masks, *past),
+        (
+            *({0: batch, 1: new} for _ in tokens),
+            *({0: batch, 1: torch.export.Dim.AUTO} for _ in masks),
+            tuple({0: batch, 2: before} for _ in past),
+        ),
+        (*BEFORE, *(PADDING for _ in masks), *(f"past_key_values.{layer}.{side}" for layer, side in sides)),
         ("logits", *(f"present.{layer}.{side}" for layer, side in sides)),
         config.vocab_size,
         getattr(config, "max_position_embeddings", None) or 1 << 20,
         (
             ids,
             torch.arange(ids.shape[1]).expand(ids.shape[0], -1),
+            *([] if padded is None else [padded]),
             *(x[:1, :, :0].expand(ids.shape[0], -1, -1, -1) for x in past),
         ),
     )
 
 
-class _Stepwise(nn.Module):
+class _Model(nn.Module):
+    """A model whose cache is handed in and out."""
+
     def __init__(self, model: nn.Module, logits: int) -> None:
         super().__init__()
         self.model, self.logits = model, logits
         self.training = model.training
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def run(self, past: Sequence[Tensor], **given: Tensor) -> tuple[Tensor, ...]:
         """The logits of the last tokens, and the keys and values of all tokens of each layer."""
         for x in past:  # torch.export takes each length for one of its own
             private.require(x.shape[2] == past[0].shape[2])
         cache = _cache(past)
-        more = {"past_key_values": cache, "use_cache": True, "logits_to_keep": self.logits}
-        out = self.model(input_ids=input_ids, position_ids=position_ids, **more)
+        out = self.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=self.logits)
         return (out.logits, *_held(cache))
+
+
+class _Stepwise(_Model):
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Rows of one length."""
+        return self.run(past, input_ids=input_ids, position_ids=position_ids)
+
+
+class _Padded(_Model):
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """The mask is 1 for the tokens of a row, those of the past included, and 0 in front of them."""
+        private.require(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
+        return self.run(past, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask)
 
 
 def _tokens(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The tokens that a model is traced with; other inputs would be those of its every call."""
     ids = args[0] if args else kwargs.get("input_ids")
-    other = sorted({*kwargs} - {"input_ids", "use_cache"})
+    other = sorted({*kwargs} - {"input_ids", "use_cache", PADDING})
     if getattr(model, "config", None) is None or not hasattr(model, "generate"):
         raise ExportError(f"`decode` is for models of transformers that generate text; found {type(model).__name__}")
     if model.config.is_encoder_decoder:
         raise ExportError(f"`decode` is for models without an encoder; found {type(model).__name__}")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype.is_floating_point or len(args) > 1 or other:
         found = other or [type(x).__name__ for x in args]
-        raise ExportError(f"`decode` takes `input_ids` of shape [rows, tokens] and nothing else; found {', '.join(found)}")
+        said = "`input_ids` of shape [rows, tokens], perhaps `attention_mask`, and nothing else"
+        raise ExportError(f"`decode` takes {said}; found {', '.join(found)}")
+    there = kwargs.get(PADDING)
+    if there is not None and there.shape != ids.shape:
+        raise ExportError(f"`{PADDING}` is said of {list(ids.shape)} tokens; found {list(there.shape)}")
     return ids
 
 

@@ -123,6 +123,8 @@ def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Te
     keys, values = held = [torch.cat([past, x], dim=2) for past, x in zip((past_k, past_v), new, strict=True)]
     if call.codes:
         keys, values = (x * scale for x, scale in zip(held, scales, strict=True))
+    count = keys.shape[2]
+    tables = [x[..., -count:] if name in call.along_keys else x for name, x in zip(call.tables, tables, strict=True)]
     out = attend_eagerly([q, keys, values, *tables], what)
     return out, _let_go(held[0], *call.held), _let_go(held[1], *call.held)
 

@@ -10,7 +10,7 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra import wire
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.simplify import simplify
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.planning.site import Length
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import shows_itself
@@ -58,6 +58,11 @@ class Call:
     def operands(self) -> int:
         """How many tensors stand before the tables: q, k, v and the past, keys and values or the two parts of a state."""
         return 5 if self.held or self.remembers else 3
+
+    @property
+    def along_keys(self) -> frozenset[str]:
+        """The tables with a number for each key, whose last axis is as long as the text: what a cache lets go of, they do not."""
+        return frozenset(str(node.value) for node in reads(self.variant) if node.args[-1:] == (e.k,))
 
     @property
     def ends_together(self) -> bool:

@@ -141,7 +141,8 @@ def test_a_policy_for_one_phase_alone_is_refused(tmp_path: Path) -> None:
 
 def test_what_decoding_does_not_take_is_said(tmp_path: Path) -> None:
     refused(tmp_path, "transformers that generate", nn.Linear(8, 8))
-    refused(tmp_path, "attention_mask", kwargs={"attention_mask": torch.ones(1, 24)})
+    refused(tmp_path, "token_type_ids", kwargs={"token_type_ids": torch.ones(1, 24)})
+    refused(tmp_path, r"is said of \[1, 24\] tokens", kwargs={"attention_mask": torch.ones(1, 23)})
     refused(tmp_path, "leave out `dynamic_shapes`", dynamic_shapes={})
 
 

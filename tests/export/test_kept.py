@@ -28,6 +28,8 @@ NEAR, FAR = {"mask": "causal & window(3)"}, {"mask": "causal & window(6)", "feat
         ("causal & (window(6) | sinks(2))", Kept(2, 5)),
         ("causal & (window(6) | sinks(2)) & window(9)", None),
         ("causal & same(document) & window(6)", None),
+        ("causal & valid(there) & window(6)", Kept(0, 5)),
+        ("causal & valid(there) & (window(6) | sinks(2))", None),
         ("causal & window(6) & chunks(4)", None),
         ("causal & span(0, 0.5)", None),
         ({"mask": "causal & window(6)", "score": ALIBI}, Kept(0, 5)),

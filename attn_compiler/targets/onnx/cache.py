@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from attn_compiler.targets.onnx.nodes import Nodes
@@ -18,3 +19,9 @@ def let_go(nodes: Nodes, x: ir.Value, first: int, latest: int) -> ir.Value:
     start = nodes.op("Max", nodes.op("Sub", length, nodes.index(latest)), nodes.index(first))
     near = nodes.slice(x, 2, start, length)
     return nodes.op("Concat", nodes.slice(x, 2, 0, first), near, axis=2) if first else near
+
+
+def latest_of(nodes: Nodes, table: ir.Value, keys: ir.Value) -> ir.Value:
+    """What a table along all tokens holds of the keys that are there, the latest ones."""
+    count = nodes.vector(nodes.size(keys, 2))
+    return nodes.op("Slice", table, nodes.op("Neg", count), nodes.vector(np.iinfo(np.int64).max), nodes.vector(-1))

@@ -17,7 +17,7 @@ from attn_compiler.planning.layout import dilation
 from attn_compiler.targets.exported import SCALES, Call, Spec
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx import attention, contrib, formula
-from attn_compiler.targets.onnx.cache import appended, let_go
+from attn_compiler.targets.onnx.cache import appended, latest_of, let_go
 from attn_compiler.targets.onnx.choice import shortest
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.either import either
@@ -53,7 +53,8 @@ def function(spec: Spec, strategy: str, contents: Contents, opset: int = OPSET) 
     tables = {name: ir.Value(name=f"table{place}_{name.replace('.', '_')}") for place, name in enumerate(spec.call.tables)}
     if spec.call.held and not spec.call.codes:
         k, v = (appended(nodes, old, new) for old, new in zip(past, (k, v), strict=True))
-    inputs = Inputs(q, k, v, tables)
+    shown = {name: latest_of(nodes, x, k) if spec.call.held and name in spec.call.along_keys else x for name, x in tables.items()}
+    inputs = Inputs(q, k, v, shown)
     if spec.call.codes:
         out, *held = _coded(spec, nodes, replace(inputs, k=given[1], v=given[2]), past)
     elif spec.call.remembers:
