@@ -51,8 +51,9 @@ def translated(rewritten: Rewritten, wanted: str, opset: int) -> Translated:
         name = spec.call.name
         decision = rewritten.plan.decisions[rewritten.names.index(name)]
         likely = Likely(decision.site.q_hint, decision.site.k_hint)
-        strategies[name] = "states" if spec.call.remembers else choose(spec, likely, contents, wanted, opset)
-        objection = None if wanted == "auto" or spec.call.remembers else refusal(spec, wanted, opset)
+        only = "states" if spec.call.remembers else "contrib" if spec.call.codes else ""  # what its cache leaves it
+        strategies[name] = only or choose(spec, likely, contents, wanted, opset)
+        objection = None if wanted in ("auto", only) else f'its cache asks for "{only}"' if only else refusal(spec, wanted, opset)
         notes += [f'{name} has no body "{wanted}": {objection}'] if objection else []
         made = function(spec, strategies[name], contents, opset)
         made.metadata_props.update(_metadata(spec, strategies[name], decision))

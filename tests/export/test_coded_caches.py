@@ -41,6 +41,7 @@ def test_a_cache_in_bytes_is_right_to_what_its_codes_say(mask: str, holds: str, 
     _, report, _ = written(tmp_path, policy(mask=mask))
     assert len(report.checks) == 3, "a prompt, a token and a piece of text, beside the rewritten model with the same codes"
     assert set(report.caches.values()) == {f"{holds}, in int8"}
+    assert set(report.strategies.values()) == {"contrib"}
     graph = onnx.load(tmp_path / "model.onnx").graph
     types = {x.type.tensor_type.elem_type for x in (*graph.input, *graph.output) if "key" in x.name or "value" in x.name}
     assert types == {onnx.TensorProto.INT8}
