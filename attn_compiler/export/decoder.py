@@ -51,11 +51,11 @@ class Decoder:
         `there` says of all tokens, those before included, whether they are (1), or stand in front of a shorter row (0).
         """
         rows, count = tokens.shape
+        there = self._there(rows, before + count, there)
         if self._one_by_one and rows > 1 and before and count > 1:
             for place in range(count - 1):
-                _, past = self.step(tokens[:, place : place + 1], before + place, past)
-            return self.step(tokens[:, -1:], before + count - 1, past)
-        there = self._there(rows, before + count, there)
+                _, past = self.step(tokens[:, place : place + 1], before + place, past, there[:, : before + place + 1])
+            return self.step(tokens[:, -1:], before + count - 1, past, there)
         positions = np.maximum(there.cumsum(1)[:, before:] - 1, 0)
         given = {"input_ids": tokens, "position_ids": positions, **({PADDING: there} if self._padded else {})}
         wrapped = {name: self._wrap(np.ascontiguousarray(x, np.int64)) for name, x in given.items()}

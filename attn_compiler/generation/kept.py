@@ -18,7 +18,12 @@ from attn_compiler.targets.rows import alone
 
 def kept_at(policy: Policy, site: Site) -> Kept | None:
     """What must be kept at a site, whatever its phase and length become; None for everything."""
-    return together(seen(variant, site.heads) for variant in _asked(policy, site))
+    return together(_seen(variant, site.heads) for variant in _asked(policy, site))
+
+
+def _seen(variant: Variant, heads: int) -> Kept | None:
+    """What is seen of the past; everything, where a cache holds less than a variant reads of a token, which its plan refuses."""
+    return None if any(part.made or part.unrotated for part in of_heads(variant, heads)) else seen(variant, heads)
 
 
 def held_at(policy: Policy, site: Site) -> Held | None:

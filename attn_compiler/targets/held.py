@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attn_compiler.algebra.expr import const, k_len
+from attn_compiler.algebra.expr import const, k_len, q_len
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import Kept
 from attn_compiler.planning.site import Site
@@ -37,6 +37,9 @@ def of_heads(variant: Variant, heads: int) -> Iterator[Variant]:
 
 def _asks_for_all(part: Variant) -> bool:
     """Whether it follows from how many tokens there are, or from those that no query sees."""
-    return (
-        part.delta is not None or bool(part.derived or part.context) or any(node.mentions(k_len) for node in part.expressions())
-    )
+    return part.delta is not None or bool(part.derived or part.context) or asks_how_many(part)
+
+
+def asks_how_many(variant: Variant) -> bool:
+    """Whether it follows from how many queries or keys there are, which a part of them cannot tell."""
+    return any(node.mentions(k_len, q_len) for node in variant.expressions())

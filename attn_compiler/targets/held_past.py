@@ -12,9 +12,9 @@ from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.planning.site import Site
 from attn_compiler.targets import past
-from attn_compiler.targets.held import seen
+from attn_compiler.targets.held import asks_how_many, seen
 from attn_compiler.targets.linear import linear
-from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.operands import PLACE, Operands, head_groups
 from attn_compiler.targets.past import continued, remembered
 
 Leaf = tuple[tuple[int, ...], Variant]  # some heads, and what they compute: without groups, without branches
@@ -29,6 +29,8 @@ def leaves(variant: Variant, heads: int) -> Iterator[Leaf]:
 
 def objection(variant: Variant, heads: int) -> str | None:
     """Why the past of a variant cannot be its latest tokens and states; None if it can."""
+    if asks_how_many(variant):
+        return "it follows from how many tokens there are, and steps do not know how many there will be"
     for _, leaf in leaves(variant, heads):
         kept = None if linear(leaf) else seen(leaf, heads)
         reason = past.objection(leaf) if kept is None else _first_tokens(kept.first)
@@ -45,13 +47,36 @@ def latest(variant: Variant, heads: int) -> int:
 def is_state(variant: Variant) -> bool:
     """Whether a single state is all that an attention needs of its past, wherever in a text it stands."""
     alone = not variant.groups and variant.mix is None and past.objection(variant) is None
-    return alone and latest(variant, 1) == 0 and knows_no_tokens(variant)
+    return alone and objection(variant, 1) is None and latest(variant, 1) == 0 and knows_no_places(variant)
 
 
-def knows_no_tokens(variant: Variant) -> bool:
-    """Whether nothing that a variant needs of a token stands anywhere but in its key and value."""
+def knows_no_places(variant: Variant) -> bool:
+    """Whether tokens that join states one after the other need not know where they stand, nor anything but keys and values.
+
+    What says who sees whom, and how that fades, may speak of distances.
+    """
     parts = variant.parts()
-    return not any(part.made or part.unrotated for part in parts) and not any(node.mentions(e.q, e.k) for node in reads(variant))
+    if any(part.made or part.unrotated for part in parts) or any(node.mentions(e.q, e.k) for node in reads(variant)):
+        return False
+    weights = () if variant.mix is None else variant.mix.weights
+    plain = (*weights, *(node for part in parts for node in _beside_distances(part)))
+    return not any(node.mentions(e.q, e.k, e.i, PLACE) for node in plain)
+
+
+def _beside_distances(part: Variant) -> tuple[Expr, ...]:
+    """The expressions of a part that do not say how far tokens are apart."""
+    found = linear(continued(part)) if part.mix is None else None
+    own = part.scale, part.normalizer.weight, part.normalizer.output, *part.feature.expressions(), *part.output
+    if found is None:
+        return own
+    faded = () if found.fades is None else _steps(found.fades)
+    return (*own, found.shown, *faded)
+
+
+def _steps(fades: Expr) -> tuple[Expr, ...]:
+    """What a running log is multiplied with for each token, or itself where it does not grow by the same at each."""
+    slope, at = (*fades.args, None, None)[:2]
+    return (slope,) if fades.op == "mul" and slope is not None and at is not None and at == e.real(e.k) else (fades,)
 
 
 def states(variant: Variant, heads: int) -> tuple[Leaf, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,8 +14,9 @@ from attn_compiler.planning.kept import Caches, Holding, Kept
 from attn_compiler.planning.plan import Decision, Plan
 from attn_compiler.planning.site import Kind, Phase, Site
 from attn_compiler.targets.held import of_heads, seen
-from attn_compiler.targets.held_past import knows_no_tokens, latest, objection, states
+from attn_compiler.targets.held_past import knows_no_places, latest, objection, states
 from attn_compiler.targets.linear import linear
+from attn_compiler.targets.operands import kv_owners
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.rows import row_dtype, row_width
 
@@ -44,19 +46,20 @@ def _from_first_key(variant: Variant, site: Site) -> Variant:
 
 def _holding(variant: Variant, site: Site) -> Holding:
     kept, token = _needed(variant, site.heads), _token(variant, site)
-    parts = states(variant, site.heads) if knows_no_tokens(variant) else ()
+    parts = states(variant, site.heads) if knows_no_places(variant) else ()
     if kept is not None or not parts or objection(variant, site.heads):
         return Holding(token, kept)
     near = latest(variant, site.heads)
-    return Holding(token, Kept(0, near) if near else None, sum(_state(len(members), leaf, site) for members, leaf in parts))
+    return Holding(token, Kept(0, near) if near else None, sum(_state(members, leaf, site) for members, leaf in parts))
 
 
-def _state(heads: int, leaf: Variant, site: Site) -> int:
-    """Bytes of the state of a linear part of so many heads: those of one kv head share it unless theirs differ."""
+def _state(members: Sequence[int], leaf: Variant, site: Site) -> int:
+    """Bytes of the state of a linear part of some heads: those of one kv head share it unless theirs differ."""
     found = linear(leaf)
     fades = leaf.delta is not None or (found is not None and found.fades is not None)
     by_head = any(block.weights is not None and block.weights.mentions(e.h) for block in leaf.feature.of_k)
-    own = heads if fades or by_head else max(1, heads * site.kv_heads // site.heads)
+    shared = kv_owners(members, site.heads // site.kv_heads)
+    own = len(members) if fades or by_head else len(shared)
     return own * (leaf.feature.width(site.head_dim) + 1) * (site.value_dim + 1) * FLOAT
 
 

@@ -78,6 +78,7 @@ def test_transformers_own_caches_hold_what_is_said_of_them(own: int | None) -> N
         {"feature": "silu", "state": "decay((h + 1) / 8)", "normalizer": "linear(none)"},
         {"mix": {"how": "shared_denominator", "branches": {"near": NEAR, "far": FAR}}},
         {"heads": {"0:2": NEAR, "2": FADING, "rest": {"feature": "elu_one"}}},
+        {"heads": {"0, 2": {"feature": "elu_one"}, "1, 3": NEAR}},
     ],
 )
 def test_our_caches_hold_what_is_said_of_them(rule: dict[str, object]) -> None:

@@ -257,3 +257,27 @@ def test_beams_take_their_states_along() -> None:
     held.reset()
     assert layer.get_seq_length() == 0
     assert layer.states == ()
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        {**ELU, "mask": "causal & strided(1, 2)"},
+        {**ELU, "mask": "causal & ~sinks(2)"},
+        {**ELU, "normalizer": "linear(none)", "scale": "1 / k_len"},
+        {**ELU, "normalizer": "linear(none)", "scale": "1 / (q + 1)"},
+        {"operands": {"q": "q_unrotated", "k": "k_unrotated"}, "mask": "causal & window(6)"},
+        {
+            "mix": {
+                "how": "sum",
+                "weights": {"far": "4 / k_len"},
+                "branches": {"near": {"mask": "causal & window(4)"}, "far": ELU},
+            }
+        },
+    ],
+    ids=str,
+)
+def test_what_asks_where_tokens_stand_holds_all_of_them(slots: Mapping[str, object]) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    assert [type(layer) for layer in attn.cache(llama(1), policy(({}, slots))).layers] == [DynamicLayer]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import attn_compiler as attn
-from attn_compiler.errors import RefusedError
+from attn_compiler.errors import ExportError, RefusedError
 from attn_compiler.export import Decoder
 from end_to_end.by_hand import with_weights
 from end_to_end.models import tokens
@@ -56,6 +56,8 @@ def test_rounding_the_cache_changes_little_and_the_report_says_how_much(tmp_path
         exact = model(text, use_cache=False).logits[:, -1].numpy()
     assert 0 < np.linalg.norm(logits - exact) < 0.05 * np.linalg.norm(exact)
     assert [x.shape() for x in past.values()] == [[2, 2, 60, 8]] * 4
+    with pytest.raises(ExportError, match="rows are of one length"):
+        decoder.step(text[:, :2].numpy(), 60, past, np.r_[[[0] + [1] * 61], [[1] * 62]])
     assert str(report).count("holds its cache in int8, whose scales are those of the example") == 2
 
 

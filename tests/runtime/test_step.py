@@ -115,6 +115,19 @@ def test_beside_a_state_a_branch_holds_its_window_and_no_more() -> None:
         ({"heads": {"0": {"feature": "elu_one", "mask": "causal"}}}, "it is not linear"),
         ({"mask": "causal & (window(4) | sinks(2))"}, "see the first 2 tokens for ever"),
         ({"feature": "elu_one", "mask": "causal", "storage": {"qk": "int8"}}, "held in few bits"),
+        ({"feature": "elu_one", "mask": "causal", "scale": "1 / k_len"}, "how many tokens there are"),
+        ({"mask": "causal & window(4)", "scale": "1 / q_len"}, "how many tokens there are"),
+        ({"mask": "causal & window(4) & keys('3:-4')"}, "how many tokens there are"),
+        (
+            {
+                "mix": {
+                    "how": "sum",
+                    "weights": {"all": "1 / k_len"},
+                    "branches": {"near": {"mask": "causal & window(4)"}, "all": ELU},
+                }
+            },
+            "how many tokens there are",
+        ),
     ],
 )
 def test_what_has_no_state_for_its_past_is_refused(slots: Mapping[str, object], said: str) -> None:

@@ -13,6 +13,7 @@ from attn_compiler.algebra.expr import k, q
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import Kept, together
 from attn_compiler.targets.held import seen
+from attn_compiler.targets.held_past import is_state
 from attn_compiler.testing import variant_of
 
 ALIBI = "score + alibi()"
@@ -60,3 +61,21 @@ def test_no_query_sees_what_is_let_go(window: int, sinks: int, step: int, chunk:
     assert held is not None
     gone = range(held.first, max(held.first, at - held.latest))
     assert not any(evaluate_scalar(mask, {q: at, k: key}) for key in gone)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"state": "decay((h + 1) / 8)"}, True),
+        ({"mask": "causal & ~window(4)"}, False),
+        ({"mask": "causal & sinks(4)"}, False),
+        ({"mask": "causal & strided(1, 2)"}, False),
+        ({"scale": "1 / (q + 1)"}, False),
+        ({"scale": "1 / k_len"}, False),
+    ],
+    ids=str,
+)
+def test_a_state_alone_does_for_what_knows_no_places(changed: dict[str, object], expected: bool) -> None:
+    variant = variant_of({"feature": "elu_one", "mask": "causal", "normalizer": "linear(none)", **changed})
+    assert is_state(variant) is expected
