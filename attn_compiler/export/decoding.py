@@ -28,8 +28,8 @@ from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.targets.held_past import is_state
 
-_LENGTHS = (2, 1 << 28)  # the shortest and the longest text that a policy is asked about
-_SHARED = "its cache, or how long that is, is read elsewhere too"
+_LENGTHS = (2, FAR)  # the shortest and the longest text that a policy is asked about
+_WHOLE = "and holds every token: its cache, or how long that is, is read elsewhere too"
 _TRIALS = ((2, 300, 0), (1, 1, 2048), (2, 5, 40))  # rows, new tokens and those before them: a prompt, a token, a piece of text
 
 
@@ -72,10 +72,10 @@ def decoding(
         {new: states[old] for new, old in zip(named.inputs, step.inputs, strict=True) if old in states},
         frozenset(called[x] for name in coded for x in folded[name]),
     )
-    whole = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
-    missed = {name: why for name, why in whole.items() if name not in (*remembered, *folded)}
-    remarks = [f"{name} {why}, and holds every token: {_SHARED}" for name, why in missed.items()]
-    plan = replace(result.plan, remarks=(*result.plan.remarks, *remarks, *(f"{name} {one}" for name, one in coded.items())))
+    wishes = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
+    wholes = [f"{name} {why}, {_WHOLE}" for name, why in wishes.items() if name not in (*remembered, *folded)]
+    remarks = (*result.plan.remarks, *wholes, *(f"{name} {one}" for name, one in coded.items()))
+    plan = replace(result.plan, remarks=remarks)
     return Prepared(
         replace(result, module=module_of(program), plan=plan),
         lambda: list(_runs(named, holding)),

@@ -14,7 +14,7 @@ from attn_compiler.generation.kept import situations
 from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.held_past import knows_no_places, latest, objection, states
+from attn_compiler.targets.held_past import latest, remembered_parts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Re
     """What a site's states are of, at every phase and length; None where these are not enough, or where tables are missing."""
     asked = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
     variant = asked.pop() if len(asked) == 1 else None
-    if variant is None or not knows_no_places(variant) or not states(variant, site.heads) or objection(variant, site.heads):
+    if variant is None or not remembered_parts(variant, site.heads):
         return None
     tables = {name: _table(name, policy, given) for name in variant.tables()}
     known = {name: table for name, table in tables.items() if table is not None}

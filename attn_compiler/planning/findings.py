@@ -20,11 +20,7 @@ from attn_compiler.planning.schedule import Schedule, schedule
 from attn_compiler.planning.site import Site
 
 SKIPPING = ("blocks", "scaled_dot_product_attention(is_causal)", "a generated kernel")  # forms that leave out what a mask hides
-SUMMING = (
-    "chunk by chunk",
-    "whose state stays in the cache",
-    "adds keys up to states",
-)  # that need no map
+SUMMING = ("chunk by chunk", "whose state stays in the cache", "adds keys up to states")  # and those that need no map
 
 
 @dataclass(frozen=True)
@@ -165,17 +161,15 @@ def _runs_as(decision: Decision) -> str:
 
 
 def _costs(cost: Costs) -> str:
-    part = (
-        "no map"
-        if not cost.density_after
-        else f"{cost.density_after:.1%} of the map"
-        if cost.density_after < 1
-        else "the whole map"
-    )
-    return (
-        f"{change(cost.before.flops, cost.after.flops, 'FLOP')}, {change(cost.before.bytes, cost.after.bytes, 'B')} of memory "
-        f"traffic, {part}"
-    )
+    work = change(cost.before.flops, cost.after.flops, "FLOP")
+    traffic = change(cost.before.bytes, cost.after.bytes, "B")
+    return f"{work}, {traffic} of memory traffic, {_part(cost.density_after)}"
+
+
+def _part(density: float) -> str:
+    if not density:
+        return "no map"
+    return f"{density:.1%} of the map" if density < 1 else "the whole map"
 
 
 def _caches(caches: Caches, tokens: int) -> str:
@@ -187,8 +181,7 @@ def _holding(holding: Holding, tokens: int) -> str:
     """What is held, and in how much memory: of a row."""
     if holding.most is None:
         return f"{si(holding.token)}B a token, {si(holding.token * tokens)}B at {tokens}"
-    held = [*(["a state"] if holding.state else []), *([str(holding.kept)] if holding.kept else [])]
-    return f"{si(holding.most)}B at most: {' and '.join(held)}"
+    return f"{si(holding.most)}B at most: {holding}"
 
 
 def change(before: float, after: float, unit: str) -> str:

@@ -42,6 +42,10 @@ class Holding:
         near = self.token * self.kept.most if self.kept else 0
         return self.state + near if self.state or self.kept else None
 
+    def __str__(self) -> str:
+        held = [*(["a state"] if self.state else []), *([str(self.kept)] if self.kept else [])]
+        return " and ".join(held) or "every token"
+
 
 @dataclass(frozen=True)
 class Caches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from attn_compiler.algebra.expr import Expr, Sort, const, exp, h, layer, log, maximum, sigmoid, table
+from attn_compiler.algebra.expr import Expr, Sort, b, const, exp, h, layer, log, maximum, sigmoid, table
 from attn_compiler.algebra.feature import component, x
 from attn_compiler.algebra.made import Made, channel
 from attn_compiler.algebra.variant import Variant
@@ -58,7 +58,7 @@ def _made(variant: Variant, own: Mapping[str, object]) -> Iterator[Made]:
 
 def _tables(expression: Expr) -> dict[str, Expr]:
     """The tables that an expression reads row by row."""
-    reads = (node for node in expression.walk() if node.op == "table" and len(node.args) > 2)
+    reads = (node for node in expression.walk() if node.op == "table" and b in node.args)
     return {str(node.value): node for node in reads}
 
 

@@ -155,7 +155,7 @@ def _record(decision: Decision) -> dict[str, object]:
 
 def _holding(holding: Holding) -> dict[str, object]:
     return {
-        "holds": str(holding.kept or ("a state" if holding.state else "every token")),
+        "holds": str(holding),
         "token": holding.token,
         "most": holding.most,
     }

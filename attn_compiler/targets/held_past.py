@@ -47,10 +47,10 @@ def latest(variant: Variant, heads: int) -> int:
 def is_state(variant: Variant) -> bool:
     """Whether a single state is all that an attention needs of its past, wherever in a text it stands."""
     alone = not variant.groups and variant.mix is None and past.objection(variant) is None
-    return alone and objection(variant, 1) is None and latest(variant, 1) == 0 and knows_no_places(variant)
+    return alone and bool(remembered_parts(variant, 1)) and latest(variant, 1) == 0
 
 
-def knows_no_places(variant: Variant) -> bool:
+def _knows_no_places(variant: Variant) -> bool:
     """Whether tokens that join states one after the other need not know where they stand, nor anything but keys and values.
 
     What says who sees whom, and how that fades, may speak of distances.
@@ -77,6 +77,12 @@ def _steps(fades: Expr) -> tuple[Expr, ...]:
     """What a running log is multiplied with for each token, or itself where it does not grow by the same at each."""
     slope, at = (*fades.args, None, None)[:2]
     return (slope,) if fades.op == "mul" and slope is not None and at is not None and at == e.real(e.k) else (fades,)
+
+
+def remembered_parts(variant: Variant, heads: int) -> tuple[Leaf, ...]:
+    """The parts whose states, beside the latest tokens, are all that later queries need; none where that is not enough."""
+    parts = states(variant, heads) if _knows_no_places(variant) else ()
+    return parts if parts and not objection(variant, heads) else ()
 
 
 def states(variant: Variant, heads: int) -> tuple[Leaf, ...]:

@@ -14,7 +14,7 @@ from attn_compiler.planning.kept import Caches, Holding, Kept
 from attn_compiler.planning.plan import Decision, Plan
 from attn_compiler.planning.site import Kind, Phase, Site
 from attn_compiler.targets.held import of_heads, seen
-from attn_compiler.targets.held_past import knows_no_places, latest, objection, states
+from attn_compiler.targets.held_past import latest, remembered_parts
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import kv_owners
 from attn_compiler.targets.reach import sides
@@ -46,8 +46,8 @@ def _from_first_key(variant: Variant, site: Site) -> Variant:
 
 def _holding(variant: Variant, site: Site) -> Holding:
     kept, token = _needed(variant, site.heads), _token(variant, site)
-    parts = states(variant, site.heads) if knows_no_places(variant) else ()
-    if kept is not None or not parts or objection(variant, site.heads):
+    parts = remembered_parts(variant, site.heads)
+    if kept is not None or not parts:
         return Holding(token, kept)
     near = latest(variant, site.heads)
     return Holding(token, Kept(0, near) if near else None, sum(_state(members, leaf, site) for members, leaf in parts))

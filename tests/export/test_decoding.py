@@ -128,7 +128,7 @@ def test_a_file_without_caches_does_not_decode(tmp_path: Path) -> None:
         Decoder(tmp_path / "linear.onnx")
 
 
-def refused(path: Path, says: str, model: nn.Module | None = None, asked: object = "exact", **more: object) -> None:
+def assert_refused(path: Path, says: str, model: nn.Module | None = None, asked: object = "exact", **more: object) -> None:
     with pytest.raises(ExportError, match=says):
         attn.export_onnx((model or llama()).eval(), (tokens(1, 24),), path / "no.onnx", asked, decode=True, **more)  # type: ignore[arg-type]
     assert not list(path.iterdir())
@@ -136,14 +136,14 @@ def refused(path: Path, says: str, model: nn.Module | None = None, asked: object
 
 def test_a_policy_for_one_phase_alone_is_refused(tmp_path: Path) -> None:
     rule = {"match": {"phase": "decode"}, "attn": {"mask": "causal & window(8)"}}
-    refused(tmp_path, "one graph serves them all", asked={"version": 1, "rules": [rule]})
+    assert_refused(tmp_path, "one graph serves them all", asked={"version": 1, "rules": [rule]})
 
 
 def test_what_decoding_does_not_take_is_said(tmp_path: Path) -> None:
-    refused(tmp_path, "transformers that generate", nn.Linear(8, 8))
-    refused(tmp_path, "token_type_ids", kwargs={"token_type_ids": torch.ones(1, 24)})
-    refused(tmp_path, r"is said of \[1, 24\] tokens", kwargs={"attention_mask": torch.ones(1, 23)})
-    refused(tmp_path, "leave out `dynamic_shapes`", dynamic_shapes={})
+    assert_refused(tmp_path, "transformers that generate", nn.Linear(8, 8))
+    assert_refused(tmp_path, "token_type_ids", kwargs={"token_type_ids": torch.ones(1, 24)})
+    assert_refused(tmp_path, r"is said of \[1, 24\] tokens", kwargs={"attention_mask": torch.ones(1, 23)})
+    assert_refused(tmp_path, "leave out `dynamic_shapes`", dynamic_shapes={})
 
 
 def test_a_cache_that_the_mask_needs_whole_is_held_whole(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ MAPS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def same(variant: Mapping[str, object], expected: Tensor, tables: Mapping[str, Tensor] | None = None, layer: int = 0) -> None:
+def assert_same(
+    variant: Mapping[str, object], expected: Tensor, tables: Mapping[str, Tensor] | None = None, layer: int = 0
+) -> None:
     """Both the target and the meaning are what is expected."""
     for run in (attend, reference):
         found = run(Q, K, V, variant, tables=tables, layer=layer)
@@ -60,7 +62,7 @@ def same(variant: Mapping[str, object], expected: Tensor, tables: Mapping[str, T
 @pytest.mark.parametrize("name", MAPS)
 def test_a_feature_map_is_applied_to_queries_and_keys(name: str) -> None:
     weights = MAPS[name](Q) @ MAPS[name](ALL_K).mT * CAUSAL
-    same({"feature": name, "mask": "causal", "normalizer": "linear(none)"}, weights @ ALL_V)
+    assert_same({"feature": name, "mask": "causal", "normalizer": "linear(none)"}, weights @ ALL_V)
 
 
 def favor(x: Tensor, projection: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def test_favor_is_made_of_positive_random_features() -> None:
     projection = drawn(3, HEADS, DIM, 16, seed=5)
     weights = favor(Q, projection[1]) @ favor(ALL_K, projection[1]).mT * CAUSAL / 16
     expected = weights @ ALL_V / (weights.sum(-1, keepdim=True) + 1e-6)
-    same({"feature": "favor(16)", "mask": "causal"}, expected, {"favor": projection}, layer=1)
+    assert_same({"feature": "favor(16)", "mask": "causal"}, expected, {"favor": projection}, layer=1)
 
 
 def test_in_the_mean_the_product_of_favor_features_is_an_exponential() -> None:
@@ -87,7 +89,9 @@ def test_in_the_mean_the_product_of_favor_features_is_an_exponential() -> None:
 def test_the_product_of_taylor_features_is_the_series_of_an_exponential() -> None:
     scaled = Q @ ALL_K.mT / math.sqrt(DIM)
     weights = 1 + scaled + scaled**2 / 2
-    same({"feature": "taylor", "normalizer": "linear(eps=1e-12)"}, weights @ ALL_V / (weights.sum(-1, keepdim=True) + 1e-12))
+    assert_same(
+        {"feature": "taylor", "normalizer": "linear(eps=1e-12)"}, weights @ ALL_V / (weights.sum(-1, keepdim=True) + 1e-12)
+    )
 
 
 def test_hedgehog_maps_each_query_head_by_its_own_weights_in_each_layer() -> None:
@@ -97,7 +101,7 @@ def test_hedgehog_maps_each_query_head_by_its_own_weights_in_each_layer() -> Non
     q_side, k_side = (TABLES[name][2] for name in ("hedgehog_q", "hedgehog_k"))
     weights = mapped(Q, q_side) @ mapped(ALL_K, k_side).mT * CAUSAL
     expected = weights @ ALL_V / (weights.sum(-1, keepdim=True) + 1e-6)
-    same({"feature": "hedgehog", "mask": "causal"}, expected, TABLES, layer=2)
+    assert_same({"feature": "hedgehog", "mask": "causal"}, expected, TABLES, layer=2)
 
 
 def test_weights_of_features_have_the_width_of_the_head() -> None:
@@ -120,7 +124,7 @@ WEIGHTS = elu_one(Q) @ elu_one(ALL_K).mT
     ],
 )
 def test_denominators_are_those_of_their_papers(denominator: str, expected: Tensor) -> None:
-    same({"feature": "elu_one", "normalizer": denominator}, expected)
+    assert_same({"feature": "elu_one", "normalizer": denominator}, expected)
 
 
 def test_inline_attention_shifts_its_weights_so_that_they_sum_to_one() -> None:
@@ -128,37 +132,37 @@ def test_inline_attention_shifts_its_weights_so_that_they_sum_to_one() -> None:
     centered = ALL_K - ALL_K.mean(dim=-2, keepdim=True)
     weights = scale * Q @ centered.mT / TOKENS + 1 / TOKENS
     assert_within_budget(weights.sum(-1), torch.ones_like(weights.sum(-1)), torch.ones_like(weights.sum(-1)))
-    same({"feature": "identity", "scale": "1 / sqrt(dim)", "normalizer": "linear(subtract)"}, weights @ ALL_V)
+    assert_same({"feature": "identity", "scale": "1 / sqrt(dim)", "normalizer": "linear(subtract)"}, weights @ ALL_V)
 
 
 def test_means_are_of_the_keys_that_a_query_sees() -> None:
     seen = torch.arange(1, TOKENS + 1)[:, None]
     weights = WEIGHTS * CAUSAL
     expected = (weights @ ALL_V / seen) / (weights.sum(-1, keepdim=True) / seen + 0.1)
-    same({"feature": "elu_one", "mask": "causal", "normalizer": "linear(mean, eps=0.1)"}, expected)
+    assert_same({"feature": "elu_one", "mask": "causal", "normalizer": "linear(mean, eps=0.1)"}, expected)
 
 
 def test_a_scale_counts_only_where_it_is_set() -> None:
     plain = F.relu(Q) @ F.relu(ALL_K).mT
-    same({"feature": "relu", "normalizer": "linear(none)"}, plain @ ALL_V)
-    same({"feature": "relu", "scale": 0.25, "normalizer": "linear(none)"}, 0.25 * plain @ ALL_V)
+    assert_same({"feature": "relu", "normalizer": "linear(none)"}, plain @ ALL_V)
+    assert_same({"feature": "relu", "scale": 0.25, "normalizer": "linear(none)"}, 0.25 * plain @ ALL_V)
 
 
 def test_features_do_not_change_what_dim_means() -> None:
     weights = taylor(Q) @ taylor(ALL_K).mT
-    same({"feature": "taylor", "scale": "1 / dim", "normalizer": "linear(none)"}, weights / DIM @ ALL_V)
+    assert_same({"feature": "taylor", "scale": "1 / dim", "normalizer": "linear(none)"}, weights / DIM @ ALL_V)
 
 
 def test_a_softmax_may_follow_features() -> None:
     scores = elu_one(Q) @ elu_one(ALL_K).mT
-    same({"feature": "elu_one", "normalizer": "softmax"}, scores.softmax(-1) @ ALL_V)
+    assert_same({"feature": "elu_one", "normalizer": "softmax"}, scores.softmax(-1) @ ALL_V)
 
 
 def test_a_state_decays_with_distance_for_each_head() -> None:
     slopes = torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
     decay = torch.exp(-slopes[:, None, None] * DISTANCE) * CAUSAL
     variant = {"feature": "silu", "state": "decay(slopes)", "mask": "causal", "normalizer": "linear(none)"}
-    same(variant, (F.silu(Q) @ F.silu(ALL_K).mT * decay) @ ALL_V, {"slopes": slopes})
+    assert_same(variant, (F.silu(Q) @ F.silu(ALL_K).mT * decay) @ ALL_V, {"slopes": slopes})
 
 
 def test_a_scalar_gate_is_the_product_of_the_gates_between_two_tokens() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -12,25 +12,10 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import true
 from attn_compiler.planning.runs import Integers
 from attn_compiler.targets.onnx.formula import Group, attend
-from attn_compiler.targets.onnx.nodes import Nodes, Value
-from attn_compiler.targets.onnx.scope import Scope
+from attn_compiler.targets.onnx.nodes import Nodes
+from attn_compiler.targets.onnx.scope import Blocks, Scope
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.walk import Walk
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Tokens by their places; `inside` are those that exist, in place of others that only fill a tile."""
-
-    listed: ir.Value
-    inside: ir.Value
-    count: Value
-
-    def pick(self, nodes: Nodes, x: ir.Value, axis: int) -> ir.Value:
-        return nodes.op("Gather", x, self.inside, axis=axis)
-
-    def places(self, nodes: Nodes) -> ir.Value:
-        return self.listed
 
 
 def listed(group: Group, walk: Walk) -> ir.Value:
@@ -54,7 +39,7 @@ def listed(group: Group, walk: Walk) -> ir.Value:
         )
         stop = inner.op("Add", start, inner.index(walk.rows))
         rows = inner.slice(nodes.constant(order, "int64"), 0, start, stop)
-        queries = _Places(rows, rows, walk.rows)
+        queries = Blocks(rows, rows, walk.rows)
         tiles = inner.slice(nodes.constant(walk.tiles, "int64"), 0, begin, end)
         keys = _keys(inner, tiles, walk, k_len)
         here = Scope(spec, inner, scope.inputs, scope.heads, queries, keys, scope)
@@ -89,18 +74,18 @@ def _tiles(nodes: Nodes, x: ir.Value, walk: Walk, length: int) -> ir.Value:
     return nodes.op("Reshape", x, nodes.constant([0, 0, (length + missing) // walk.keys, walk.keys, -1], "int64"))
 
 
-def _keys(nodes: Nodes, tiles: ir.Value, walk: Walk, length: int) -> _Places:
+def _keys(nodes: Nodes, tiles: ir.Value, walk: Walk, length: int) -> Blocks:
     """The original places of the keys in some tiles."""
     firsts = nodes.op("Unsqueeze", nodes.op("Mul", tiles, nodes.index(walk.keys)), nodes.vector(1))
     places = nodes.reshape(nodes.op("Add", firsts, nodes.range(0, walk.keys)), -1)
     count = nodes.size(places, 0)
     if not length % walk.keys and walk.k_order is None:
-        return _Places(places, places, count)
+        return Blocks(places, places, count)
     inside = nodes.op("Min", places, nodes.index(length - 1))
     if walk.k_order is None:
-        return _Places(places, inside, count)
+        return Blocks(places, inside, count)
     order = np.concatenate([walk.k_order, np.arange(length, length + -length % walk.keys)])
-    return _Places(
+    return Blocks(
         nodes.op("Gather", nodes.constant(order, "int64"), places),
         nodes.op("Gather", nodes.constant(walk.k_order, "int64"), inside),
         count,

@@ -80,7 +80,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of tokens side by side, [blocks, tokens of a block]; `inside` are those that exist, in place of others that fill."""
+    """Tokens of a block, or of blocks side by side: [blocks, tokens]. `inside` are those that exist, in place of what fills."""
 
     listed: ir.Value
     inside: ir.Value
