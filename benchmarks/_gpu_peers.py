@@ -36,7 +36,7 @@ def attentions(shape: Shape, device: str) -> Mapping[str, Attention]:
         "SageAttention": sage,
         "xFormers": xformers,
     }
-    tables = {name: torch.tensor(values, device=device) for name, values in shape.tables.items()}
+    tables = {name: make(shape.length).to(device) for name, make in shape.tables.items()}
     return {name: (lambda q, k, v, peer=peer: peer(shape, tables, q, k, v)) for name, peer in peers.items()}
 
 

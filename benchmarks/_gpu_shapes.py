@@ -26,7 +26,7 @@ class Shape:
     grid: tuple[int, int] | None = None  # sizes of the neighborhood and of a side of the grid
     trains: bool = False
     apart: Mapping[str, object] = field(default_factory=dict)  # the same in several calls, by the heads of each
-    tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    tables: Mapping[str, Callable[[int], Tensor]] = field(default_factory=dict)  # for so many tokens
 
     def work(self, *, backward: bool) -> float:
         """The operations of pairs that see each other, and no others; a backward pass counts 2.5 forward passes."""
@@ -39,8 +39,9 @@ class Shape:
         return 2 * 2 * self.kv_heads * seen * self.dim
 
     def tiny(self) -> Shape:
-        """The same at a length that an interpreter bears, without what would need the real one."""
-        return replace(self, variant="causal", length=16, dim=16, heads=2, kv_heads=2, tables={}, apart={}, grid=None)
+        """The same at a length that an interpreter bears, without what would need the real one: tables do not."""
+        variant, length = (self.variant, TILE) if self.tables else ("causal", 16)
+        return replace(self, variant=variant, length=length, dim=16, heads=2, kv_heads=2, apart={}, grid=None)
 
 
 def operands(shape: Shape, device: str, *, trained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,17 +60,24 @@ def together(length: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda i, j: (i >= j) & (i // length == j // length)
 
 
+def chosen(blocks: int, some: int) -> Tensor:
+    """For each block of queries some blocks of keys, by chance."""
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)).argsort(-1).argsort(-1)
+    return order < max(1, some)
+
+
 def within(window: int, length: int) -> float:
     """The share of pairs that a causal window shows."""
     return window / length * (1 - window / (2 * length))
 
 
+TILE = 128  # tokens of a block in a table
 TWO = {"0:8": {"mask": "causal & window(256)"}, "8:16": {"mask": "causal & window(1024)"}}
 BOTH = (within(256, 16384) + within(1024, 16384)) / 2
-REACHES = {"reaches": (256.0,) * 8 + (1024.0,) * 8}
-DOCUMENTS = {"documents": tuple(n // 2048 for n in range(16384))}
-SOME = {"tokens": (True,) * 8192 + (False,) * 24576}
-PADDING = {"tokens": (True,) * 8192 + (False,) * 8192}
+REACHES = {"reaches": lambda _: torch.tensor([256.0] * 8 + [1024.0] * 8)}
+DOCUMENTS = {"documents": lambda n: torch.arange(n) // 2048}
+QUARTER, HALF = ({"tokens": lambda n, part=part: torch.arange(n) < n // part} for part in (4, 2))
+KEPT = {"kept": lambda n: chosen(n // TILE, n // TILE // 10)}
 SHAPES = (
     Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
     Shape("window 1024", "causal & window(1024)", 16384, within(1024, 16384), sees=near(1024), window=1024, trains=True),
@@ -78,9 +86,10 @@ SHAPES = (
     Shape("decoding, window 1024 of 8192", "causal & window(1024)", 8192, 1024 / 8192, kv_heads=4, queries=1),
     Shape("neighborhood", {"geometry": [128, 128], "mask": "neighborhood([13, 13])"}, 16384, 169 / 16384, dim=64, grid=(13, 128)),
     Shape("every tenth block", "strided(128, 10)", 16384, 0.1),
+    Shape("12 blocks of 128, a table", "blocks(kept, 128)", 16384, 12 / 128, tables=KEPT, trains=True),
     Shape("documents of 2048", "causal & same(documents)", 16384, 1 / 16, tables=DOCUMENTS, sees=together(2048), trains=True),
-    Shape("half of it padding", "valid(tokens)", 16384, 0.5, tables=PADDING, sees=lambda i, j: (i >= 0) & (j < 8192)),
-    Shape("decoding, a quarter of it there", "valid(tokens)", 32768, 0.25, tables=SOME, kv_heads=4, queries=1),
+    Shape("half of it padding", "valid(tokens)", 16384, 0.5, tables=HALF, sees=lambda i, j: (i >= 0) & (j < 8192)),
+    Shape("decoding, a quarter of it there", "valid(tokens)", 32768, 0.25, tables=QUARTER, kv_heads=4, queries=1),
     Shape("windows by head, a table", "causal & span(reaches, 0)", 16384, BOTH, tables=REACHES, apart=TWO),
     Shape("windows by head, two kinds", {"mask": "causal", "heads": TWO}, 16384, BOTH, apart=TWO),
     Shape("dense causal, heads of 64", "causal", 16384, 0.5, dim=64, sees=near(1 << 30), window=0, trains=True),

@@ -44,6 +44,16 @@ def test_every_step_runs_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.Monk
     assert "| window 1024, 4 kv heads |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
 
 
+def test_tables_are_read_without_a_gpu_too(gpu: ModuleType) -> None:
+    """What they show is found out by kernels of their own, forward and backward."""
+    clock = gpu.Clock("cpu", 1, float("inf"))
+    shapes = [one.tiny() for one in gpu.SHAPES if one.tables]
+    found = {"ceilings": {}, "left out": {}}
+    rows = list(gpu.timings(shapes, clock, found))
+    assert len(rows) == sum(1 + one.trains for one in shapes) > 5
+    assert all(isinstance(row["ours"], float) for row in rows)
+
+
 def test_what_there_is_no_time_for_is_said(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = run(gpu, monkeypatch, tmp_path, "--minutes", "0")
     assert found["attentions"] == []

@@ -17,7 +17,7 @@ from typing import Any
 from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.triton_launch import load
 from attn_compiler.targets.triton.blocks import Blocks
-from attn_compiler.targets.triton.clip import TILES
+from attn_compiler.targets.triton.clip import ALIKE, TILES
 
 # What multiplies matrices on a machine, and how many KiB of shared memory a program may have there.
 MACHINES: Mapping[str, tuple[str, int]] = {
@@ -129,7 +129,7 @@ def _compiled(order: Order) -> Compiled:
     names = list(kernel.arg_names)
     types = _signature(order, names)
     attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(4)}
-    sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES}
+    sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES, **dict.fromkeys(ALIKE, 32)}
     constants = {name: size for name, size in sizes.items() if name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
@@ -137,7 +137,7 @@ def _compiled(order: Order) -> Compiled:
     return _read(compile_(source, target=GPUTarget(*kind), options=options))
 
 
-_KERNELS = ("forward", "backward", "decode", "clip")
+_KERNELS = ("forward", "backward", "decode", "clip", "sift")
 _OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v")
 
 
@@ -150,8 +150,8 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         **dict.fromkeys(_OPERANDS, operand),
         **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
-        **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES"), "constexpr"),
-        **dict.fromkeys(("spans", "clipped", "limits"), "*i32"),
+        **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES", *ALIKE), "constexpr"),
+        **dict.fromkeys(("spans", "clipped", "met", "listed", "limits"), "*i32"),
         "tasks": ("*i32",) * 3,
         "orders": ("*i32",) * 2,
         "sums": "*fp32" if "peaks" in names else (),

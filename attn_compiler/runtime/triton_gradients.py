@@ -93,7 +93,7 @@ def _cut(shape: Shape, group: int, wanted: Wanted, device: torch.device, cuts: t
 def gradients(shape: Shape, given: Given, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """The gradients of q, k, v and of the tables that are `wanted`."""
     pairs = _pairs(shape, tuple(wanted), given.q.device)
-    sums = [torch.zeros_like(t, dtype=torch.float32) if yes else None for t, yes in zip(given.tables, wanted, strict=True)]
+    sums = [torch.zeros_like(t, dtype=torch.float64) if yes else None for t, yes in zip(given.tables, wanted, strict=True)]
     numbers = torch.empty((_NUMBERS, *given.kept.shape[1:]), dtype=torch.float32, device=given.q.device)
     of_q = empty_like_tokens(given.q)
     of_keys = []
@@ -143,7 +143,7 @@ def _attempt(
     q, k, v, out, tables = example(shape, device)
     numbers = torch.zeros((_NUMBERS, *q.shape[:3]), device=device)
     given = Given(q, k, v, tables, out, numbers[:2], torch.randn_like(out))
-    sums = [torch.zeros_like(t, dtype=torch.float32) if yes else None for t, yes in zip(tables, wanted, strict=True)]
+    sums = [torch.zeros_like(t, dtype=torch.float64) if yes else None for t, yes in zip(tables, wanted, strict=True)]
     results = Results(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), numbers.clone(), sums)
     pair = _cut(shape, group, wanted, device, (cuts[0] or Blocks(), cuts[1] or Blocks()))
     return partial(_run_by_query if cuts[0] else _run_by_key, pair, shape, given, results)

@@ -14,7 +14,7 @@ from attn_compiler.runtime.triton_launch import sizes
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
-from attn_compiler.targets.triton.clip import TILES, clipping
+from attn_compiler.targets.triton.clip import ALIKE, TILES, clipping
 from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
@@ -38,6 +38,7 @@ def _alone(one: triton_kernels.Kernel, shape: Shape, blocks: Blocks) -> str:
         return program(one.text, one.spec, _constants(shape, blocks, **own), visited.arrays)
     arrays = {**visited.arrays, **dict(zip(("heads_of", "rows_of", "schedules"), visited.tasks, strict=True))}
     own |= {"TILES": TILES, "ORDERED": visited.iteration.ordered}
+    own |= dict(zip(ALIKE, visited.blocks or (), strict=bool(visited.blocks)))
     kernels = one.text, clipping(one.spec, visited.shown)
     return program_clipped(kernels, one.spec, _constants(shape, blocks, **own), arrays)
 

@@ -16,8 +16,8 @@ from attn_compiler.planning.runs import Integers, Runs, Segments, sweep
 from attn_compiler.planning.schedule import visits
 from attn_compiler.runtime.kernels import Shape, masks_of
 from attn_compiler.runtime.spans import filled, spans
-from attn_compiler.targets.cpp.spec import Spec
-from attn_compiler.targets.triton.clip import divided
+from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Spec
+from attn_compiler.targets.triton.clip import Alike, alike, divided
 from attn_compiler.targets.triton.source import Iteration
 
 MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more stand in a list
@@ -83,13 +83,15 @@ class Visited:
     """How a kernel goes over what its tiles of queries meet, or its tiles of keys, and the arrays that say so.
 
     Where a part of the mask is `shown` by tables only, "met" are the spans of each tile of each schedule, [tiles, spans, 4],
-    of which another kernel makes stretches for every task.
+    of which another kernel makes stretches for every task, or a list of tiles where tables are of `blocks`.
     """
 
     iteration: Iteration
     arrays: Mapping[str, Integers]
     shown: Expr = e.true
     tasks: Tasks | None = None
+    blocks: Alike | None = None
+    others: int = 0  # tiles that each tile may meet
 
 
 def visited(
@@ -97,16 +99,19 @@ def visited(
 ) -> Visited:
     """What the tiles of one launch meet."""
     unknown = {name for name, contents in zip(shape.names, shape.contents, strict=True) if contents is None}
-    known, shown = divided(spec.variant.mask, unknown)
+    firsts = {FIRST_QUERY: shape.first_query, FIRST_KEY: shape.first_key}
+    known, shown = divided(spec.variant.mask, unknown, firsts)
     if shown != e.true:
         found = met(shape, members, variant.mask, known, tile, by_key=by_key)
         parts = [spans(one) for one in found.runs]
         most = max(part.shape[1] for part in parts)
-        if 2 * most <= MOST_STRETCHES:
+        blocks, ordered = alike(shown, firsts), found.orders is not None
+        if 2 * most <= MOST_STRETCHES and not (blocks and ordered):
             of_head, tasks = _tasks(found.schedule_of, members, shown)
             own = {"met": np.concatenate([filled(part, most) for part in parts]), "listed": np.zeros(1, np.int64)}
             arrays = _arrays(found, members, of_head, own, by_key=by_key)
-            return Visited(Iteration(2 * most, found.orders is not None), arrays, shown, tasks)
+            others = -(-(shape.q_len if by_key else shape.k_len) // tile[1])
+            return Visited(Iteration(0 if blocks else 2 * most, ordered), arrays, shown, tasks, blocks, others)
     found = met(shape, members, variant.mask, spec.variant.mask, tile, by_key=by_key)
     steps = walk(found)
     own = {"met": steps.numbers, "listed": steps.listed}

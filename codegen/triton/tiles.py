@@ -27,6 +27,13 @@ def tokens(tiles, length, order, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def apart(tiles, length, BLOCK: tl.constexpr, ALIKE: tl.constexpr):
+    """The tokens of some tiles that stand so far apart, side by side."""
+    step = tl.arange(0, BLOCK // ALIKE if BLOCK > ALIKE else 1)
+    return tl.minimum(tiles * BLOCK + step[None, :] * ALIKE, length - 1)
+
+
+@triton.jit
 def extremes(x):
     """The least and the largest number of each row."""
     return tl.min(x, 1, keep_dims=True), tl.max(x, 1, keep_dims=True)
@@ -37,6 +44,24 @@ def ends(holds, tile, first, last):
     """Where the tiles for which something holds start and stop, and those that were found before."""
     start, stop = tl.where(holds, tile, 0x7FFFFFFF), tl.where(holds, tile + 1, 0)
     return tl.minimum(first, tl.min(tl.min(start, 1), 0)), tl.maximum(last, tl.max(tl.max(stop, 1), 0))
+
+
+@triton.jit
+def standing(spans, tile, SPANS: tl.constexpr):
+    """Which tiles stand in one of some spans, and which in their cores."""
+    near, clear = tile < 0, tile < 0
+    for n in tl.static_range(SPANS):
+        near = near | (tile >= tl.load(spans + 4 * n)) & (tile < tl.load(spans + 4 * n + 3))
+        clear = clear | (tile >= tl.load(spans + 4 * n + 1)) & (tile < tl.load(spans + 4 * n + 2))
+    return near, clear
+
+
+@triton.jit
+def append(listed, last, tile, wanted, STEP: tl.constexpr):
+    """Write the tiles that are `wanted` one after the other behind the last one, or before it, and say which is the last then."""
+    number = tl.cast(wanted, tl.int32)
+    tl.store(listed + last + STEP * tl.cumsum(number, 0), tile, mask=wanted)
+    return last + STEP * tl.sum(tl.sum(number, 1), 0)
 
 
 @triton.jit

@@ -140,6 +140,12 @@ def test_gradients_come_from_kernels_of_their_own(monkeypatch: pytest.MonkeyPatc
     assert launched == ["backward", "backward"]
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_many_small_shares_add_up_to_the_gradient_of_one_number() -> None:
+    """As float32, the sum of so many would be further off than that of an implementation that adds them up in pairs."""
+    assert_case(random_case(237), torch.float32, "triton")
+
+
 def test_what_it_refuses_is_said() -> None:
     with pytest.raises(ShapeError, match="its kernels take heads of up to 256 numbers; found 512"):
         attend(*(randn(1, 1, 4, 512).float() for _ in "qkv"), "causal", target="triton")

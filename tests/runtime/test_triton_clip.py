@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import attn_compiler as attn
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import triton_gradients, triton_kernels, triton_visits
 from attn_compiler.runtime.ahead import MACHINES, Order, compile_ahead
 from attn_compiler.runtime.kernel_source import shape_of
@@ -18,6 +20,7 @@ from attn_compiler.runtime.kernels import spec_at
 from attn_compiler.runtime.triton_visits import Visits
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.targets.triton.clip import clipping, divided
+from attn_compiler.testing import Case, assert_case
 from attn_compiler.testing.budget import assert_within_budget
 
 pytest.importorskip("triton")
@@ -91,6 +94,13 @@ def test_what_is_cut_computes_what_it_means(name: str, met: list[NDArray[np.int6
     assert len(met) == 3
     for numbers in zip(found, exact, plain, strict=True):
         assert_within_budget(*numbers)
+
+
+def test_a_comparison_of_which_one_side_is_a_number_is_bounded() -> None:
+    """Places of queries stand in a table, and their remainders by 1 are known to be 0."""
+    given = [torch.randn(1, 1, LENGTH, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for _ in "qkv"]
+    mask = (e.k <= e.q) & e.same((e.q - e.k) % 1, 0)
+    assert_case(Case(Variant(mask=mask), *given, {}, q_positions=torch.arange(LENGTH)), torch.float32, "triton")
 
 
 @pytest.mark.usefixtures("idle")

@@ -127,11 +127,12 @@ def test_the_kernels_for_few_queries_are_one_program(empty_rows: str) -> None:
         assert_within_budget(*results)
 
 
-def test_a_saved_kernel_runs_on_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mask", ["causal & same(documents)", "causal & blocks(keep, 32)"])
+def test_a_saved_kernel_runs_on_its_own(mask: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "kernel.py"
     shape = ["--length", "200", "--heads", "2", "--head-dim", "16", "--score", "score + alibi"]
-    result = CliRunner().invoke(app, ["kernel", "causal & same(documents)", *shape, "--target", "triton", "--save", str(path)])
+    result = CliRunner().invoke(app, ["kernel", mask, *shape, "--target", "triton", "--save", str(path)])
     assert result.exit_code == 0, result.output
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False, env=environment)

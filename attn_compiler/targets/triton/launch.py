@@ -19,13 +19,22 @@ _FORWARD = (
     "    *operands, totals, None, visits(q.device), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES",
     ")",
 )
-_CLIPPED = (
+_TASKS = (
     "*given, heads_of, rows_of, schedules = visits(q.device)",
     "orders = given[4:] if ORDERED else (None, None)",
     "spans, tiles, tasks = given[2], triton.cdiv(Q_LEN, BLOCK_Q), len(heads_of)",
-    "given[2] = spans.new_empty((tasks, tiles, 2 * spans.shape[1]))",
     "of_tasks = (heads_of, rows_of, schedules)",
+)
+_CLIP = (
+    "given[2] = spans.new_empty((tasks, tiles, 2 * spans.shape[1]))",
     "clip[tiles, tasks](spans, given[2], of_tasks, orders, read, *SIZES, BLOCK_Q, BLOCK_K, spans.shape[1] // 4, TILES)",
+)
+_SIFT = (
+    "given[2:4] = spans.new_empty((tasks, tiles, 4)), spans.new_empty((tasks, tiles, triton.cdiv(K_LEN, BLOCK_K)))",
+    "sizes = (*SIZES, BLOCK_Q, BLOCK_K, spans.shape[1] // 4, TILES, Q_ALIKE, K_ALIKE)",
+    "sift[tiles, tasks](spans, *given[2:4], of_tasks, orders, read, *sizes)",
+)
+_FORWARD_AFTER = (
     "forward[tiles, MEMBERS, len(q)](",
     "    *operands, totals, None, tuple(given), read, *SIZES, BLOCK_Q, BLOCK_K, num_warps=WARPS, num_stages=STAGES",
     ")",
@@ -52,8 +61,9 @@ def program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Ma
 
 
 def program_clipped(kernels: Sequence[str], spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:
-    """A kernel, the one that cuts what it visits to what tables show, and what launches them."""
-    return _program(joined(*kernels), spec, constants, visits, {"launches": _CLIPPED, "meaning": _SPANS})
+    """A kernel, the one that cuts what it visits to what tables show or lists it, and what launches them."""
+    cut = _SIFT if "def sift(" in kernels[1] else _CLIP
+    return _program(joined(*kernels), spec, constants, visits, {"launches": (*_TASKS, *cut, *_FORWARD_AFTER), "meaning": _SPANS})
 
 
 def program_for_few(kernels: Sequence[str], spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers]) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.bounds import ANY, Interval
@@ -83,6 +83,10 @@ class Printer:
     def scope(self, level: Level) -> list[str]:
         """The statements that compute what depends on `level` alone."""
         return self._statements[level]
+
+    def elsewhere(self, leaves: Leaves) -> Printer:
+        """The same where some leaves stand for something else; what is computed per head is for both."""
+        return replace(self, leaves={**self.leaves, **leaves}, _held={})
 
     def level(self, node: Expr) -> Level:
         """What `node` depends on."""
