@@ -90,9 +90,7 @@ def fake_like(x: Traced, mode: FakeMode) -> Traced:
 def retrace(run: Callable[..., Traced], values: Sequence[Traced]) -> fx.GraphModule:
     """Record what `run` makes of values that a captured graph knows, in the fake mode they live in."""
     mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
-    context = TracingContext.try_get()
-    if context is None:
-        return trace(run, mode, values)
+    context = TracingContext.try_get() or SimpleNamespace(fake_mode=None)
     dynamo, context.fake_mode = context.fake_mode, mode
     try:
         return trace(run, mode, values)
@@ -119,7 +117,8 @@ def copy_node(node: fx.Node, args: Traced, kwargs: Traced) -> fx.Proxy:
         if isinstance(x, fx.Proxy):
             return x
         if isinstance(x, fx.GraphModule):
-            _register(tracer.root, x)
+            if not any(x is module for module in tracer.root.children()):
+                tracer.root.register_module(f"body_{len(list(tracer.root.children()))}", x)
             return x
         return tracer.unwrap_proxy(x)
 
@@ -133,11 +132,6 @@ def _tracer() -> Any:
     proxy_mode = get_proxy_mode()
     assert proxy_mode is not None, "nothing is being recorded"
     return proxy_mode.tracer
-
-
-def _register(root: torch.nn.Module, body: fx.GraphModule) -> None:
-    if not any(body is module for module in root.children()):
-        root.register_module(f"body_{len(list(root.children()))}", body)
 
 
 def follow(proxy: fx.Proxy, value: Traced, mode: FakeMode) -> Traced:
@@ -323,6 +317,11 @@ def _fix_shape(tensor: torch.Tensor, name: str) -> None:
         view_base_context=None,
         tensor_source=ConstantSource(name),
     )
+
+
+def may_change(tensor: torch.Tensor, dim: int) -> None:
+    """Let graphs take a size of a tensor for one that is another from call to call."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def is_parameter(node: fx.Node) -> bool:

@@ -69,7 +69,7 @@ def cache(
     key = f"{read.digest} {sorted((values or {}).items())} {given}"
     if key not in known:
         known[key] = _needs(inner, read, tables or {})
-    _tell_padding(inner)
+    _listen(inner)
     from transformers.cache_utils import Cache
 
     layers = [_layer(need) for need in known[key]]
@@ -80,16 +80,13 @@ def cache(
 
 
 def _layer(need: Need) -> Any:
-    from transformers.cache_utils import DynamicLayer
-
+    from attn_compiler.generation.grown import GrownLayer
     from attn_compiler.generation.layers import KeptLayer
     from attn_compiler.generation.states import StateLayer
 
     if need.remembered is not None:
         return StateLayer(need.remembered)
-    if need.kept or need.held:
-        return KeptLayer(need.kept, need.held, suffices=need.suffices)
-    return DynamicLayer()  # type: ignore[no-untyped-call]
+    return KeptLayer(need.kept, need.held, suffices=need.suffices) if need.kept else GrownLayer(need.held)
 
 
 def _needs(model: Any, policy: Policy, tables: Mapping[str, Tensor]) -> list[Need]:
@@ -138,8 +135,8 @@ def _sites(model: Any, config: Any) -> list[Site]:
     return found
 
 
-def _tell_padding(model: nn.Module) -> None:
-    """Let the layers of our caches know where rows begin: only the model is told by a mask."""
+def _listen(model: nn.Module) -> None:
+    """Let the layers of our caches know what a call brings: where rows begin, which only the model's mask says, and how much."""
     if model not in _TELLING:
         _TELLING.add(model)
         model.register_forward_pre_hook(_tell, with_kwargs=True)
@@ -147,8 +144,22 @@ def _tell_padding(model: nn.Module) -> None:
 
 def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     held, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if held is None or not isinstance(mask, Tensor) or mask.ndim != 2 or held.get_seq_length():
+    if held is None:
         return
+    if held.get_seq_length():
+        _reserve(held, (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")))
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        _tell_padding(held, mask)
+
+
+def _reserve(held: Any, inputs: Sequence[object]) -> None:
+    tokens = next((x.shape[1] for x in inputs if isinstance(x, Tensor)), 0)
+    for layer in held.layers:
+        if hasattr(layer, "reserve"):
+            layer.reserve(tokens)
+
+
+def _tell_padding(held: Any, mask: Tensor) -> None:
     real = mask.to(torch.int64)
     begins = real.argmax(-1)
     told = [layer for layer in held.layers if getattr(layer, "tells_rows_apart", False)]

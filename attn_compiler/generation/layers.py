@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.algebra.storage import Held
 from attn_compiler.errors import ShapeError
+from attn_compiler.generation.grown import decoded, encoded
 from attn_compiler.planning.kept import Kept
 from attn_compiler.runtime.codes import written
 from attn_compiler.runtime.placed import placed
@@ -22,25 +23,23 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     its keys is an operator that says in which of these places those are that it holds.
     """
 
-    def __init__(self, kept: Kept | None, held: Held | None, *, suffices: bool) -> None:
+    def __init__(self, kept: Kept, held: Held | None, *, suffices: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept, self.suffices = kept, suffices
         self.how = written(held) if held else ""
         self.cumulative_length = 0
         self.places: Tensor | None = None  # where keys stand that are not the latest alone, [1 or batch, held]
         self.padding: Tensor | None = None  # tokens before each row's first
-        self.tells_rows_apart = kept is not None and kept.first > 0
+        self.tells_rows_apart = kept.first > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.cumulative_length
-        self.keys = self._behind(self.keys, self._encoded(key_states))
-        self.values = self._behind(self.values, self._encoded(value_states))
+        self.keys = self._behind(self.keys, encoded(key_states, self.how))
+        self.values = self._behind(self.values, encoded(value_states, self.how))
         self.cumulative_length += key_states.shape[-2]
-        keys, values = self._decoded(self.keys), self._decoded(self.values)
-        if self.kept is None:
-            return keys, values
+        keys, values = (decoded(x, self.how, self.dtype) for x in (self.keys, self.values))
         if self.kept.first:
             self._place(torch.arange(before, self.cumulative_length, device=keys.device)[None])
         places = self.places
@@ -53,13 +52,6 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _behind(self, held: Tensor | None, new: Tensor) -> Tensor:
         return torch.cat([held, new], dim=-2) if self.cumulative_length and held is not None else new
-
-    def _encoded(self, x: Tensor) -> Tensor:
-        return torch.ops.attn_compiler.encoded(x, self.how) if self.how else x
-
-    def _decoded(self, held: Tensor) -> Tensor:
-        """What attention reads: operators that know codes take these instead, and this is then never computed."""
-        return torch.ops.attn_compiler.decoded(held, self.how, self.dtype) if self.how else held
 
     def _place(self, new: Tensor) -> None:
         self.places = new if self.places is None else torch.cat([self.places, new.expand(self.places.shape[0], -1)], dim=1)

@@ -13,7 +13,7 @@ from attn_compiler.algebra.simplify import conjuncts, disjuncts, simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import UnknownLengthError
 from attn_compiler.graph.axes import rearranges, repeats, source
-from attn_compiler.graph.calls import call, equal, is_tensor
+from attn_compiler.graph.calls import Call, Size, call, equal, is_tensor, shape, value
 from attn_compiler.graph.mutation import Versions
 from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite
@@ -132,9 +132,32 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
             return Frame(i + (k_len - q_len), "the state that stands for the past", slides=True)
         if read.op in ("index_copy", "index_put"):
             return _written(node, site, reader)
+        if _ends_in_queries(node, site, reader.versions):
+            return Frame(i + (k_len - q_len), "the cache that new keys are written behind")
         if not (is_tensor(node) and (rearranges(node) or repeats(node) or read.op in _OF_THE_SAME_TOKENS)):
             return None
         node = source(node)
+
+
+def _ends_in_queries(node: fx.Node, site: GraphSite, versions: Versions) -> bool:
+    """Whether this is the front of a tensor, as far as it was last written to, which was as many tokens as there are queries."""
+    front = call(node)
+    if front.op != "slice" or front["start"] not in (0, None) or front["step"] != 1:
+        return False
+    for part in source(node).users:
+        cut = call(part)
+        writers = [user for user in part.users if call(user).op == "copy" and call(user)["self"] is part]
+        if cut.op != "slice" or cut["dim"] != front["dim"] or cut["step"] != 1 or len(writers) != 1:
+            continue
+        ends = equal(_end(cut), _end(front)) and equal(_end(front), site.lengths[1])
+        latest = versions.precedes(writers[0], node) and versions.holds(source(node), writers[0], site.out.node)
+        if ends and latest and equal(shape(part)[cut["dim"]], site.lengths[0]):
+            return True
+    return False
+
+
+def _end(cut: Call) -> Size:
+    return value(cut["end"])  # type: ignore[no-any-return]
 
 
 def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | None:

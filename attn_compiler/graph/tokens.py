@@ -116,6 +116,12 @@ def _cut(node: fx.Node, read: Call, dims: Dims) -> tuple[Before, ...] | None:
     return (Before(read["self"], dims, cut=told if moved else None),)
 
 
+def _slice(node: fx.Node, read: Call, dims: Dims) -> tuple[Before, ...] | None:
+    """Of an input that the graph writes to, what is written says whose tokens these are: a cache that grows in place."""
+    given = read["self"].op == "placeholder" and _filled(read["self"], read, dims)
+    return given or _cut(node, read, dims)
+
+
 def _cut_dims(node: fx.Node, read: Call) -> Dims:
     rank = len(shape(node))
     if read.op == "pad":
@@ -168,7 +174,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "convolution"), _first("input", projected=True)),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "_fused_rms_norm"), _first("input")),
     **dict.fromkeys(("view_as_complex", "view_as_real", "normalize"), _first("self")),
-    **dict.fromkeys(("slice", "pad", "roll"), _cut),
+    **dict.fromkeys(("pad", "roll"), _cut),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"), _first("self")),
     **dict.fromkeys(("mean", "sum", "var", "norm", "linalg_vector_norm", "amax"), _nothing),  # of the features of a token
     **dict.fromkeys(("cos", "sin", "arange", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like"), _nothing),
@@ -183,5 +189,6 @@ _RULES: Mapping[str, Rule] = {
     "copy": _first("src"),  # one that slides is written anew as a whole
     "item": _item,
     "select": _select,
+    "slice": _slice,
     "cat": _cat,
 }

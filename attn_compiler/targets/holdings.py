@@ -20,7 +20,7 @@ from attn_compiler.targets.operands import kv_owners
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.rows import row_dtype, row_width
 
-FLOAT = 4  # bytes of a number in a state
+FEWEST = 32  # bits of a number in a state, whatever keys come in
 
 
 def with_caches(plan: Plan) -> Plan:
@@ -60,7 +60,7 @@ def _state(members: Sequence[int], leaf: Variant, site: Site) -> int:
     by_head = any(block.weights is not None and block.weights.mentions(e.h) for block in leaf.feature.of_k)
     shared = kv_owners(members, site.heads // site.kv_heads)
     own = len(members) if fades or by_head else len(shared)
-    return own * (leaf.feature.width(site.head_dim) + 1) * (site.value_dim + 1) * FLOAT
+    return own * (leaf.feature.width(site.head_dim) + 1) * (site.value_dim + 1) * max(FEWEST, bits_of(site.dtype)) // 8
 
 
 def _token(variant: Variant, site: Site) -> int:

@@ -89,6 +89,11 @@ def test_our_caches_hold_what_is_said_of_them(rule: dict[str, object]) -> None:
     assert after(of, asked) == [decided.most] * 2
 
 
+def test_states_of_long_floats_take_what_is_said_of_them() -> None:
+    asked, of = {"version": 1, "rules": [{"attn": {"feature": "taylor", "normalizer": "linear"}}]}, model().double()
+    assert after(of, asked) == [said(of, asked).decided.most] * 2
+
+
 @pytest.mark.parametrize("held", ["int8", "int4"])
 def test_codes_take_what_is_said_of_them(held: str) -> None:
     asked = {"version": 1, "rules": [{"attn": {"storage": {"kv_cache": held}}}]}

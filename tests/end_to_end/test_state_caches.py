@@ -278,6 +278,6 @@ def test_beams_take_their_states_along() -> None:
     ids=str,
 )
 def test_what_asks_where_tokens_stand_holds_all_of_them(slots: Mapping[str, object]) -> None:
-    from transformers.cache_utils import DynamicLayer
+    from attn_compiler.generation.grown import GrownLayer
 
-    assert [type(layer) for layer in attn.cache(llama(1), policy(({}, slots))).layers] == [DynamicLayer]
+    assert [type(layer) for layer in attn.cache(llama(1), policy(({}, slots))).layers] == [GrownLayer]

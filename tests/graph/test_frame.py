@@ -311,3 +311,27 @@ def test_windows_and_chunks_are_named() -> None:
 
     _, found, _ = recovered(masked(rule), x)
     assert set(names(found.variant.mask, found)) == {"causal", "window(3)", "chunks(2)"}
+
+
+def room_of(end: int, at: int, *, again: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """One query beside the front of a tensor, up to `end`, which was written at `at`, perhaps elsewhere afterwards."""
+
+    def attention(token: Tensor, room: Tensor) -> Tensor:
+        new = split(projection(token))
+        room[:, :, at : at + 1] = new
+        if again:
+            room[:, :, 0:1] = new
+        front = room[:, :, :end]
+        result: Tensor = F.scaled_dot_product_attention(new, front, front)
+        return result
+
+    return attention
+
+
+def test_queries_are_the_latest_keys_where_the_front_of_a_tensor_ends_with_what_was_written_last() -> None:
+    room = torch.zeros(BATCH, HEADS, 9, WIDTH)
+    site, _, found = recovered(room_of(5, 4), ONE, room)
+    assert found == Frame(i + (k_len - q_len), "the cache that new keys are written behind")
+    assert kind(site) is Kind.SELF
+    for elsewhere in (room_of(5, 3), room_of(5, 5), room_of(5, 4, again=True)):
+        assert recovered(elsewhere, ONE, room)[2] is None
