@@ -20,6 +20,7 @@ from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, Spec
 from attn_compiler.targets.triton.clip import Alike, alike, divided
 from attn_compiler.targets.triton.source import Iteration
 
+MOST_LISTED = 1 << 28  # tiles of all lists that are made on a device
 MOST_STRETCHES = 4  # stretches of tiles that a kernel finds by counting; more stand in a list
 
 
@@ -100,23 +101,32 @@ def visited(
     """What the tiles of one launch meet."""
     unknown = {name for name, contents in zip(shape.names, shape.contents, strict=True) if contents is None}
     firsts = {FIRST_QUERY: shape.first_query, FIRST_KEY: shape.first_key}
-    known, shown = divided(spec.variant.mask, unknown, firsts)
-    if shown != e.true:
+    for known, shown in dict.fromkeys(divided(spec.variant.mask, unknown, by) for by in (firsts, {})):
         found = met(shape, members, variant.mask, known, tile, by_key=by_key)
-        parts = [spans(one) for one in found.runs]
-        most = max(part.shape[1] for part in parts)
-        blocks, ordered = alike(shown, firsts), found.orders is not None
-        if 2 * most <= MOST_STRETCHES and not (blocks and ordered):
-            of_head, tasks = _tasks(found.schedule_of, members, shown)
-            own = {"met": np.concatenate([filled(part, most) for part in parts]), "listed": np.zeros(1, np.int64)}
-            arrays = _arrays(found, members, of_head, own, by_key=by_key)
-            others = -(-(shape.q_len if by_key else shape.k_len) // tile[1])
-            return Visited(Iteration(0 if blocks else 2 * most, ordered), arrays, shown, tasks, blocks, others)
+        cut = None if shown == e.true else _cut(found, members, shown, alike(shown, firsts), tile, by_key=by_key)
+        if cut is not None:
+            return cut
     found = met(shape, members, variant.mask, spec.variant.mask, tile, by_key=by_key)
     steps = walk(found)
     own = {"met": steps.numbers, "listed": steps.listed}
     arrays = _arrays(found, members, found.schedule_of, own, by_key=by_key)
     return Visited(Iteration(steps.stretches, found.orders is not None), arrays)
+
+
+def _cut(
+    found: Met, members: Sequence[int], shown: Expr, blocks: Alike | None, tile: tuple[int, int], *, by_key: bool
+) -> Visited | None:
+    """What is met if a kernel cuts it to what tables show; None where that takes too many stretches, or too long a list."""
+    parts, ordered = [spans(one) for one in found.runs], found.orders is not None
+    most = max(part.shape[1] for part in parts)
+    of_head, tasks = _tasks(found.schedule_of, members, shown)
+    others = -(-found.lengths[1] // tile[1])
+    too_long = blocks and (ordered or len(tasks[0]) * len(parts[0]) * others > MOST_LISTED)
+    if 2 * most > MOST_STRETCHES or too_long:
+        return None
+    own = {"met": np.concatenate([filled(part, most) for part in parts]), "listed": np.zeros(1, np.int64)}
+    arrays = _arrays(found, members, of_head, own, by_key=by_key)
+    return Visited(Iteration(0 if blocks else 2 * most, ordered), arrays, shown, tasks, blocks, others)
 
 
 def _arrays(

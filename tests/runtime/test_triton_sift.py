@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import attn_compiler as attn
-from attn_compiler.runtime import triton_gradients, triton_kernels
+from attn_compiler.runtime import triton_gradients, triton_kernels, visits
 from attn_compiler.runtime.ahead import MACHINES, Order, compile_ahead
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.kernels import spec_at
@@ -132,6 +132,18 @@ def test_neighbors_are_alike_where_blocks_begin_with_tiles() -> None:
     assert blocks_of("blocks(keep, 64)", LENGTH - 5) is None
     assert blocks_of("blocks(keep, 8)") is None
     assert blocks_of("causal & same(documents)") is None
+
+
+def test_a_list_that_would_be_too_long_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are cut all the same."""
+    shape = shape_of({"mask": "same(documents) & blocks(keep, 32)"}, q_len=256, k_len=256, heads=2, head_dim=16, target="triton")
+    of_call = shape, (0, 1), shape.variant, spec_at(shape, shape.variant), (32, 32)
+    assert visits.visited(*of_call).blocks == (32, 32)
+    monkeypatch.setattr(visits, "MOST_LISTED", 2 * 8 * 8 - 1)
+    cut = visits.visited(*of_call)
+    assert cut.blocks is None
+    assert cut.tasks is not None
+    assert cut.shown.tables() == {"documents"}
 
 
 @pytest.mark.parametrize("by_key", [False, True], ids=["queries", "keys"])
