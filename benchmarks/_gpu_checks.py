@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from _gpu_clock import Clock
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Sort
 from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import tuning
 from attn_compiler.testing import Case, assert_case, random_case
@@ -50,9 +52,17 @@ def correctness(clock: Clock, seeds: int) -> dict[str, Any]:
 
 
 def check(seed: int, device: str, *, few: bool) -> None:
-    case = on_device(random_case(seed), device)
+    case = random_case(seed)
+    case = on_device(case if seed % 4 or case.variant.groups else in_blocks(case, seed), device)
     with cut_by_number(seed), torch.set_grad_enabled(not few):
         assert_case(case.last(1 + seed % 16) if few else case, DTYPES[seed % 3], "triton")
+
+
+def in_blocks(case: Case, seed: int) -> Case:
+    """The same where a bitmap hides half of all blocks, too: what it shows is listed on the device."""
+    shown = torch.rand(case.q.shape[1], 5, 5, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = case.variant.mask & e.table("shown", e.h, e.q // 16, e.k // 16, sort=Sort.BOOL)
+    return replace(case, variant=replace(case.variant, mask=mask), tables={**case.tables, "shown": shown})
 
 
 @contextmanager
