@@ -17,6 +17,7 @@ from attn_compiler.errors import LanguageError, PolicyError, RefusedError, Table
 from attn_compiler.graph.analysis import analyze, carry_out
 from attn_compiler.graph.bodies import has_anchor
 from attn_compiler.graph.tables import Tables
+from attn_compiler.graph.weights import fingerprints, weights_of
 from attn_compiler.planning.plan import NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
@@ -125,6 +126,7 @@ def _rewritten(
     if not has_anchor(gm):
         return gm, ()
     try:
+        settings = replace(settings, policy=policy.on(lambda: fingerprints(weights_of(gm, example_inputs))))
         analysis = analyze(gm, example_inputs, settings.planner)
         extra = carry_out(analysis, policy.tables, settings.tables)
     except (*_FOR_THE_USER, private.DYNAMO_CONTROL_FLOW):

@@ -16,6 +16,7 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.graph.analysis import analyze, carry_out
+from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.measured import Cost, Measured, SiteCost
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
 from attn_compiler.planning.planner import Carried, plan
@@ -134,8 +135,9 @@ def calibrate(
     whole = _Totals()
     for exact, result in zip(plain, found, strict=True):
         whole.add(exact.reshape(1, 1, -1), result.reshape(1, 1, -1))
+    weights = tuple(sorted(fingerprints(model.parameters())))
     divergence = sum(map(_divergence, plain, found)) / len(plain)
-    return read.with_measurements(Measured(read.digest, sites, whole.cost().whole, divergence))
+    return read.with_measurements(Measured(read.digest, sites, whole.cost().whole, divergence, weights))
 
 
 def choose(model: nn.Module, candidates: Mapping[str, Mapping[str, object]], inputs: Inputs, within: float) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from attn_compiler import library
 from attn_compiler.backend import Settings
 from attn_compiler.graph.analysis import analyze
+from attn_compiler.graph.weights import fingerprints, weights_of
 from attn_compiler.planning.plan import Plan
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.report import Report, report_of
@@ -37,7 +39,8 @@ def explain(
     plans: list[Plan] = []
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        plans.append(analyze(gm, example_inputs, settings.planner).plan)
+        own = replace(settings, policy=settings.policy.on(lambda: fingerprints(weights_of(gm, example_inputs))))
+        plans.append(analyze(gm, example_inputs, own.planner).plan)
         return gm.forward
 
     torch.compiler.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 import attn_compiler as attn
+from attn_compiler.backend import attn_eagerly
 from attn_compiler.calibration import write
 from attn_compiler.errors import PolicyError, ShapeError
+from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.measured import Cost, beside
 
 FP8 = {"qk": "fp8_e4m3"}
@@ -146,3 +149,30 @@ def test_a_model_in_training_and_no_inputs_are_refused(model: nn.Module, x: torc
         attn.calibrate(model, "exact", [])
     with pytest.raises(ShapeError, match="training mode"):
         attn.calibrate(model.train(), "exact", [[x]])
+
+
+def test_what_was_measured_on_other_weights_keeps_no_tolerance(model: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "held.yaml"
+    path.write_text(POLICY.format(site=0.5, logits=0.5))
+    found = attn.calibrate(model, path, [[x]]).measured
+    assert found is not None
+    write(found, beside(path))
+    other = Model().eval()
+    with torch.no_grad():
+        other.attention.v += 1e-3
+    for of, outcome in ((model, "approximate"), (Model().eval(), "approximate"), (other, "refused")):
+        explained = attn.explain(of, (x,), policy=path).decisions[0]
+        torch.compile(of, backend=partial(attn_eagerly, options={"policy": path}))(x)
+        compiled = attn.reports()[-1].decisions[0]
+        for decision in (explained, compiled):
+            assert decision.outcome == outcome
+            assert (decision.error is None) == (outcome == "refused")
+    assert compiled.refusals[0].reason == "its `tolerance` was measured on other weights: run `attn calibrate` again"
+
+
+def test_each_weight_tells_itself_from_others_by_type_shape_and_numbers() -> None:
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
+    others = [weight, weight.T, weight.double(), weight + 1e-6, weight[:-1], weight[:0], weight[:0].double(), weight.sum()]
+    assert len(fingerprints(others)) == len(others)
+    assert fingerprints([weight.clone(), weight]) == fingerprints([weight.T.contiguous().T])
+    assert fingerprints([weight.to("meta")]) == frozenset()  # nothing is computed with it, so nothing can go wrong

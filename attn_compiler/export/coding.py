@@ -57,6 +57,17 @@ def with_scales(program: ExportedProgram, found: Mapping[str, Seen]) -> Mapping[
     return nodes
 
 
+def check_kept(found: Mapping[str, Seen], promised: Mapping[str, float]) -> None:
+    """Raise where fixed scales cost more than a rule promises of an attention."""
+    for name, most in promised.items():
+        if not found[name].error <= most:
+            raise ExportError(
+                f"{name}: with its cache in int8, whose scales are those of the example, its result differs by "
+                f"{found[name].error:.3g}, beyond its `tolerance` of {most:g}: give another example, or leave its "
+                "`storage` out"
+            )
+
+
 def check_coded(wanted: Iterable[str], folded: Collection[str]) -> None:
     """Raise where a cache is wanted in codes that somebody else reads as numbers."""
     missing = next((name for name in wanted if name not in folded), None)

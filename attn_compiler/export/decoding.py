@@ -14,7 +14,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
-from attn_compiler.export.coding import LARGEST, check_coded, seen, with_scales
+from attn_compiler.export.coding import LARGEST, check_coded, check_kept, seen, with_scales
 from attn_compiler.export.decoder import PADDING
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
@@ -22,7 +22,7 @@ from attn_compiler.export.program import module_of, renamed, results, rewritten,
 from attn_compiler.export.states import Remembering, remember
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
 from attn_compiler.planning.kept import FAR, Kept
-from attn_compiler.planning.planner import agreed
+from attn_compiler.planning.planner import agreed, promised
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
@@ -56,6 +56,7 @@ def decoding(
     linear = {name: one.variant for name, one in decided.items() if remembering(one.variant)}
     needs = {name: need for name, one in decided.items() if (need := hold(one.variant, one.site.heads)) is not None}
     coded = seen(result.module, [name for name, one in decided.items() if one.variant.storage.kv_cache], step.example)
+    check_kept(coded, {name: most for name in coded if (most := promised(policy, decided[name].site).get("site")) is not None})
     before = results(program)
     private.drop_claims(program)
     scales = with_scales(program, coded)

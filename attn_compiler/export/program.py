@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.graph.analysis import analyze, carry_out
+from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
@@ -42,6 +43,8 @@ def rewritten(
     seen: Callable[[Site], Site] = lambda site: site,
 ) -> Rewritten:
     """Rewrite a program's graph in place, each site by the `target` of its name; rules are asked about it as it is `seen`."""
+
+    policy = policy.on(lambda: fingerprints(program.parameters()))
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
         return plan([seen(site) for site in sites], policy, (target(""),), near_misses)

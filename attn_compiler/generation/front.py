@@ -19,6 +19,7 @@ from attn_compiler.errors import ShapeError
 from attn_compiler.generation.kept import held_at, kept_at
 from attn_compiler.generation.remembered import Remembered, remembered_at
 from attn_compiler.graph.analysis import analyze
+from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.kept import Kept, together
 from attn_compiler.planning.plan import Plan
 from attn_compiler.planning.planner import plan
@@ -64,9 +65,10 @@ def cache(
     inner = getattr(model, "_orig_mod", model)
     if getattr(inner, "config", None) is None or not hasattr(inner, "generate"):
         raise ShapeError(f"a cache is for models of transformers that generate; found {type(inner).__name__}")
+    read = read.on(lambda: fingerprints(inner.parameters()))
     known = _KNOWN.setdefault(inner, {})
     given = sorted((name, id(table)) for name, table in (tables or {}).items())  # what a state reads of them is kept with it
-    key = f"{read.digest} {sorted((values or {}).items())} {given}"
+    key = f"{read.digest} {read.measured and read.measured.foreign} {sorted((values or {}).items())} {given}"
     if key not in known:
         known[key] = _needs(inner, read, tables or {})
     _listen(inner)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from attn_compiler.errors import PolicyError
 
-_VERSION = 1
+_VERSION = 2
 _RUN = "run `attn calibrate` again"
 
 
@@ -33,18 +33,26 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the policy with this digest: each site's cost by its name, and that of the model's result."""
+    """Of the policy with this digest, on these `weights`: each site's cost by its name, and that of the model's result."""
 
     digest: str
     sites: Mapping[str, SiteCost] = field(default_factory=dict)
     logits: Cost | None = None
     divergence: float | None = None  # of the model's result as logits, Kullback and Leibler's, in nats for each row
+    weights: tuple[str, ...] = ()  # the fingerprints of the model's parameters, in order
+    foreign: bool = False  # whether the model at hand has others
 
     def to_json(self) -> str:
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=2)
+        return json.dumps({"version": _VERSION, **asdict(self), "foreign": False}, indent=2)
+
+    def on(self, weights: frozenset[str]) -> Measured:
+        """The same, knowing whether the weights at hand are among those that were measured."""
+        return replace(self, foreign=not weights <= {*self.weights})
 
     def beyond(self, site: str, tolerance: Mapping[str, float]) -> str:
         """Why a site does not keep a tolerance; nothing if it does."""
+        if self.foreign:
+            return f"its `tolerance` was measured on other weights: {_RUN}"
         found = {"site": self.sites[site].whole if site in self.sites else None, "logits": self.logits}
         for of, most in tolerance.items():
             what = "this attention" if of == "site" else "the model's result"
@@ -76,6 +84,7 @@ def read_measured(path: Path, digest: str) -> Measured | None:
             name: SiteCost(Cost(**of["whole"]), tuple(Cost(**one) for one in of["heads"]), of["kv_heads"])
             for name, of in held["sites"].items()
         }
-        return Measured(digest, sites, Cost(**held["logits"]) if held["logits"] else None, held["divergence"])
+        logits = Cost(**held["logits"]) if held["logits"] else None
+        return Measured(digest, sites, logits, held["divergence"], tuple(held["weights"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise PolicyError(f"{path} holds no measurements of attn-compiler: {error!r}; {_RUN}") from error

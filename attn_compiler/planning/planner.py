@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import RefusedError
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
-from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.resolve import Asked, asked_of, uses
 from attn_compiler.planning.site import Site
 
@@ -41,7 +41,7 @@ def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
     asked = [agreed(policy, site) for site in sites]
     decided = [decide(site, one, targets) for site, one in zip(sites, asked, strict=True)]
-    costs = policy.measured.sites if policy.measured else {}
+    costs = policy.measured.sites if policy.measured and not policy.measured.foreign else {}
     decisions = tuple(replace(d, error=costs[d.site.name].whole.relative) if d.site.name in costs else d for d in decided)
     return Plan(decisions, tuple(near_misses), uses=uses(policy, sites, [one.rules for one in asked]))
 
@@ -49,7 +49,7 @@ def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_
 def agreed(policy: Policy, site: Site) -> Asked:
     """What a policy asks for, unless it promises a tolerance that it does not keep, or that nobody has measured."""
     asked = asked_of(policy, site)
-    rule = next((rule for rule in policy.rules if rule.tolerance and rule.number in asked.rules), None)
+    rule = _promising(policy, asked)
     if rule is None or isinstance(asked.variant, Refusal) or is_same(settled(asked.variant, site), site.computes, site):
         return asked
     if policy.measured is None:
@@ -57,6 +57,16 @@ def agreed(policy: Policy, site: Site) -> Asked:
     else:
         reason = policy.measured.beyond(site.name, rule.tolerance)
     return replace(asked, variant=Refusal(rule.title, reason)) if reason else asked
+
+
+def promised(policy: Policy, site: Site) -> Mapping[str, float]:
+    """The tolerance of what a policy asks for at a site."""
+    rule = _promising(policy, asked_of(policy, site))
+    return rule.tolerance if rule else {}
+
+
+def _promising(policy: Policy, asked: Asked) -> Rule | None:
+    return next((rule for rule in policy.rules if rule.tolerance and rule.number in asked.rules), None)
 
 
 def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:

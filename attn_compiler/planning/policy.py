@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -128,6 +128,10 @@ class Policy:
         """The same policy knowing what it costs, which changes what becomes of its rules."""
         digest = hashlib.sha256(f"{self.digest}{measured.to_json()}".encode()).hexdigest()
         return replace(self, digest=digest, measured=measured)
+
+    def on(self, weights: Callable[[], frozenset[str]]) -> Policy:
+        """The same policy for a model with these weights: what was measured on others says nothing of it."""
+        return replace(self, measured=self.measured.on(weights())) if self.measured else self
 
     def with_values(self, values: Mapping[str, int | float]) -> Policy:
         """The same policy where the names in geometries have values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 import attn_compiler as attn
 from attn_compiler.errors import ExportError, RefusedError
 from attn_compiler.export import Decoder
+from attn_compiler.planning.measured import Cost
 from end_to_end.by_hand import with_weights
 from end_to_end.models import tokens
 
@@ -84,3 +86,20 @@ def test_only_a_file_that_decodes_has_a_cache(tmp_path: Path) -> None:
         attn.export_onnx(model, (tokens(1, 24),), path, policy())
     with pytest.raises(RefusedError, match="storage"):
         attn.export_onnx(model, (tokens(1, 24),), path, policy(), decode=True, flavor="genai")
+
+
+def test_a_file_whose_fixed_scales_cost_more_than_a_rule_promises_is_not_written(tmp_path: Path) -> None:
+    model, text = with_weights(llama()), tokens(2, 60)
+    for most in (0.5, 1e-6):
+        asked = policy()
+        asked["rules"][0]["tolerance"] = {"site": most}  # type: ignore[index]
+        of_sites = attn.calibrate(model, asked, [{"input_ids": text, "use_cache": False}])
+        assert of_sites.measured is not None
+        kept = {name: replace(one, whole=Cost(0.0, 1.0, 0.0)) for name, one in of_sites.measured.sites.items()}
+        measured = of_sites.without_measurements().with_measurements(replace(of_sites.measured, sites=kept))
+        if most == 0.5:
+            attn.export_onnx(model, (text,), tmp_path / "model.onnx", measured, decode=True, check=False)
+            continue
+        with pytest.raises(ExportError, match=r"scales are those of the example, its result differs by .*, beyond its `tol"):
+            attn.export_onnx(model, (text,), tmp_path / "other.onnx", measured, decode=True, check=False)
+    assert [x.name for x in tmp_path.glob("*.onnx")] == ["model.onnx"]
