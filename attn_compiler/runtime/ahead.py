@@ -18,6 +18,7 @@ from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.triton_launch import load
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.targets.triton.clip import ALIKE, TILES
+from attn_compiler.targets.triton.states import SCANNED, TF32
 
 # What multiplies matrices on a machine, and how many KiB of shared memory a program may have there.
 MACHINES: Mapping[str, tuple[str, int]] = {
@@ -27,7 +28,7 @@ MACHINES: Mapping[str, tuple[str, int]] = {
     "gfx942": ("v_mfma", 64),
 }
 _OTHER = ("HMMA", 99)
-_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1"}
+_POINTERS = {"float32": "*fp32", TF32: "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1"}
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -129,7 +130,7 @@ def _compiled(order: Order) -> Compiled:
     names = list(kernel.arg_names)
     types = _signature(order, names)
     attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(4)}
-    sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES, **dict.fromkeys(ALIKE, 32)}
+    sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES, "NUMBERS": SCANNED, **dict.fromkeys(ALIKE, 32)}
     constants = {name: size for name, size in sizes.items() if name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
@@ -137,7 +138,7 @@ def _compiled(order: Order) -> Compiled:
     return _read(compile_(source, target=GPUTarget(*kind), options=options))
 
 
-_KERNELS = ("forward", "backward", "decode", "clip", "sift")
+_KERNELS = ("forward", "backward", "decode", "clip", "sift", "states", "scan", "gather")
 _OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v")
 
 
@@ -150,8 +151,11 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         **dict.fromkeys(_OPERANDS, operand),
         **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
-        **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES", *ALIKE), "constexpr"),
+        **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES", "NUMBERS", *ALIKE), "constexpr"),
         **dict.fromkeys(("spans", "clipped", "met", "listed", "limits"), "*i32"),
+        **dict.fromkeys(("held", "mass"), "*fp32"),
+        **dict.fromkeys(("at_query", "at_key"), ("*fp32", "i32", "i32", "i32", "i32")),
+        "sharing": ("i32",) * 4,
         "tasks": ("*i32",) * 3,
         "orders": ("*i32",) * 2,
         "sums": "*fp32" if "peaks" in names else (),

@@ -1,4 +1,4 @@
-"""The operator that adds keys up to states in generated C++; its gradients are itself, so there are as many as one likes.
+"""The operator that adds keys up to states by generated kernels; its gradients are itself, so there are as many as one likes.
 
 With weight = left * (q · k), where `left` is what a decay leaves of a key, the gradient of a weight is above · v + of_mass. So
 each gradient gathers by weights that are products again: with [above, of_mass] and [v, 1] in the places of q and k, and with
@@ -8,6 +8,7 @@ queries in the places of keys, which then are met from the other side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,58 +16,81 @@ from torch import Tensor
 
 from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.states import gather as run
+from attn_compiler.runtime.triton_states import gather as run_on_triton
 from attn_compiler.targets.fading import Logs
 from attn_compiler.targets.gathered import Count, Gather
+from attn_compiler.targets.triton.states import TF32
+
+CPP = "cpp"  # who gathers; else it is Triton, and this is the dtype that its products are as exact as
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "gather(Tensor q, Tensor k, Tensor v, Tensor[] logs, SymInt offset, bool reverse) -> (Tensor, Tensor)"
+    "gather(Tensor q, Tensor k, Tensor v, Tensor[] logs, SymInt offset, bool reverse, str by) -> (Tensor, Tensor)"
 )
 
 
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None) -> tuple[Tensor, Tensor]:
-    acc, mass = torch.ops.attn_compiler.gather(q, k, v, list(logs or ()), k.shape[2] if offset is None else offset, False)
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None, *, by: str) -> tuple[Tensor, Tensor]:
+    if by == "bfloat16":
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    acc, mass = torch.ops.attn_compiler.gather(q, k, v, list(logs or ()), k.shape[2] if offset is None else offset, False, by)
     return acc, mass[..., None]
 
 
-BY_KERNEL = Gather(_by_kernel, dynamic=True)
+BY_KERNEL = Gather(partial(_by_kernel, by=CPP), dynamic=True)
 
 
-def _gather(q: Tensor, k: Tensor, v: Tensor, logs: Sequence[Tensor], offset: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    out, mass = _empty(q, k, v)
+@cache
+def by_triton(dtype: torch.dtype) -> Gather:
+    """Gather on Triton, where operands of a dtype may be multiplied no less exactly than such numbers are."""
+    by = {torch.float16: TF32, torch.bfloat16: "bfloat16"}.get(dtype, "float32")
+    return Gather(partial(_by_kernel, by=by), dynamic=True)
+
+
+def _gather(
+    q: Tensor, k: Tensor, v: Tensor, logs: Sequence[Tensor], offset: int, reverse: bool, by: str
+) -> tuple[Tensor, Tensor]:
+    out, mass = _empty(q, k, v, by)
     if not (out.numel() and k.numel() and q.numel()):
         return out.zero_(), mass.zero_()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     given = (logs[0], logs[1]) if logs else None
+    told = Call(q, k, v, out, mass, given, None, offset, reverse)
     # Backwards the kernel counts queries from the last one: so do their masses.
-    run(Call(q, k, v, out, mass, given, None, offset, reverse))
+    run(told) if by == CPP else run_on_triton(told, by)
     return out, mass.flip(-1) if reverse else mass
 
 
-def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _empty(q: Tensor, k: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
     """Room for the sums, laid out as models want them: they transpose heads and tokens, which then costs nothing."""
+    dtype = q.dtype if by == CPP else torch.float32
     batch, heads, q_len = q.shape[0], max(q.shape[1], k.shape[1]), q.shape[2]
-    out = q.new_empty((batch, q_len, heads, v.shape[3])).transpose(1, 2)
+    out = q.new_empty((batch, q_len, heads, v.shape[3]), dtype=dtype).transpose(1, 2)
     return out, q.new_empty((batch, heads, q_len), dtype=torch.float32)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, logs, ctx.offset, ctx.reverse = inputs
+    q, k, v, logs, ctx.offset, ctx.reverse, ctx.by = inputs
     ctx.save_for_backward(q, k, v, *logs)
 
 
 def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ...]:
     q, k, v, *logs = ctx.saved_tensors
     gather = torch.ops.attn_compiler.gather
-    from_query, from_key = torch.cat([above, of_mass[..., None]], dim=-1), torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)
-    here, there = (logs, ctx.offset, ctx.reverse), (logs[::-1], -ctx.offset, not ctx.reverse)
+    above, of_mass = above.to(q.dtype), of_mass.to(q.dtype)
+    from_query, from_key = _beside(above, of_mass[..., None], ctx.by), _beside(v, v.new_ones((*v.shape[:-1], 1)), ctx.by)
+    here, there = (logs, ctx.offset, ctx.reverse, ctx.by), (logs[::-1], -ctx.offset, not ctx.reverse, ctx.by)
     of_q = gather(from_query, from_key, k, *here)[0]
     of_k = gather(from_key, from_query, q, *there)[0]
     of_v = gather(k, q, above, *there)[0]
     of_logs: list[Tensor | None] = [None for _ in logs]
     if any(ctx.needs_input_grad[3] or ()):  # a weight times its gradient is what both its logs ask for
         of_logs = [_along(q, of_q, ctx.reverse), _along(k, of_k, not ctx.reverse)]
-    return _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None
+    return _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None, None
+
+
+def _beside(x: Tensor, one: Tensor, by: str) -> Tensor:
+    """Vectors with one more number; in Triton rows stay as wide as memory is read."""
+    return torch.cat([x, one, *([] if by == CPP else [x.new_zeros((*x.shape[:-1], -(x.shape[-1] + 1) % 16))])], dim=-1)
 
 
 def _along(x: Tensor, of_x: Tensor, negative: bool) -> Tensor:
@@ -79,9 +103,10 @@ def _along(x: Tensor, of_x: Tensor, negative: bool) -> Tensor:
 def _summed(x: Tensor, like: Tensor) -> Tensor:
     """Sums over the heads that share one of an operand."""
     heads, sharing = like.shape[1], x.shape[1] // like.shape[1]
-    return x if sharing == 1 else x.reshape(x.shape[0], heads, sharing, *x.shape[2:]).sum(dim=2)
+    return (x if sharing == 1 else x.reshape(x.shape[0], heads, sharing, *x.shape[2:]).sum(dim=2)).to(like.dtype)
 
 
-_library.impl("gather", _gather, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("attn_compiler::gather", lambda q, k, v, logs, offset, reverse: _empty(q, k, v), lib=_library)
+for _device in ("CPU", "CUDA"):
+    _library.impl("gather", _gather, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::gather", lambda q, k, v, logs, offset, reverse, by: _empty(q, k, v, by), lib=_library)
 torch.library.register_autograd("attn_compiler::gather", _differentiate, setup_context=_remember, lib=_library)

@@ -22,7 +22,7 @@ def quiet() -> AbstractContextManager[object]:
 
 @cache
 def mend() -> None:
-    """Let it multiply and round bfloat16 as a GPU does, and count loops with any numpy."""
+    """Let it multiply bfloat16 and TF32 and round as a GPU does, and count loops with any numpy."""
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -34,11 +34,14 @@ def mend() -> None:
         interpreter._patch_lang_tensor = lambda tensor, *scope: _countable(patch, tensor, *scope)
 
 
-def _dot(self: Any, a: Any, b: Any, d: Any, *_: object, **__: object) -> Any:
-    """Products of bfloat16 are taken of the numbers, where the interpreter takes them of their bits."""
+def _dot(self: Any, a: Any, b: Any, d: Any, precision: object, *_: object, **__: object) -> Any:
+    """Products of bfloat16 are taken of the numbers, where the interpreter takes them of their bits; TF32 is cut off."""
+    from triton._C.libtriton.ir import INPUT_PRECISION
     from triton.runtime.interpreter import TensorHandle
 
     x, y = (_numbers(part.data, part.dtype) for part in (a, b))
+    if precision == INPUT_PRECISION.TF32 and x.dtype == np.float32:
+        x, y = ((part.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for part in map(np.ascontiguousarray, (x, y)))
     kind = np.float32 if d.data.dtype.kind == "f" else d.data.dtype
     product = np.matmul(x.astype(kind, copy=False), y.astype(kind, copy=False), dtype=kind)
     return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -28,15 +28,18 @@ from attn_compiler.torch_private import likely
 WORTH = 1.05  # how many times faster than PyTorch's operators the kernel has to be
 
 
-def gathers(operands: Operands, variant: Variant) -> bool:
-    """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators."""
-    return any(_gathers(operands, part) for part in variant.parts() if part.mix is None) and refuse(variant) is None
+def gathers(operands: Operands, variant: Variant, widest: float = WIDEST) -> bool:
+    """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators.
+
+    `widest` is how many features a kernel takes.
+    """
+    return any(_gathers(operands, part, widest) for part in variant.parts() if part.mix is None) and refuse(variant) is None
 
 
-def _gathers(operands: Operands, variant: Variant) -> bool:
+def _gathers(operands: Operands, variant: Variant, widest: float) -> bool:
     found, dim = linear(variant), operands.q.shape[-1]
     features = variant.feature.width(dim)
-    if found is None or features > WIDEST or (variant.dropout and operands.training):
+    if found is None or features > widest or (variant.dropout and operands.training):
         return False
     if operands.differentiated and not _differentiable(found):
         return False
@@ -48,24 +51,37 @@ def _gathers(operands: Operands, variant: Variant) -> bool:
 
 def carried(site: Site, variant: Variant) -> Carried | None:
     """How the kernel runs at a site where queries follow each other and states save half of the work; None if it should not."""
-    parts = [part for part in variant.parts() if part.mix is None and (part is not variant or not part.groups)]
-    gathered = [part for part in parts if _suits(site, part)]
-    training = site.phase is Phase.TRAIN
-    if not gathered or refuse(variant) is not None:
+    gathered, training = by_states(site, variant), site.phase is Phase.TRAIN
+    if not gathered:
         return None
     if not training and serves(variant) is not None:
         return Carried("a generated kernel, whose state stays in the cache", gains=True)
     fades = any(part.score != e.score for part in gathered)
     if gain(training=training, fades=fades) < WORTH:
         return None
-    rest = "" if len(gathered) == len(parts) else ", and PyTorch's operators for what is not linear"
-    return Carried(f"a generated kernel that adds keys up to states{rest}", gains=True)
+    return Carried(form(variant, gathered), gains=True)
 
 
-def _suits(site: Site, variant: Variant) -> bool:
+def by_states(site: Site, variant: Variant, widest: float = WIDEST) -> Sequence[Variant]:
+    """The parts of a variant that a kernel gathers by states at a site."""
+    found = [part for part in _parts(variant) if _suits(site, part, widest)]
+    return found if refuse(variant) is None else ()
+
+
+def form(variant: Variant, gathered: Sequence[Variant]) -> str:
+    """What a plan says where these parts are gathered by states."""
+    rest = "" if len(gathered) == len(_parts(variant)) else ", and PyTorch's operators for what is not linear"
+    return f"a generated kernel that adds keys up to states{rest}"
+
+
+def _parts(variant: Variant) -> Sequence[Variant]:
+    return [part for part in variant.parts() if part.mix is None and (part is not variant or not part.groups)]
+
+
+def _suits(site: Site, variant: Variant, widest: float) -> bool:
     found = linear(variant)
     features = variant.feature.width(site.head_dim)
-    if found is None or site.frame is None or features > WIDEST:
+    if found is None or site.frame is None or features > widest:
         return False
     if site.phase is Phase.TRAIN and (variant.dropout or not _differentiable(found)):
         return False

@@ -129,9 +129,14 @@ class Call:
     offset: int
     reverse: bool = False
 
+    @property
+    def ahead(self) -> int:
+        """The offset, tokens being counted from the last one in `reverse`."""
+        return self.k.shape[2] - self.q.shape[2] - self.offset if self.reverse else self.offset
+
     def words(self) -> list[int]:
         """The fields in the order of the kernel's structure, up to the sizes. Backwards, tokens are counted from the last."""
-        q_len, k_len, heads = self.q.shape[2], self.k.shape[2], self.out.shape[1]
+        q_len, heads = self.q.shape[2], self.out.shape[1]
         operands = [self._placed(x) for x in (self.q, self.k, self.v, self.out)]
         pointers = [*(pointer for pointer, _ in operands), 0 if self.mass is None else self.mass.data_ptr()]
         strides = [stride for _, of_tokens in operands for stride in of_tokens]
@@ -140,9 +145,8 @@ class Call:
         told = [word for pointer, of_tokens in logs for word in (pointer, *of_tokens)]
         shown, of_keys = (0, (0, 0, 0)) if self.shown is None else self._placed(self.shown)
         parallel = int(self.out.shape[0] * heads * q_len * self.q.shape[3] * self.v.shape[3] >= WORTH_THREADS)
-        offset = k_len - q_len - self.offset if self.reverse else self.offset
         cut = segments(self.out.shape[0] * heads, q_len) if parallel else 1
-        return [*pointers, *strides, *sharing, *told, -1 if self.reverse else 1, shown, *of_keys, parallel, cut, offset]
+        return [*pointers, *strides, *sharing, *told, -1 if self.reverse else 1, shown, *of_keys, parallel, cut, self.ahead]
 
     def _placed(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
         """Where the first token to be met lies, and how far from each other rows of the batch, heads and tokens are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -10,14 +11,17 @@ from attn_compiler.algebra.variant import Variant, passed_over, without_total
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
-from attn_compiler.runtime import interpreter
+from attn_compiler.runtime import interpreter, linear
 from attn_compiler.runtime.cpp import DTYPES, objection, of_unseeing
+from attn_compiler.runtime.gather import by_triton
 from attn_compiler.runtime.operator import attend_generated, dtype_name
 from attn_compiler.targets.cpp.spec import Stored
+from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.torch_target import Result
+from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 WIDEST = 256  # numbers of a head, up to which a tile fits
+ANY = math.inf  # how many features are added up, since these are cut into pieces
 
 
 class TritonTarget:
@@ -27,6 +31,8 @@ class TritonTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q, v = operands.q, operands.v
+        if not lse and linear.gathers(operands, variant, ANY):
+            return _machine(q.device.type, dtype_name(q.dtype))
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
@@ -34,19 +40,24 @@ class TritonTarget:
         return reason or (without_total(variant) or of_unseeing(operands, variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        if not lse and linear.gathers(operands, variant, ANY):
+            return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype)))
         return attend_generated(operands, variant, self.name, lse=lse)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
-        training = site.phase is Phase.TRAIN
-        dim = max(site.head_dim, site.value_dim)
-        reason = _machine(site.device, site.dtype, dim)
-        reason = reason or passed_over(variant) or objection(variant, (True, True), {}, training)
         if site.device != "cuda":
-            reason = f"its kernels are for GPUs; found {site.device}"
+            return Refusal(self.name, f"its kernels are for GPUs; found {site.device}")
+        missed = "its kernels begin with an empty state" if site.recalls else lost(site, variant)
+        gathered, dim = linear.by_states(site, variant, ANY), max(site.head_dim, site.value_dim)
+        if gathered and not missed and not _machine(site.device, site.dtype):
+            return Carried(linear.form(variant, gathered), gains=False)
+        reason = missed or _machine(site.device, site.dtype, dim) or passed_over(variant)
+        counted = site.kept is None or not site.kept.first  # first tokens in front of the latest stand where a table says
+        reason = reason or objection(variant, (counted, counted), {}, site.phase is Phase.TRAIN)
         return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)
 
 
-def _machine(device: str, dtype: str, dim: int) -> str | None:
+def _machine(device: str, dtype: str, dim: int = 0) -> str | None:
     interpreted = device == "cpu" and interpreter.is_interpreting()
     if not (device == "cuda" or interpreted) or dtype not in DTYPES:
         return f"its kernels take {', '.join(DTYPES)} on a GPU, or on the CPU with TRITON_INTERPRET=1; found {dtype} on {device}"

@@ -9,6 +9,7 @@ from attn_compiler.runtime.kernels import Shape, spec_at
 from attn_compiler.runtime.visits import visited
 from attn_compiler.targets.cpp.decode import reach_of
 from attn_compiler.targets.operands import head_groups
+from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks, Kind
 from attn_compiler.targets.triton.decode import decoding
 from attn_compiler.targets.triton.gradient import by_key, by_query
@@ -33,6 +34,8 @@ def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
 
 def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
     """The kernel."""
+    if kind in states.KERNELS:
+        return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=bool(shape.names))
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_at(shape, variant)
     if kind == "decode":

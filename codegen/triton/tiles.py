@@ -128,6 +128,35 @@ def give(row, x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def piece(row, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """So many numbers of some rows from `first` on, and zeros beyond the last one."""
+    d = first + tl.arange(0, WIDTH)[None, :]
+    if DIM % WIDTH == 0:
+        return tl.load(row + d)
+    return tl.load(row + d, mask=d < DIM, other=0.0)
+
+
+@triton.jit
+def state_of(held, head, count, segment, NUMBERS: tl.constexpr):
+    """Where the state after a segment starts, one of `count` that each head has."""
+    return held + (tl.cast(head, tl.int64) * count + segment) * NUMBERS
+
+
+@triton.jit
+def logged(log, b, h, tokens):
+    """The running log of a decay at some tokens, as two floats: differences of these are as exact as those of float64."""
+    place = rows(log[:4], b, h, tokens)
+    return tl.load(place), tl.load(place + log[4])
+
+
+@triton.jit
+def left(now, before):
+    """What is left after a log went from `before` to `now`: never more than there was."""
+    fall = (now[0] - before[0]) + (now[1] - before[1])
+    return tl.exp(tl.where(fall > 0, 0.0, fall))
+
+
+@triton.jit
 def numbered(b, h, i, heads, q_len):
     """The number of a query among those of all heads and rows of the batch, and how many these are."""
     return (tl.cast(b, tl.int64) * heads + h) * q_len + i, tl.cast(tl.num_programs(2) * heads, tl.int64) * q_len

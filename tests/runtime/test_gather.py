@@ -105,14 +105,14 @@ def test_the_operator_is_what_autograd_and_compiled_graphs_take_it_for() -> None
     q, k, v = drawn()
     log = torch.rand(1, 4, 70, dtype=torch.float64).cumsum(-1).neg().requires_grad_()
     for logs, reverse in (([], False), ([log, log], True)):
-        torch.library.opcheck(torch.ops.attn_compiler.gather.default, (q, k, v, logs, 3, reverse))
+        torch.library.opcheck(torch.ops.attn_compiler.gather.default, (q, k, v, logs, 3, reverse, gather.CPP))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
 def test_without_tokens_there_is_nothing_to_gather(queries: int, keys: int) -> None:
     q = torch.randn(1, 4, queries, 8, requires_grad=True)
     k = torch.randn(1, 2, keys, 8, requires_grad=True)
-    out, mass = torch.ops.attn_compiler.gather(q, k, k, [], 0, False)
+    out, mass = torch.ops.attn_compiler.gather(q, k, k, [], 0, False, gather.CPP)
     assert out.shape == (1, 4, queries, 8)
     assert not out.any()
     assert not mass.any()

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["forward", "backward_q", "backward_kv", "decode"]  # the skeletons that meet tiles
-KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "decode")
+Kind = Literal["forward", "backward_q", "backward_kv", "decode", "states", "scan", "gather"]  # the skeletons
+KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "decode")  # those that meet tiles by scores
+STATES: tuple[Kind, ...] = ("states", "gather")  # those of linear attention
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Blocks:
     """Queries and keys of a tile, warps that share it, and tiles that are loaded ahead.
 
     `specialized` kernels have four more warps, which do nothing but copy; where the compiler does not make them so, they are
-    not worth trying.
+    not worth trying. Kernels of linear attention have `width` numbers of a value at work at once, twice as many
+    of a key.
     """
 
     queries: int = 64
@@ -23,6 +25,7 @@ class Blocks:
     warps: int = 4
     stages: int = 2
     specialized: bool = False
+    width: int = 64
 
     def sizes(self) -> Mapping[str, int]:
         """What kernels call them."""
@@ -38,6 +41,8 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "") -> tuple[Blo
 
     The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes.
     """
+    if kind in STATES:
+        return _LINEAR["float32" if dtype == "float32" else "amd" if machine.startswith("gfx") else "narrow"]
     if dtype == "float32" or dim > 128:
         return _WIDE[kind]
     if machine.startswith("gfx"):
@@ -71,4 +76,9 @@ _AMD: Mapping[Kind, tuple[Blocks, ...]] = {
     "backward_q": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
     "backward_kv": (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
     "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1)),
+}
+_LINEAR: Mapping[str, tuple[Blocks, ...]] = {
+    "narrow": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "float32": (Blocks(32, 32, 4, 2, width=32), Blocks(16, 16, 4, 1, width=32)),
+    "amd": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1, width=32)),
 }

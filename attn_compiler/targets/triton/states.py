@@ -1,0 +1,33 @@
+"""The kernels of linear attention: one adds keys up to states, one goes over these, and in one queries meet them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from attn_compiler.targets.triton.skeleton import written
+from attn_compiler.targets.triton.source import NARROWEST, constants
+
+SEGMENT = 256  # keys between two states: one is as large as many keys, and is written, read and written again, and read
+TF32 = "tfloat32"  # float32, multiplied as exactly as float16 is: features and their sums may be too large for that
+
+SCANNED = 512  # numbers of a state that one program takes from segment to segment
+KERNELS = ("states", "scan", "gather")  # in the order in which they run
+
+
+@lru_cache(maxsize=256)
+def source(kernel: str, dim: int, value_dim: int, dtype: str, segment: int, width: int, *, fades: bool) -> str:
+    """The kernel `states`, `scan` or `gather`, which reads running logs if a decay `fades` what is added up."""
+    precision = '"tf32"' if dtype == TF32 else '"ieee"'
+    lines = [
+        f"DIM, VALUE_DIM = {constants(dim, value_dim)}  # numbers of a query or a key, and of a value",
+        f"WIDTH, VALUE_WIDTH = {constants(*widths(dim, value_dim, width))}  # of which so many are at work at once",
+        f"SEGMENT = {constants(segment)}  # keys between two states",
+        f"PRECISION = {constants(precision)}  # of products of float32",
+    ]
+    return written(f"{kernel}.py", {"constants": lines}, {"FADES": fades})
+
+
+def widths(dim: int, value_dim: int, width: int) -> tuple[int, int]:
+    """How many numbers of a key and of a value are at work at once: powers of two, `width` at most, of keys twice as many."""
+    key, value = (max(NARROWEST, 1 << (size - 1).bit_length()) for size in (dim, value_dim))
+    return min(key, 2 * width), min(value, width)
