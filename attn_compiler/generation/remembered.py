@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import wire
-from attn_compiler.algebra.variant import Variant
+from attn_compiler.algebra.variant import Variant, with_tables_given
 from attn_compiler.generation.kept import situations
 from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
 from attn_compiler.targets.held_past import latest, remembered_parts
+from attn_compiler.targets.traits import Trait, traits
 
 
 @dataclass(frozen=True)
 class Remembered:
     """An attention with linear parts, whose past are states: what it computes, as text, where, and the tables that it reads.
 
-    Beside the states a layer holds as many of the `latest` tokens as its queries see one by one.
+    Beside the states a layer holds as many of the `latest` tokens as its queries see one by one, with their `traits`.
     """
 
     what: str
@@ -29,20 +30,23 @@ class Remembered:
     heads: int
     layer: int
     layers: int
+    traits: tuple[Trait, ...] = ()
     tables: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
 
 
 def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Remembered | None:
     """What a site's states are of, at every phase and length; None where these are not enough, or where tables are missing."""
-    asked = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
-    variant = asked.pop() if len(asked) == 1 else None
+    decided = {None if site.blocked else _settled(agreed(policy, then).variant, site) for then in situations(site)}
+    variant = decided.pop() if len(decided) == 1 else None
     if variant is None or not remembered_parts(variant, site.heads):
         return None
-    tables = {name: _table(name, policy, given) for name in variant.tables()}
+    made = {one.name for part in variant.parts() for one in part.made}
+    asked, variant, near = traits(variant), with_tables_given(variant), latest(variant, site.heads)
+    tables = {name: _table(name, policy, given) for name in variant.tables() - made}
     known = {name: table for name, table in tables.items() if table is not None}
     if len(known) < len(tables):
         return None
-    return Remembered(wire.write(variant), latest(variant, site.heads), site.heads, site.layer or 0, site.layers or 1, known)
+    return Remembered(wire.write(variant), near, site.heads, site.layer or 0, site.layers or 1, asked, known)
 
 
 def _settled(asked: object, site: Site) -> Variant | None:

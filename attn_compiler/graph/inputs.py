@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from attn_compiler.graph.atom import Axis
-from attn_compiler.graph.axes import source
+from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import Argument, Size, call, equal, is_tensor, shape
 from attn_compiler.graph.record import GraphSite, Operand
 from attn_compiler.graph.tokens import before
@@ -29,7 +29,7 @@ def _in_rows(node: fx.Node) -> fx.Node:
     if len(shape(node)) != 2 or call(node).op != "view" or len(shape(source(node))) != 3:
         return node
     rows, tokens, _ = shape(source(node))
-    return node if equal(rows, tokens) else source(node)
+    return node if equal(rows, tokens) and not equal(tokens, 1) else source(node)
 
 
 def _size(operand: Operand, axis: Axis) -> Size:
@@ -39,6 +39,7 @@ def _size(operand: Operand, axis: Axis) -> Size:
 def _projected_from(operand: Operand, site: GraphSite) -> fx.Node | None:
     """What all that an operand is made of is projected from, no token cut, moved or joined with others."""
     tokens = site.queries if operand is site.q else site.keys
+    alone = equal(site.lengths[0], 1)  # a single token, which no dimension needs to hold
     dims = frozenset(dim for dim, axis in enumerate(operand.axes) if axis and axis == tokens)
     waiting, origins, visited = {operand.node: dims}, set[fx.Node](), 0
     while waiting and visited < _MOST_VISITED:
@@ -46,12 +47,12 @@ def _projected_from(operand: Operand, site: GraphSite) -> fx.Node | None:
         node = max(waiting)
         at = waiting.pop(node)
         steps = before(node, at)
-        if steps is None or len(at) != 1:
+        if steps is None or len(at) > 1 or not (at or alone):
             return None
         for step in steps:
             if step.cut:
                 return None
-            if step.projected and len(shape(step.node)) == 3 and step.dims != {1}:
+            if step.projected and len(shape(step.node)) == 3 and step.dims != {1} and not alone:
                 return None
             if step.projected:
                 origins.add(_in_rows(step.node))
@@ -69,11 +70,11 @@ def unrotated(site: GraphSite) -> tuple[Operand, Operand] | None:
 def _before_rotation(operand: Operand) -> Operand | None:
     node, axes = operand.node, operand.axes
     read = call(node)
-    while read.op in ("cast", "same", "unsqueeze") and is_tensor(read.get("self")):
+    while read.op in ("recall", "cast", "same", "unsqueeze") or (read.op == "slice" and rearranges(node)):
         if read.op == "unsqueeze":
             at = read["dim"] % len(axes)
             axes = axes[:at] + axes[at + 1 :]
-        node = read["self"]
+        node = read["new" if read.op == "recall" else "self"]
         read = call(node)
     if read.op != "add":
         return None

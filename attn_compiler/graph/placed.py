@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import SymInt, Tensor, fx
 
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.calls import Argument, call
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.planning.kept import Kept
@@ -34,12 +35,12 @@ class Placed:
         assert isinstance(found, int | SymInt)
         return found
 
-    def stand(self, operands: Operands, values: Sequence[Argument]) -> Operands:
+    def stand(self, operands: Operands, variant: Variant, values: Sequence[Argument]) -> tuple[Operands, Variant]:
         """The same call with each key in its place; the queries are the last of the keys."""
         if self.places is None:
-            return replace(operands, q_positions=None, k_positions=self.count(operands, values) - operands.k_len)
+            return replace(operands, q_positions=None, k_positions=self.count(operands, values) - operands.k_len), variant
         assert isinstance(values[0], Tensor)
-        return replace(operands, q_positions=None, k_positions=values[0][:, None])
+        return replace(operands, q_positions=None, k_positions=values[0][:, None]), variant
 
 
 def placed(site: GraphSite) -> Placed | None:

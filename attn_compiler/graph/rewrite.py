@@ -10,24 +10,26 @@ from torch import SymInt, Tensor, fx
 
 from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k, k_len, q_len
+from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import DerivedTable, Variant, with_tables_given
 from attn_compiler.graph.axes import rearranges
-from attn_compiler.graph.calls import Argument, is_tensor, shape
+from attn_compiler.graph.calls import Argument, call, is_tensor, shape
 from attn_compiler.graph.capture import drop_dead_code
 from attn_compiler.graph.describe import Described
 from attn_compiler.graph.frame import FirstKey
 from attn_compiler.graph.layout import arranged, kv_groups, returned
 from attn_compiler.graph.placed import Placed, placed
-from attn_compiler.graph.recalled import Recalled, forget, recalled, recalls
+from attn_compiler.graph.recalled import Recalled, forget, recalled, recalls, trait_nodes
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.runtime.targets import Target
-from attn_compiler.targets.made import with_made
+from attn_compiler.targets.made import made_rows, with_made
 from attn_compiler.targets.operands import Operands, Positions
 from attn_compiler.targets.rows import Codes, without_cache
+from attn_compiler.targets.traits import KEY, traits
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
 
@@ -45,6 +47,8 @@ class Replacement:
 def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     """Replace sites in place; what nobody reads any more, masks above all, disappears."""
     remembered = [node for replacement in replacements for node in recalls(replacement.described.found)]
+    for replacement in replacements:
+        tell(gm.graph, replacement)
     for replacement in replacements:
         compute, inputs = computation(gm.graph, replacement)
         splice(gm.graph, replacement.described.found.out.node, _record(compute, inputs), inputs)
@@ -76,6 +80,41 @@ def _asked(replacement: Replacement) -> dict[str, fx.Node]:
     if any(part.made for part in parts) and described.block is not None:
         asked["x"] = described.block
     return asked
+
+
+def tell(graph: fx.Graph, replacement: Replacement) -> None:
+    """Compute what a cache asks of new tokens, where that is what the new variant asks of them."""
+    described, variant = replacement.described, replacement.variant
+    nodes = {str(call(node)["name"]): node for node in trait_nodes(described.found)}
+    if tuple(nodes) != tuple(one.name for one in traits(variant)):
+        return  # it says at every call that the model attends otherwise
+    made, tables = {one.name: one for part in variant.parts() for one in part.made}, _tables(replacement)
+    for name, node in nodes.items():
+        new = call(node)["new"]
+        if name == KEY:
+            assert described.unrotated is not None
+            inputs, compute = [new, described.unrotated[1].node], _cast
+        else:
+            assert described.block is not None
+            read = {table: tables[table] for e in made[name].expressions() for table in e.tables()}
+            inputs, compute = [new, described.block, *read.values()], _rows(described.site, made[name], list(read))
+        splice(graph, node, _record(compute, inputs), inputs)
+
+
+def _cast(new: Tensor, before: Tensor) -> Tensor:
+    return before.to(new.dtype)
+
+
+def _rows(site: Site, one: Made, names: Sequence[str]) -> Callable[..., Tensor]:
+    def compute(new: Tensor, block: Tensor, *tables: Tensor) -> Tensor:
+        nothing = new.new_empty((new.shape[0], site.heads, 0, new.shape[3]))
+        operands = Operands(
+            nothing, new, new, dict(zip(names, tables, strict=True)), 0, 0, tuple(range(site.heads)), site.heads, site.kv_heads,
+            site.layer or 0, site.layers or 1,
+        )  # fmt: skip
+        return made_rows(operands, one, block)
+
+    return compute
 
 
 def splice(graph: fx.Graph, out: fx.Node, fragment: fx.GraphModule, inputs: Sequence[Argument]) -> None:
@@ -198,8 +237,11 @@ def _computation(
             count = past.count(operands, of_past) if past else operands.k_len
             first = _first_key(operands, described.first_key, count)
             operands = replace(operands, tables={**operands.tables, described.first_key.name: first})
-        standing = past.stand(operands, of_past) if past else replace(operands, q_positions=_positions(operands, site))
-        out, _ = replacement.target.attend(standing, with_tables_given(variant))
+        if past:
+            standing, of_held = past.stand(operands, variant, of_past)
+        else:
+            standing, of_held = replace(operands, q_positions=_positions(operands, site)), variant
+        out, _ = replacement.target.attend(standing, with_tables_given(of_held))
         return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute

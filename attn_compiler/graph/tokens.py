@@ -185,7 +185,7 @@ _RULES: Mapping[str, Rule] = {
     "placed": _first("held"),
     "index_copy": _first("source"),  # a cache of fixed size: what is new in it says whose tokens these are
     "index_put": _first("values"),
-    "recall": _first("here"),  # of the others states are left
+    "recall": _first("new"),  # of the others states are left
     "copy": _first("src"),  # one that slides is written anew as a whole
     "item": _item,
     "select": _select,

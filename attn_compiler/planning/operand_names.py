@@ -36,8 +36,12 @@ def with_operands(variant: Variant, chosen: Mapping[str, str], site: Site) -> Va
         return Refusal(
             "rule", "nobody knows the input of the block that this site's q, k and v are projected from, token by token"
         )
-    if site.q_len != site.k_len:
-        return Refusal("rule", "its gates follow from the input of the block, and that of earlier tokens is kept nowhere")
+    if site.q_len != site.k_len and not site.recalls:
+        return Refusal(
+            "rule",
+            "its gates follow from the input of the block, and this cache keeps nothing of that: make one by `attn.cache` with "
+            "this policy",
+        )
     return replace(variant, unrotated=unrotated, made=(*variant.made, *_made(variant, site.tables)))
 
 

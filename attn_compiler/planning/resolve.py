@@ -217,7 +217,7 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
             return Refusal("rule", f"its score {_LOST}")
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
     if slots.state is not None:
-        variant = _with_state(slots.state, variant, site)
+        variant = _with_state(slots.state, variant, site, made="gate" in (slots.operands or ()))
     if isinstance(variant, Refusal):
         return variant
     if slots.normalizer is not None:
@@ -234,16 +234,16 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
 
 
-def _with_state(state: Expr | Delta, variant: Variant, site: Site) -> Variant | Refusal:
-    """What is left of a key at a query is a factor of the score."""
+def _with_state(state: Expr | Delta, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
+    """What is left of a key at a query is a factor of the score; tables that are made of tokens go wherever these go."""
     if isinstance(state, Delta):
-        faded = _with_state(state.left, variant, site)
-        if site.frame is None or _is_lost(site, state.beta):
+        faded = _with_state(state.left, variant, site, made=made)
+        if site.frame is None or (not made and _is_lost(site, state.beta)):
             return Refusal("rule", f"its state {_UNPLACED if site.frame is None else _LOST}")
         return replace(faded, delta=_placed(state.beta, site)) if isinstance(faded, Variant) else faded
     if site.frame is None and state.mentions(q, k):
         return Refusal("rule", f"its state {_UNPLACED}")
-    if _is_lost(site, state):
+    if _is_lost(site, _without_tables(state) if made else state):
         return Refusal("rule", f"its state {_LOST}")
     return replace(variant, score=_times(variant.score, _placed(state, site)))
 

@@ -16,6 +16,7 @@ from attn_compiler.targets.held import asks_how_many, seen
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import PLACE, Operands, head_groups
 from attn_compiler.targets.past import continued, remembered
+from attn_compiler.targets.traits import traits
 
 Leaf = tuple[tuple[int, ...], Variant]  # some heads, and what they compute: without groups, without branches
 
@@ -46,21 +47,24 @@ def latest(variant: Variant, heads: int) -> int:
 
 def is_state(variant: Variant) -> bool:
     """Whether a single state is all that an attention needs of its past, wherever in a text it stands."""
-    alone = not variant.groups and variant.mix is None and past.objection(variant) is None
-    return alone and bool(remembered_parts(variant, 1)) and latest(variant, 1) == 0
+    if variant.groups or variant.mix is not None or variant.made or variant.unrotated or past.objection(variant) is not None:
+        return False
+    return bool(remembered_parts(variant, 1)) and latest(variant, 1) == 0
 
 
 def _knows_no_places(variant: Variant) -> bool:
-    """Whether tokens that join states one after the other need not know where they stand, nor anything but keys and values.
+    """Whether tokens that join states one after the other need not know where they stand.
 
-    What says who sees whom, and how that fades, may speak of distances.
+    What says who sees whom, and how that fades, may speak of distances, and what a call makes of tokens comes with them.
     """
     parts = variant.parts()
-    if any(part.made or part.unrotated for part in parts) or any(node.mentions(e.q, e.k) for node in reads(variant)):
+    if any(node.mentions(e.q, e.k) for node in reads(variant)):
         return False
     weights = () if variant.mix is None else variant.mix.weights
     plain = (*weights, *(node for part in parts for node in _beside_distances(part)))
-    return not any(node.mentions(e.q, e.k, e.i, PLACE) for node in plain)
+    made = {one.name for part in parts for one in part.made}
+    given = (node.transform(lambda x: e.const(0.0) if x.op == "table" and x.value in made else x) for node in plain)
+    return not any(node.mentions(e.q, e.k, e.i, PLACE) for node in given)
 
 
 def _beside_distances(part: Variant) -> tuple[Expr, ...]:
@@ -111,13 +115,18 @@ def joined(operands: Operands, variant: Variant, past: Sequence[Tensor], shown: 
 def unremembered(site: Site, variant: Variant) -> str | None:
     """Why states and the latest tokens do not serve a variant at a site of which no more is left; None if they do."""
     count, lacks = len(states(variant, site.heads)), objection(variant, site.heads)
-    needed = f"{count} states" if not lacks else "every token"
+    needed, asked = f"{count} states" if not lacks else "every token", tuple(one.name for one in traits(variant))
     if not lacks and site.kept:
         near = latest(variant, site.heads)
-        if count == site.recalls and near <= site.kept.latest:
+        if count == site.recalls and near <= site.kept.latest and asked == site.traits:
             return None
-        needed += f" and the latest {near} tokens"
-    return f"this model's cache holds {site.recalls} states and {site.kept}, and this needs {needed}: make both with one policy"
+        needed += f" and the latest {near} tokens{_with(asked)}"
+    held = f"{site.recalls} states and {site.kept}{_with(site.traits)}"
+    return f"this model's cache holds {held}, and this needs {needed}: make both with one policy"
+
+
+def _with(asked: Sequence[str]) -> str:
+    return f" with {', '.join(asked)}" if asked else ""
 
 
 def _latest(leaf: Variant, heads: int) -> int:

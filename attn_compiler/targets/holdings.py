@@ -19,6 +19,7 @@ from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import kv_owners
 from attn_compiler.targets.reach import sides
 from attn_compiler.targets.rows import row_dtype, row_width
+from attn_compiler.targets.traits import Trait, traits
 
 FEWEST = 32  # bits of a number in a state, whatever keys come in
 
@@ -50,7 +51,14 @@ def _holding(variant: Variant, site: Site) -> Holding:
     if kept is not None or not parts:
         return Holding(token, kept)
     near = latest(variant, site.heads)
-    return Holding(token, Kept(0, near) if near else None, sum(_state(members, leaf, site) for members, leaf in parts))
+    beside = sum(_trait(one, site) for one in traits(variant))
+    return Holding(token + beside, Kept(0, near) if near else None, sum(_state(members, leaf, site) for members, leaf in parts))
+
+
+def _trait(one: Trait, site: Site) -> int:
+    """Bytes of what is held of a token beside its key and value."""
+    count, bits = one.heads(site.heads), bits_of(site.dtype)
+    return (count * max(FEWEST, bits) if count else site.kv_heads * site.head_dim * bits) // 8
 
 
 def _state(members: Sequence[int], leaf: Variant, site: Site) -> int:

@@ -23,6 +23,12 @@ def with_made(operands: Operands, variant: Variant, block: Tensor) -> Operands:
 
 
 def _made(operands: Operands, one: Made, block: Tensor) -> Tensor:
+    found = made_rows(operands, one, block)
+    return found.double().cumsum(dim=2) if one.running else found
+
+
+def made_rows(operands: Operands, one: Made, block: Tensor) -> Tensor:
+    """What a table holds of each token by itself."""
     real = torch.promote_types(block.dtype, torch.float32)
     device, channels = block.device, block.shape[-1]
     wide = one.weights.mentions(component)
@@ -35,8 +41,7 @@ def _made(operands: Operands, one: Made, block: Tensor) -> Tensor:
     }
     arrays = Arrays(at, operands.tables, real, device)
     found = arrays.tensor(arrays.read(one.each, {x: numbers}), Sort.REAL).expand(numbers.shape)
-    found = found if wide else found[..., 0]
-    return found.double().cumsum(dim=2) if one.running else found
+    return found if wide else found[..., 0]
 
 
 def _weights(operands: Operands, one: Made, channels: int, real: torch.dtype) -> Tensor:

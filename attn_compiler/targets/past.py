@@ -50,6 +50,7 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
     real = torch.promote_types(operands.k.dtype, torch.float32)
     found = linear(variant)
     assert found is not None
+    operands = operands.before_rotation(variant.unrotated)
     mapped, _ = corrected(*featured(replace(operands, past=() if past is None else (past,)), variant, real), by_chunks)
     k, v, arrays = mapped.k.to(real), mapped.v.to(real), operands.arrays(real)
     v = torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)
