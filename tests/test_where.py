@@ -37,6 +37,7 @@ TABLES = {
     "alpha": torch.ones(HEADS),
     "sink": torch.zeros(HEADS),
     "gate": torch.zeros(1, HEADS, LENGTH, dtype=torch.float64),
+    "gates": torch.zeros(1, HEADS, LENGTH, DIM),
     "beta": torch.zeros(1, HEADS, LENGTH),
     "output_gate": torch.zeros(1, HEADS, LENGTH, DIM),
     "hedgehog_q": torch.zeros(1, HEADS, DIM, DIM),

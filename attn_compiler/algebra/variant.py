@@ -68,6 +68,13 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """A state whose features fade each by itself: `log`, over b, h, k and `component`, is the running log of what is left."""
+
+    log: Expr
+
+
+@dataclass(frozen=True)
 class DerivedTable:
     """A table that follows from a length (a random order, a Hilbert curve): made once, when the length is known."""
 
@@ -97,6 +104,7 @@ class Variant:
     dropout: float = 0.0
     storage: Storage = PLAIN
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
+    gates: Expr | None = None  # the running log of a gate for each feature, as `Gates` has it: products fade one by one
     output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
     context: tuple[Context, ...] = ()  # what becomes of keys and values first
     unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
@@ -111,7 +119,7 @@ class Variant:
         """All expressions of this variant, its branches and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
-        own += self.output if self.delta is None else (self.delta, *self.output)
+        own += (*(one for one in (self.delta, self.gates) if one is not None), *self.output)
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
@@ -129,6 +137,7 @@ class Variant:
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             feature=self.feature.map(change),
             delta=None if self.delta is None else change(self.delta),
+            gates=None if self.gates is None else change(self.gates),
             output=tuple(map(change, self.output)),
             made=tuple(one.map(change) for one in self.made),
             mix=None if self.mix is None else self.mix.map(change),
@@ -166,6 +175,7 @@ EXTRAS: Mapping[str, object] = {
     "mix": None,
     "storage": PLAIN,
     "delta": None,
+    "gates": None,
     "output": (),
     "context": (),
     "unrotated": (),

@@ -15,7 +15,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 7
+_VERSION = 8
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -62,6 +62,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "dropout": variant.dropout,
         "storage": variant.storage.words(),
         "delta": None if variant.delta is None else number(variant.delta),
+        "gates": None if variant.gates is None else number(variant.gates),
         "output": [number(step) for step in variant.output],
         "context": [one.words() for one in variant.context],
         "unrotated": list(variant.unrotated),
@@ -92,6 +93,7 @@ def _variant(written: Written, node: Node) -> Variant:
         dropout=float(written["dropout"]),
         storage=Storage.of(written["storage"]),
         delta=None if written["delta"] is None else node(written["delta"]),
+        gates=None if written["gates"] is None else node(written["gates"]),
         output=tuple(map(node, written["output"])),
         context=tuple(map(Context.of, written["context"])),
         unrotated=tuple(written["unrotated"]),

@@ -95,6 +95,8 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     parts = [*speaking.parts(named), *_maps(variant.feature)]
     if variant.delta is not None:
         parts.append(Part("delta rule", f"β = {speaking.says(speaking.by_index(variant.delta))}"))
+    if variant.gates is not None:
+        parts.append(Part("gates", f"each feature · exp(its {speaking.says(speaking.by_index(variant.gates))} at q − at k)"))
     parts += [Part("keys", str(one)) for one in variant.context]
     if variant.unrotated:
         parts.append(Part(" and ".join(variant.unrotated), "as they are before the rotary embedding"))

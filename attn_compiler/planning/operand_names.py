@@ -36,6 +36,8 @@ def with_operands(variant: Variant, chosen: Mapping[str, str], site: Site) -> Va
         return Refusal(
             "rule", "nobody knows the input of the block that this site's q, k and v are projected from, token by token"
         )
+    if variant.gates is not None:
+        return Refusal("rule", "how a gate for each feature follows from the input of a block, nobody has said: give its table")
     if site.q_len != site.k_len and not site.recalls:
         return Refusal(
             "rule",

@@ -11,7 +11,7 @@ from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held
-from attn_compiler.algebra.variant import Delta, EmptyRows, Mix, Variant
+from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.operand_names import with_operands
 from attn_compiler.planning.parameters import lacking, parameters_of
@@ -234,8 +234,12 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
 
 
-def _with_state(state: Expr | Delta, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
+def _with_state(state: Expr | Delta | Gates, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
     """What is left of a key at a query is a factor of the score; tables that are made of tokens go wherever these go."""
+    if isinstance(state, Gates):
+        if site.frame is None or _is_lost(site, state.log):
+            return Refusal("rule", f"its state {_UNPLACED if site.frame is None else _LOST}")
+        return replace(variant, gates=_placed(state.log, site))
     if isinstance(state, Delta):
         faded = _with_state(state.left, variant, site, made=made)
         if site.frame is None or (not made and _is_lost(site, state.beta)):

@@ -10,7 +10,7 @@ from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.storage import Storage
-from attn_compiler.algebra.variant import Delta, DerivedTable, EmptyRows, Normalizer
+from attn_compiler.algebra.variant import Delta, DerivedTable, EmptyRows, Gates, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
 from attn_compiler.planning.entries import check_keys, each, located, one_of
 from attn_compiler.planning.geometry import Geometry
@@ -40,7 +40,7 @@ class Slots:
     score: Expr | None = None
     normalizer: Normalizer | None = None
     feature: Feature | None = None
-    state: Expr | Delta | None = None  # what the score of a pair is multiplied with
+    state: Expr | Delta | Gates | None = None  # what the score of a pair is multiplied with
     mix: MixSlots | None = None
     geometry: Geometry | None = None
     order: PerToken | None = None

@@ -39,7 +39,7 @@ def gathers(operands: Operands, variant: Variant, widest: float = WIDEST) -> boo
 def _gathers(operands: Operands, variant: Variant, widest: float) -> bool:
     found, dim = linear(variant), operands.q.shape[-1]
     features = variant.feature.width(dim)
-    if found is None or features > widest or (variant.dropout and operands.training):
+    if found is None or variant.gates is not None or features > widest or (variant.dropout and operands.training):
         return False
     if operands.differentiated and not _differentiable(found):
         return False
@@ -81,7 +81,7 @@ def _parts(variant: Variant) -> Sequence[Variant]:
 def _suits(site: Site, variant: Variant, widest: float) -> bool:
     found = linear(variant)
     features = variant.feature.width(site.head_dim)
-    if found is None or site.frame is None or features > widest:
+    if found is None or variant.gates is not None or site.frame is None or features > widest:
         return False
     if site.phase is Phase.TRAIN and (variant.dropout or not _differentiable(found)):
         return False

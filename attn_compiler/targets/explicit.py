@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.feature import component
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays, Value
@@ -121,7 +122,7 @@ def per_kv_head(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, variant: Variant, arrays: Arrays) -> Tensor:
-    products = per_kv_head(q, k.transpose(-2, -1))
+    products = per_kv_head(q, k.transpose(-2, -1)) if variant.gates is None else _one_by_one(q, k, variant.gates, arrays)
     computed = variant.score.substitute({e.score: e.dot * variant.scale})
     known = {e.dot: products}
     if computed.mentions(e.q_norm):
@@ -130,6 +131,17 @@ def _scores(q: Tensor, k: Tensor, variant: Variant, arrays: Arrays) -> Tensor:
         norms = torch.linalg.vector_norm(k, dim=-1).unsqueeze(-2)
         known[e.k_norm] = norms.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     return arrays.tensor(arrays.read(computed, known), Sort.REAL).expand(products.shape)
+
+
+def _one_by_one(q: Tensor, k: Tensor, gates: Expr, arrays: Arrays) -> Tensor:
+    """Products whose terms fade each by its own gate, which is not more than 1; ahead of the query logs say nothing."""
+    k, exactly = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3), replace(arrays, real=torch.float64)
+    total = q.new_zeros((*q.shape[:-1], k.shape[-2]))
+    for feature in range(q.shape[-1]):
+        at_key = gates.substitute({component: e.const(feature)})
+        left = exactly.tensor(exactly.read(e.minimum(at_key.substitute({e.k: e.q}) - at_key, 0.0)), Sort.REAL)
+        total = total + q[..., feature, None] * k[..., None, :, feature] * left.to(q.dtype).exp()
+    return total
 
 
 def _has_keys(k: Tensor) -> bool:

@@ -29,6 +29,8 @@ def objection(variant: Variant) -> str | None:
     found = linear(variant)
     if found is None:
         return "it is not linear, so it needs every key that it sees"
+    if variant.gates is not None:
+        return "its features fade each by itself, and states fade as a whole"
     if variant.storage != PLAIN:
         return "its operands are held in few bits, and a state is added up of numbers"
     return (

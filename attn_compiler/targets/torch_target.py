@@ -20,6 +20,7 @@ from attn_compiler.targets.contexts import in_context
 from attn_compiler.targets.corrected import Solve, at_once, by_chunks, corrected
 from attn_compiler.targets.corrected import refuse as refuse_delta
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
+from attn_compiler.targets.faded import gather_faded
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable, offset_of
@@ -35,7 +36,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "delta", "output", "context", "unrotated")
+CARRIED = ("feature", "mix", "seen", "storage", "delta", "gates", "output", "context", "unrotated")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -147,7 +148,7 @@ def _attend_arranged(operands: Operands, arrangement: Arrangement, variant: Vari
     """What the queries of an arrangement find among its keys."""
     real, dtype = arrangement.arrays.real, operands.q.dtype
     exact_gradients = not swallows(variant.score, operands.risky)
-    if lse or not exact_gradients or not fits(variant, arrangement.arrays, dtype):
+    if lse or variant.gates is not None or not exact_gradients or not fits(variant, arrangement.arrays, dtype):
         arrangement = arrangement.to(real)
         return _finished(_gathered(arrangement, variant, operands.training), arrangement, variant, lse)
     q, k, v, arrays = arrangement.q, arrangement.k, arrangement.v, arrangement.arrays
@@ -175,6 +176,9 @@ def _shown(variant: Variant, layout: Layout) -> Variant:
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
+    if variant.gates is not None:
+        operands = replace(operands, q=operands.q.to(real), k=operands.k.to(real), v=operands.v.to(real))
+        return gather_faded(operands, variant, operands.arrays(real))
     if operands.past:
         found = linear(continued(variant))
         few = likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR or not (found and isinstance(offset_of(operands, found), int))

@@ -165,6 +165,32 @@ def test_what_no_graph_proves_is_refused(operands: Mapping[str, str], said: str)
         with_parameters(of, x, slots)
 
 
+def test_how_a_gate_for_each_feature_follows_from_the_input_of_the_block_nobody_has_said() -> None:
+    of, x = model()
+    with pytest.raises(RefusedError, match="nobody has said: give its table"):
+        with_parameters(of, x, {"mask": "causal", "state": "gate(vector)", "operands": {"gate": "x"}})
+
+
+def test_a_gate_for_each_feature_is_a_table_of_the_policy() -> None:
+    of, x = model()
+    log = torch.rand(2, HEADS, TOKENS, DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log().cumsum(2)
+    rule = {"match": {}, "attn": {"mask": "causal", "feature": "elu_one", "state": "gate(vector)"}, "fallback": "error"}
+    policy = {"version": 1, "labels": {"gate": {"given": "gate"}}, "rules": [rule]}
+
+    def formula(by: Attention, given: Tensor) -> Tensor:
+        q, k, v = by.operands(by.norm(given))
+        k, v = (y.repeat_interleave(HEADS // KV_HEADS, dim=1) for y in (by.rotated(k), v))
+        of_q, of_k = (F.elu(y) + 1 for y in (by.rotated(q), k))
+        left = (log[..., :, None, :] - log[..., None, :, :]).clamp(max=0).exp().to(given.dtype)
+        weights = torch.einsum("bhid,bhjd,bhijd->bhij", of_q, of_k, left) * (DISTANCE >= 0)
+        return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+
+    with torch.no_grad():
+        found = torch.compile(of, backend=attn_eagerly, options={"policy": policy, "tables": {"gate": log}})(x)
+        plain = formula(of, x)
+        assert_within_budget(found, formula(of.double(), x.double()), plain)
+
+
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
