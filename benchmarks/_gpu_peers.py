@@ -88,10 +88,21 @@ def natten(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fla(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    needs(shape.window == 0)
-    from fla.ops.attn import parallel_attn  # type: ignore[import-not-found]
+    needs(shape.window == 0 or bool(shape.linear))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if shape.linear == "retention":
+        from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
 
-    return parallel_attn(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # type: ignore[no-any-return]
+        out, _ = chunk_retention(q, k, v)
+    elif shape.linear:
+        from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
+
+        out, _ = chunk_linear_attn(F.elu(q) + 1, F.elu(k) + 1, v, scale=1.0)
+    else:
+        from fla.ops.attn import parallel_attn  # type: ignore[import-not-found]
+
+        out = parallel_attn(q, k, v)
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def sage(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

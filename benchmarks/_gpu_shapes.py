@@ -25,12 +25,13 @@ class Shape:
     window: int | None = None  # the same for libraries that know causal windows; 0: only causal
     grid: tuple[int, int] | None = None  # sizes of the neighborhood and of a side of the grid
     trains: bool = False
+    linear: str = ""  # what FLA calls it, if it is linear: each query meets a state instead of all pairs
     apart: Mapping[str, object] = field(default_factory=dict)  # the same in several calls, by the heads of each
     tables: Mapping[str, Callable[[int], Tensor]] = field(default_factory=dict)  # for so many tokens
 
     def work(self, *, backward: bool) -> float:
-        """The operations of pairs that see each other, and no others; a backward pass counts 2.5 forward passes."""
-        pairs = (self.queries or self.length) * self.length * self.share
+        """The operations of pairs that see each other, and no others, or of states; a backward pass counts 2.5 forward passes."""
+        pairs = (self.queries or self.length) * (self.dim if self.linear else self.length * self.share)
         return 4 * self.heads * pairs * self.dim * (2.5 if backward else 1.0)
 
     def read(self) -> float:
@@ -40,6 +41,8 @@ class Shape:
 
     def tiny(self) -> Shape:
         """The same at a length that an interpreter bears, without what would need the real one: tables do not."""
+        if self.linear:  # which pays from so many tokens on
+            return replace(self, length=256, dim=16, heads=2, kv_heads=2)
         variant, length = (self.variant, TILE) if self.tables else ("causal", 16)
         return replace(self, variant=variant, length=length, dim=16, heads=2, kv_heads=2, apart={}, grid=None)
 
@@ -78,6 +81,13 @@ REACHES = {"reaches": lambda _: torch.tensor([256.0] * 8 + [1024.0] * 8)}
 DOCUMENTS = {"documents": lambda n: torch.arange(n) // 2048}
 QUARTER, HALF = ({"tokens": lambda n, part=part: torch.arange(n) < n // part} for part in (4, 2))
 KEPT = {"kept": lambda n: chosen(n // TILE, n // TILE // 10)}
+RETENTION = {
+    "mask": "causal",
+    "feature": "identity",
+    "scale": "1 / sqrt(dim)",
+    "state": "decay(-log(1 - 2 ** (-5 - h)))",
+    "normalizer": "linear(none)",
+}
 SHAPES = (
     Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
     Shape("window 1024", "causal & window(1024)", 16384, within(1024, 16384), sees=near(1024), window=1024, trains=True),
@@ -97,5 +107,8 @@ SHAPES = (
     Shape("window 1024, 4 kv heads", "causal & window(1024)", 16384, within(1024, 16384), kv_heads=4, sees=near(1024)),
     Shape("window 1024, 4 sinks", "causal & (window(1024) | sinks(4))", 16384, within(1024, 16384)),
     Shape("dilated, 1024 keys 4 apart", "causal & dilated(4) & window(4096)", 16384, within(4096, 16384) / 4),
+    Shape("linear", {"mask": "causal", "feature": "elu_one"}, 16384, 0.5, linear="linear_attn", trains=True),
+    Shape("linear, heads of 64", {"mask": "causal", "feature": "elu_one"}, 16384, 0.5, dim=64, linear="linear_attn", trains=True),
+    Shape("retention", RETENTION, 16384, 0.5, linear="retention", trains=True),
     Shape("ALiBi, causal", {"mask": "causal", "score": "score + alibi()"}, 8192, 0.5),
 )

@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --check 4                           only random calls, as the sanitizer runs them
 
 Writes `gpu.json` and `gpu.md` to FOLDER. What is timed stands in `_gpu_shapes.py`, fixed before anything was measured. TFLOP/s
-count pairs that see each other, and nothing else; a backward pass counts 2.5 forward passes. Checks come first, then single
-attentions, then whole models; what there was no time for is said.
+count pairs that see each other and nothing else, or states of linear attention; a backward pass counts 2.5 forward passes. Checks
+come first, then single attentions, then whole models; what there was no time for is said.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,17 @@ def test_tables_are_read_without_a_gpu_too(gpu: ModuleType) -> None:
     rows = list(gpu.timings(shapes, clock, found))
     assert len(rows) == sum(1 + one.trains for one in shapes) > 5
     assert all(isinstance(row["ours"], float) for row in rows)
+
+
+def test_linear_attention_is_timed_where_its_kernels_run(
+    gpu: ModuleType,
+) -> None:
+    shapes = [shape.tiny() for shape in gpu.SHAPES if shape.linear]
+    assert len(shapes) == 3
+    clock, found = gpu.Clock("cpu", 1, time.monotonic() + 3600), {"ceilings": {}, "left out": {}}
+    rows = list(gpu.timings(shapes[1:2], clock, found))
+    assert [row["attention"] for row in rows] == ["linear, heads of 64", "linear, heads of 64, backward"]
+    assert all(isinstance(row["ours"], float) for row in rows), found["left out"]
 
 
 def test_what_there_is_no_time_for_is_said(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

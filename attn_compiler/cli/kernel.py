@@ -24,6 +24,8 @@ def kernel(
     geometry: Annotated[str | None, typer.Option(help='The axes of the tokens, like "56,56".')] = None,
     score: Annotated[str | None, typer.Option(help='What becomes of the scores, like "softcap(score, 50)".')] = None,
     normalizer: Annotated[str | None, typer.Option(help="How scores become weights; softmax unless given.")] = None,
+    feature: Annotated[str | None, typer.Option(help='What q and k are mapped by, like "elu_one".')] = None,
+    state: Annotated[str | None, typer.Option(help='What linear attention leaves of its past, like "gate(scalar)".')] = None,
     heads: Annotated[int, typer.Option(help="How many query heads.", min=1)] = 8,
     kv_heads: Annotated[int | None, typer.Option(help="How many key heads; as many as query heads unless given.", min=1)] = None,
     head_dim: Annotated[int, typer.Option(help="How many numbers a head has.", min=1)] = 64,
@@ -35,7 +37,7 @@ def kernel(
     """Print the source of the kernel that attends by a mask."""
     size = axes(geometry)
     length = tokens(size, length)
-    given = {"mask": mask, "geometry": size or None, "score": score, "normalizer": normalizer}
+    given = {"mask": mask, "geometry": size or None, "score": score, "normalizer": normalizer, "feature": feature, "state": state}
     text = kernel_source(
         {slot: value for slot, value in given.items() if value is not None},
         q_len=queries or length, k_len=length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, target=target,

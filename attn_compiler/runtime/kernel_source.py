@@ -14,7 +14,7 @@ from attn_compiler.runtime.cpp import DTYPES, objection
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
-from attn_compiler.runtime.triton_programs import programs
+from attn_compiler.runtime.triton_programs import gathered, programs
 from attn_compiler.targets.cpp.spec import Stored
 
 
@@ -86,13 +86,15 @@ def shape_of(
     )  # fmt: skip
     stored = _stored(read, dtype, tables or {})
     counted = True, True
-    reason = None if target == "cpp" and states.is_alone(read) else objection(read, counted, stored)
-    if reason:
-        raise ShapeError(f"the target {target}: {reason}")
-    return Shape(
+    shape = Shape(
         read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, dtype,
         layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
+    by_states = states.is_alone(read) if target == "cpp" else gathered(shape) is not None
+    reason = None if by_states else objection(read, counted, stored)
+    if reason:
+        raise ShapeError(f"the target {target}: {reason}")
+    return shape
 
 
 def _stored(variant: Variant, dtype: str, given: Mapping[str, Tensor]) -> dict[str, Stored]:

@@ -8,22 +8,52 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from attn_compiler.algebra.variant import passed_over
 from attn_compiler.runtime import triton_decode, triton_kernels
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.triton_launch import sizes
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
+from attn_compiler.targets.gathered import pays
+from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
 from attn_compiler.targets.triton.clip import ALIKE, TILES, clipping
-from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few
+from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few, program_of_states
+from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, TF32, source
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
 
 
 def programs(shape: Shape) -> Programs:
     """The kernels that run a call."""
+    found = gathered(shape)
+    if found is not None:
+        return ((tuple(range(shape.heads)), _of_states(shape, found)),)
     dropout = any(part.dropout for part in shape.variant.parts())
     return _for_many(shape) if shape.q_len > MOST_QUERIES or dropout else _for_few(shape)
+
+
+def gathered(shape: Shape) -> Linear | None:
+    """What makes a call linear whose keys are added up to states."""
+    if shape.variant.groups or passed_over(shape.variant, ("feature", "seen", "output")):
+        return None
+    found, features = linear(shape.variant), shape.variant.feature.width(shape.dim)
+    return found if found is not None and pays(found, shape.q_len, shape.k_len, features, shape.value_dim) else None
+
+
+def _of_states(shape: Shape, found: Linear) -> str:
+    dtype = TF32 if shape.dtype == "float16" else shape.dtype
+    blocks, *_ = candidates("gather", dtype, shape.dim)
+    sizes = shape.variant.feature.width(shape.dim), shape.value_dim
+    kernels = [source(one, *sizes, dtype, SEGMENT, blocks.width, fades=found.fades is not None) for one in KERNELS]
+    own = {
+        "OFFSET": shape.k_len if found.behind is None else shape.first_query - shape.first_key - found.behind,
+        "FADES": found.fades is not None,
+        "SCANNED": SCANNED,
+    }
+    constants = {**_constants(replace(shape, dtype="float32" if dtype == TF32 else dtype), blocks), **own}
+    del constants["SIZES"]
+    return program_of_states(kernels, constants)
 
 
 def _for_many(shape: Shape) -> Programs:

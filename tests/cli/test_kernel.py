@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -44,3 +45,11 @@ def test_a_wrong_target_is_one_message() -> None:
     result = CliRunner().invoke(app, [*COMMAND, "--target", "cuda"])
     assert result.exit_code == 2
     assert 'no target "cuda" has kernels to print; known: cpp' in result.stderr
+
+
+def test_linear_attention_is_saved_as_a_program(tmp_path: Path) -> None:
+    more = ["--feature", "elu_one", "--state", "gate(scalar)", "--target", "triton", "--save", str(tmp_path / "linear.py")]
+    assert CliRunner().invoke(app, ["kernel", "causal", "--length", "1024", *more]).exit_code == 0
+    written = (tmp_path / "linear.py").read_text()
+    compile(written, "linear.py", "exec")
+    assert all(f"def {kernel}(" in written for kernel in ("states", "scan", "gather", "attend"))

@@ -83,6 +83,14 @@ def program_for_few(kernels: Sequence[str], spec: Spec, constants: Mapping[str, 
     return _program(joined(slices, *renamed, merge), spec, constants, visits, {"launches": launches, "meaning": _GROUPS})
 
 
+def program_of_states(kernels: Sequence[str], constants: Mapping[str, object]) -> str:
+    """The kernels of linear attention, in the order in which they run, and what launches them."""
+    whole = skeleton("launch_gather.py")
+    lines = [f"{name} = {value}" for name, value in constants.items()]
+    launcher = filled(whole[whole.index("# <constants>") :], {"constants": lines})
+    return joined(*kernels).replace("import triton\n", "import torch\nimport triton\n", 1) + "\n\n" + launcher
+
+
 def _program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: Mapping[str, Integers], more: Holes) -> str:
     lines = [f"{name} = {value}" for name, value in constants.items()]
     arrays = [line for name, array in visits.items() for line in _written(name, array)]

@@ -1,0 +1,61 @@
+"""The Triton kernels of linear attention as a program of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_compiler as attn
+from attn_compiler.errors import ShapeError
+from attn_compiler.runtime import triton_programs
+from attn_compiler.runtime.gather import CPP
+from attn_compiler.runtime.triton_launch import load
+from attn_compiler.testing import assert_all_within_budget
+
+pytest.importorskip("triton")
+
+LINEAR = {"feature": "elu_one", "mask": "causal"}
+
+
+def source(slots: object, *, tokens: int = 160, dtype: str = "float32") -> str:
+    return attn.kernel_source(
+        slots, q_len=tokens, k_len=tokens, heads=2, kv_heads=1, head_dim=8, dtype=dtype, target="triton"  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fades", [False, True])
+def test_what_is_printed_runs_alone_and_gathers(fades: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_programs, "SEGMENT", 32)
+    program = load(source(LINEAR | ({"state": "gate(scalar)"} if fades else {})))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 160, 8, generator=generator) for heads in (2, 1, 1))
+    logs = [torch.rand(1, 2, 160, generator=generator, dtype=torch.float64).cumsum(-1).neg()] * 2 if fades else []
+
+    def gathered(real: torch.dtype) -> list[Tensor]:
+        return list(torch.ops.attn_compiler.gather(*(x.to(real) for x in (q, k, v)), logs, 0, False, CPP))
+
+    left = (logs[0][..., None] - logs[1][..., None, :]).exp().tril() if fades else torch.ones(160, 160).tril()
+    weights = q.double() @ k.double().mT * left
+    assert_all_within_budget(
+        list(program.attend(q, k, v, *logs)), [weights @ v.double(), weights.sum(-1)], lambda: gathered(torch.float32),
+        ["sums", "masses"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lines_are_short_and_no_hole_is_left(dtype: str) -> None:
+    lines = source(LINEAR | {"state": "gate(scalar)"}, dtype=dtype).splitlines()
+    assert all(len(line) <= 130 for line in lines)
+    assert not any(line.strip().startswith(("# <", "from tiles", "if FADES")) for line in lines if "logs" not in line)
+    assert ('"tf32"' in "\n".join(lines)) == (dtype == "float16")
+
+
+def test_few_tokens_and_mixes_have_no_kernel_to_print() -> None:
+    with pytest.raises(ShapeError, match="the target triton: it does not carry `feature`"):
+        source(LINEAR, tokens=16)
+    near = {"mask": "causal & window(8)"}
+    with pytest.raises(ShapeError, match="the target triton: it does not carry"):
+        source(LINEAR | {"state": "delta"})
+    with pytest.raises(ShapeError, match="the target triton: it does not carry"):
+        source({"mix": {"how": "sum", "branches": {"near": near, "far": LINEAR}}})
