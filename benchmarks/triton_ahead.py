@@ -9,7 +9,7 @@ Nothing is timed: that takes a GPU.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,21 +19,26 @@ from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_each, is_sound
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.triton_orders import order
-from attn_compiler.targets.triton.blocks import KINDS, Blocks, Kind, candidates
+from attn_compiler.runtime.triton_states import order as order_of_states
+from attn_compiler.targets.triton.blocks import KINDS, STATES, Blocks, Kind, candidates
+from attn_compiler.targets.triton.states import TF32
 
 VARIANT = "causal & window(1024)"
 HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
+LINEAR = tuple((dim, dtype) for dim, dtype in product((64, 128, 256), ("bfloat16", TF32, "float32")))
 CONTROLS = {  # which must not be sound
     False: Blocks(128, 128, 4, 2),  # it spills
     True: Blocks(128, 64, 8, 2, specialized=True),  # so many warps are not divided
 }
+LAST: Mapping[Kind, Sequence[Kind]] = {"forward": KINDS, "gather": STATES}  # whose control stands behind which kernels
 SAYS = """# Triton kernels compiled ahead of time
 
 Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidates stand in the order in which they are tried, up
 to the first that is *sound*: no stack and no spill instruction, the machine's own matrix instruction (float32 has none), shared
 memory that fits, and warps that are divided where they were to be (`forward, specialized`): some do nothing but copy whole tiles
 (`tensors`), the others take over their registers. The last kernel of each machine, and of this form, is a control, which must not
-be sound.
+be sound. `states` and `gather` are linear attention with a decay, and have a control of their own; `tfloat32`
+is what calls in float16 are there.
 
 {table}"""
 
@@ -53,6 +58,8 @@ class Case:
         return tuple(blocks for blocks in some if blocks.specialized == self.specialized)
 
     def order(self, blocks: Blocks) -> Order:
+        if self.kind in STATES:
+            return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks)
         few = self.kind == "decode"
         shape = shape_of(
             VARIANT, q_len=1 if few else 4096, k_len=4096, heads=8, kv_heads=2 if few else 8, head_dim=self.dim,
@@ -67,16 +74,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where the table goes")
     parser.add_argument("--machine", choices=MACHINES, action="append", help="only these")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only these")
+    parser.add_argument("--kind", choices=(*KINDS, *STATES), action="append", help="only these")
     parser.add_argument("--dtype", action="append", help="only these")
     parser.add_argument("--dim", type=int, action="append", help="only these")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for machine in options.machine or MACHINES:
-        wanted = [(dim, of) for dim, of in HEADS if dim in (options.dim or [dim]) and of in (options.dtype or [of])]
-        cases = [Case(machine, kind, *heads) for kind, heads in product(options.kind or KINDS, wanted)]
+        kinds: Sequence[Kind] = options.kind or (*KINDS, *STATES)
+        cases = [Case(machine, kind, *heads) for kind in kinds for heads in (LINEAR if kind in STATES else HEADS)]
+        cases = [one for one in cases if one.dim in (options.dim or [one.dim]) and one.dtype in (options.dtype or [one.dtype])]
         rows += tried(cases)
-        rows += tried([Case(machine, "forward", 128, "bfloat16")], [CONTROLS[False]])
+        for control in [kind for kind, some in LAST.items() if {*some} & {*kinds}]:
+            rows += tried([Case(machine, control, 128, "bfloat16")], [CONTROLS[False]])
         divided = [one for one in (replace(case, specialized=True) for case in cases) if one.tiles()]
         rows += tried(divided)
         rows += tried([replace(one, dim=128, dtype="bfloat16") for one in divided[:1]], [CONTROLS[True]])

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_compiler as attn
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels, triton_visits
+from attn_compiler.runtime import triton_decode, triton_gradients, triton_kernels, triton_states, triton_visits
 from attn_compiler.runtime.gradients import Given
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.kernels import Shape
+from attn_compiler.runtime.states import Call
 
 pytest.importorskip("triton")
 
@@ -37,7 +38,7 @@ class Seen(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _kernels_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel does is no part of the way to it."""
-    for module in (triton_kernels, triton_gradients, triton_decode, triton_visits):
+    for module in (triton_kernels, triton_gradients, triton_decode, triton_visits, triton_states):
         monkeypatch.setattr(module, "call", lambda *_: None)
 
 
@@ -64,6 +65,13 @@ def decode(variant: object) -> None:
     triton_decode.run(launches, *operands(1), None, [], (0, 1), (63, 0))
 
 
+def gather() -> None:
+    log = torch.zeros(1, 4, 600, dtype=torch.float64)
+    q, k, v, out = (torch.zeros(1, 4, 600, 16) for _ in range(4))
+    for reverse in (False, True):
+        triton_states.gather(Call(q, k, v, out, out[..., 0], (log, log), None, 0, reverse), "float32")
+
+
 CALLS: Mapping[str, Callable[[object], None]] = {"forward": forward, "backward": backward, "decode": decode}
 VARIANTS: Mapping[str, object] = {
     "window": "causal & window(9)",
@@ -78,6 +86,13 @@ def test_the_host_waits_for_nothing(name: str, variant: str) -> None:
     CALLS[name](VARIANTS[variant])
     with Seen() as seen:
         CALLS[name](VARIANTS[variant])
+    assert not seen.names & set(WAITS)
+
+
+def test_linear_attention_has_the_host_wait_for_nothing() -> None:
+    with Seen() as seen:
+        gather()
+    assert seen.names
     assert not seen.names & set(WAITS)
 
 
