@@ -31,7 +31,6 @@ class Past(NamedTuple):
     v: Tensor
 
 
-@in_one_piece
 def step(
     q: Tensor,
     k: Tensor,
@@ -51,6 +50,27 @@ def step(
     lengths give one after the other. The past takes the place of a cache: a state for each linear part (of a branch, of a
     group of heads), and as many of the latest keys as a window shows, however many tokens there were. Differentiable.
     """
+    held = None if past is None else (past.states, past.k, past.v)
+    out, states, held_k, held_v = _step(
+        q, k, v, variant, held, position=position, tables=tables, values=values, layer=layer, layers=layers
+    )
+    return out, Past(states, held_k, held_v)
+
+
+@in_one_piece  # which hands plain tuples in and out: Dynamo cannot put together those that have names
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: VariantLike,
+    held: tuple[tuple[Tensor, ...], Tensor, Tensor] | None = None,
+    *,
+    position: int = 0,
+    tables: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int | float] | None = None,
+    layer: int = 0,
+    layers: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
     check_shapes(q, k, v)
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"a step attends with as many queries as new keys; found {q.shape[2]} queries and {k.shape[2]} keys")
@@ -61,14 +81,14 @@ def step(
     reason = objection(read, q.shape[1])
     if reason:
         raise ShapeError(f"the past of this variant is no state: {reason}")
-    before = _checked(past, read, q, k, v)
+    before = _checked(None if held is None else Past(*held), read, q, k, v)
     k, v = torch.cat([before.k, k], dim=2), torch.cat([before.v, v], dim=2)
     first = position - before.k.shape[2]
     operands = replace(operands_of(q, k, v, read, tables or {}, position, first, layer, layers, False), past=before.states)
     then = _past(operands, read, before.states)
     target = TARGETS["torch"] if before.states else automatic(operands, read)
     out, _ = target.attend(operands, read)
-    return out, then
+    return out, *then
 
 
 def _past(operands: Operands, variant: Variant, before: tuple[Tensor, ...]) -> Past:

@@ -87,6 +87,25 @@ def test_steps_give_what_all_tokens_at_once_give(name: str, cuts: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["gated delta, padding", "shared denominator"])
+def test_in_a_compiled_model_steps_are_part_of_its_graph(name: str) -> None:
+    torch.compiler.reset()
+    given, (q, k, v) = tables(name, torch.float32), (x.detach() for x in operands(torch.float32))
+
+    def two(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Past]:
+        _, past = step(q[:, :, :60], k[:, :, :60], v[:, :, :60], VARIANTS[name], tables=given)
+        return step(q[:, :, 60:], k[:, :, 60:], v[:, :, 60:], VARIANTS[name], past, position=60, tables=given)
+
+    with torch.no_grad():
+        found, then = torch.compile(two, backend="eager", fullgraph=True)(q, k, v)
+        exact, after = two(q, k, v)
+    assert type(then) is Past
+    assert torch.allclose(found, exact, atol=1e-5)
+    assert all(
+        torch.allclose(x, y, atol=1e-5) for x, y in zip((*then.states, *then[1:]), (*after.states, *after[1:]), strict=True)
+    )
+
+
 def test_a_state_does_not_grow() -> None:
     q, k, v = (x.detach() for x in operands(torch.float32))
     _, first = step(q[:, :, :1], k[:, :, :1], v[:, :, :1], VARIANTS["elu"])
