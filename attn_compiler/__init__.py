@@ -5,7 +5,7 @@ from attn_compiler.adaptation.adapted import Adapted, adapt
 from attn_compiler.adaptation.distill import Distilled, distill
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.backend import reports
-from attn_compiler.calibration import calibrate, choose
+from attn_compiler.calibration import calibrate, choose, fix_scales
 from attn_compiler.explain import explain
 from attn_compiler.export.front import export_onnx
 from attn_compiler.export.mlir.front import export_mlir
@@ -44,6 +44,7 @@ __all__ = [
     "export_mlir",
     "export_onnx",
     "export_pt2",
+    "fix_scales",
     "kernel_source",
     "library",
     "load_policy",

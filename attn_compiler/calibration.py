@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,16 @@ from torch import Tensor, fx, nn
 
 from attn_compiler import library
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.storage import Held, Scaling
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.errors import ShapeError
+from attn_compiler.errors import PolicyError, ShapeError
 from attn_compiler.graph.analysis import analyze, carry_out
 from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.measured import Cost, Measured, SiteCost
 from attn_compiler.planning.plan import Decision, NearMiss, Plan, Refusal
 from attn_compiler.planning.planner import Carried, plan
 from attn_compiler.planning.policy import Policy
+from attn_compiler.planning.resolve import Asked, asked_of
 from attn_compiler.planning.site import Site
 from attn_compiler.runtime.targets import TARGETS, Target
 from attn_compiler.targets.operands import Operands
@@ -31,7 +34,7 @@ Inputs = Sequence[Mapping[str, Any] | Sequence[Any]]
 _NOBODY = IntegerSet(())  # a group of no heads: what its variant reads is at hand, and nobody computes it
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("compare(Tensor exact, Tensor found, str site, int kv_heads) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("compare(Tensor exact, Tensor found, Tensor[] operands, str site, int kv_heads) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Totals:
     difference: Tensor | float = 0.0
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
     kv_heads: int = 1
+    operands: Sequence[float] = (0.0, 0.0, 0.0)  # the largest magnitude of q, k and v
 
     def add(self, exact: Tensor, found: Tensor) -> None:
         """Add [batch, heads, …]."""
@@ -60,7 +64,8 @@ class _Totals:
         whole = [float(x.sum()) for x in (products, exact, found, difference)]
         heads = zip(*(x.tolist() for x in (products, exact, found, difference, self.largest)), strict=True)
         of_heads = tuple(_cost(*head) for head in heads)
-        return SiteCost(_cost(whole[0], whole[1], whole[2], whole[3], float(self.largest.max())), of_heads, self.kv_heads)
+        cost = _cost(whole[0], whole[1], whole[2], whole[3], float(self.largest.max()))
+        return SiteCost(cost, of_heads, self.kv_heads, tuple(self.operands))
 
 
 def _cost(products: float, exact: float, found: float, difference: float, largest: float) -> Cost:
@@ -73,13 +78,19 @@ def _cost(products: float, exact: float, found: float, difference: float, larges
 _MEASURING: dict[str, _Totals] = {}  # while a model runs
 
 
-def _compare(exact: Tensor, found: Tensor, site: str, kv_heads: int) -> Tensor:
-    _MEASURING.setdefault(site, _Totals(kv_heads=kv_heads)).add(exact, found)
+def _compare(exact: Tensor, found: Tensor, operands: Sequence[Tensor], site: str, kv_heads: int) -> Tensor:
+    totals = _MEASURING.setdefault(site, _Totals(kv_heads=kv_heads))
+    totals.add(exact, found)
+    totals.operands = [max(a, float(x.abs().amax())) for a, x in zip(totals.operands, operands, strict=True)]
     return exact.clone()
 
 
+def _compare_shape(exact: Tensor, found: Tensor, operands: Sequence[Tensor], site: str, kv_heads: int) -> Tensor:
+    return torch.empty_like(exact)
+
+
 _library.impl("compare", _compare, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("attn_compiler::compare", lambda exact, found, site, kv_heads: torch.empty_like(exact), lib=_library)
+torch.library.register_fake("attn_compiler::compare", _compare_shape, lib=_library)
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,8 @@ class _Comparing:
         computes = next(of_nobody for heads, of_nobody in variant.groups if heads == _NOBODY)
         decided = replace(variant, groups=tuple(group for group in variant.groups if group[0] != _NOBODY))
         exact, found = (attend_torch(operands, one)[0] for one in (computes, decided))
-        return torch.ops.attn_compiler.compare(exact, found, self.site, operands.kv_heads), None
+        given = [operands.q, operands.k, operands.v]
+        return torch.ops.attn_compiler.compare(exact, found, given, self.site, operands.kv_heads), None
 
 
 def calibrate(
@@ -118,7 +130,7 @@ def calibrate(
     one call: a mapping of named ones, or a list.
     """
     read = library.load_policy(policy).without_measurements()
-    calls = [((), dict(one)) if isinstance(one, Mapping) else (tuple(one), {}) for one in inputs]
+    calls = [_arguments(one) for one in inputs]
     if not calls:
         raise ShapeError("calibration needs at least one input: the arguments of a call of the model")
     if model.training:
@@ -156,6 +168,55 @@ def choose(model: nn.Module, candidates: Mapping[str, Mapping[str, object]], inp
     return {"version": 1, "because": said, "variants": {k: dict(v) for k, v in candidates.items()}, "rules": rules}
 
 
+def fix_scales(model: nn.Module, policy: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """The policy, in front of whose rules others fix scales: in each attention, for the largest numbers that inputs bring there.
+
+    What has no scales, or keeps means or channels apart, stays as it is.
+    """
+    read, found = library.load_policy(policy), list[Site]()
+    measured = calibrate(model, read, inputs).measured
+    assert measured is not None
+
+    def remember(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
+        found.extend(sites)
+        return plan(sites, library.load_policy("exact"), (), near_misses)
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        analyze(gm, example_inputs, remember)
+        return gm.forward
+
+    with torch.no_grad():
+        _run(model, [_arguments(inputs[0])], look)
+    asked = {site.name: asked_of(read, site) for site in found if site.name in measured.sites}
+    rules = [_fixed(policy, site, one, measured.sites[site].operands) for site, one in asked.items() if _has_scales(one)]
+    return {**policy, "rules": [*rules, *policy["rules"]]}
+
+
+def _has_scales(asked: Asked) -> bool:
+    return isinstance(asked.variant, Variant) and any(_is_fixable(how) for _, how in asked.variant.storage.held())
+
+
+def _is_fixable(how: Held) -> bool:
+    return how.numbers.scaling is Scaling.REAL and not how.smooth and math.isinf(how.outliers)
+
+
+def _fixed(policy: Mapping[str, Any], site: str, asked: Asked, operands: Sequence[float]) -> dict[str, Any]:
+    """The rule that decides a site, for this one alone, with what its operands reached."""
+    rule = policy["rules"][asked.rules[0] - 1]
+    slots = rule.get("attn")
+    if len(asked.rules) > 1 or not isinstance(slots, Mapping) or not isinstance(slots.get("storage"), Mapping):
+        raise PolicyError(f"{site}: to fix its scales, its `storage` has to stand in one rule, under `attn`")
+    assert isinstance(asked.variant, Variant)
+    q, k, v = operands
+    largest = {"qk": [q, k], "kv_cache": [k, v], "pv": [v]}
+    held = {
+        operand: {"type": how.numbers.name, "largest": largest[operand]}
+        for operand, how in asked.variant.storage.held()
+        if _is_fixable(how)
+    }
+    return {**rule, "match": {"module": site}, "attn": {**slots, "storage": {**slots["storage"], **held}}}
+
+
 def _rule(site: str, costs: Mapping[str, SiteCost], within: float) -> dict[str, object]:
     some = next(iter(costs.values()))
     sharing = len(some.heads) // some.kv_heads
@@ -168,6 +229,10 @@ def _rule(site: str, costs: Mapping[str, SiteCost], within: float) -> dict[str, 
     if len(groups) == 1:
         return {"match": match, "attn": next(iter(groups))}
     return {"match": match, "attn": {"heads": {", ".join(heads): name for name, heads in groups.items()}}}
+
+
+def _arguments(one: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(one)) if isinstance(one, Mapping) else (tuple(one), {})
 
 
 def _backend(

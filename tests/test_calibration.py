@@ -176,3 +176,27 @@ def test_each_weight_tells_itself_from_others_by_type_shape_and_numbers() -> Non
     assert len(fingerprints(others)) == len(others)
     assert fingerprints([weight.clone(), weight]) == fingerprints([weight.T.contiguous().T])
     assert fingerprints([weight.to("meta")]) == frozenset()  # nothing is computed with it, so nothing can go wrong
+
+
+def test_scales_are_fixed_by_what_inputs_bring(model: nn.Module, x: torch.Tensor) -> None:
+    slots = {"storage": {"qk": "int8", "pv": {"type": "int8", "smooth": True}}}
+    policy = {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": slots, "tolerance": {"site": 0.1}}]}
+    fixed = attn.fix_scales(model, policy, [[x / 2], [x]])
+    attention = model.get_submodule("attention")
+    q, k, _ = ((x @ w).unflatten(-1, (-1, 16)).transpose(1, 2).detach() for w in attention.parameters())
+    q = q * torch.tensor([8.0, 1.0, 1.0, 1.0])[:, None, None]  # the sixth of it is a factor of the score
+    largest = fixed["rules"][0]["attn"]["storage"]["qk"].pop("largest")
+    assert largest == pytest.approx([float(q.abs().max()), float(k.abs().max())], rel=1e-5)
+    storage = {"qk": {"type": "int8"}, "pv": {"type": "int8", "smooth": True}}
+    assert fixed["rules"] == [
+        {"match": {"module": "attention"}, "attn": {"storage": storage}, "tolerance": {"site": 0.1}},
+        *policy["rules"],
+    ]
+    storage["qk"]["largest"] = largest
+    found = attn.calibrate(model, {**fixed, "rules": [{**fixed["rules"][0], "attn": {"storage": storage}}]}, [[x]])
+    assert attn.explain(model, (x,), policy=found).decisions[0].outcome == "approximate"
+    with pytest.warns(RuntimeWarning, match="that a policy fixes were cut off"):
+        attn.calibrate(model, found, [[2 * x]])
+    named = {"version": 1, "variants": {"held": slots}, "rules": [{"match": {}, "attn": "held"}]}
+    with pytest.raises(PolicyError, match="has to stand in one rule"):
+        attn.fix_scales(model, named, [[x]])

@@ -24,6 +24,7 @@ LATER = {
     "export_mlir",
     "export_onnx",
     "export_pt2",
+    "fix_scales",
     "kernel_source",
     "schedule",
     "step",

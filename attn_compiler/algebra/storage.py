@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 
@@ -58,11 +58,17 @@ class Held:
     per: Shared | None = None
     smooth: bool = False  # the mean of each channel over the tokens is kept apart, exactly
     outliers: float = math.inf  # channels with a number of at least this magnitude are kept as they are
+    largest: tuple[float, ...] = ()  # what scales are made for, one for all or for each of two operands; none: what comes
+
+    def of(self, operand: int) -> Held:
+        """How one operand is held: of q and k, or of k and v, the first (0) or the second (1)."""
+        return replace(self, largest=self.largest[operand : operand + 1]) if len(self.largest) > 1 else self
 
     def __str__(self) -> str:
         said = [self.numbers.name, f"per {self.per}" if self.per else "", "smoothed" if self.smooth else ""]
         apart = [f"channels from {self.outliers:g} on apart"] if self.outliers < math.inf else []
-        return ", ".join([*filter(None, said), *apart])
+        fixed = [f"up to {' and '.join(f'{x:g}' for x in self.largest)}"] if self.largest else []
+        return ", ".join([*filter(None, said), *apart, *fixed])
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,12 @@ PLAIN = Storage()
 def _words(how: Held) -> list[object]:
     numbers = [x.value if isinstance(x, Scaling) else x for x in (getattr(how.numbers, f.name) for f in fields(Numbers))]
     per = [how.per.name, how.per.size] if how.per else None
-    return [numbers, per, how.smooth, None if math.isinf(how.outliers) else how.outliers]
+    return [numbers, per, how.smooth, None if math.isinf(how.outliers) else how.outliers, [*how.largest]]
 
 
 def _held(words: object) -> Held:
     assert isinstance(words, Sequence)
-    numbers, per, smooth, outliers = words
+    numbers, per, smooth, outliers, fixed = words
     name, bits, mantissa, smallest, largest, scaling, unsigned, block = numbers
     of_type = Numbers(name, bits, mantissa, smallest, largest, Scaling(scaling), unsigned, block)
-    return Held(of_type, Shared(*per) if per else None, smooth, math.inf if outliers is None else outliers)
+    return Held(of_type, Shared(*per) if per else None, smooth, math.inf if outliers is None else outliers, tuple(fixed))

@@ -50,6 +50,8 @@ class PlainTarget:
         """Whether a mask leaves tiles empty is known once its tables are: it is taken, and may come out as it was."""
         if any(part.dropout for part in variant.parts()):
             return Refusal(self.name, "its dropout is active: call `model.eval()`")
+        if any(how.largest for part in variant.parts() for _, how in part.storage.held()):
+            return Refusal(self.name, "a file cannot warn of what scales cut off that a policy fixes: leave `largest` out")
         carried = _TORCH.carry(site, variant)
         if isinstance(carried, Refusal):
             return carried

@@ -45,7 +45,7 @@ class GrownLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         before = self._before(key_states.shape[-2])
         after = before + key_states.shape[-2]
-        new = encoded(key_states, self.how), encoded(value_states, self.how)
+        new = encoded(key_states, self.how, 0), encoded(value_states, self.how, 1)
         if torch.is_grad_enabled():  # a gradient asks for what was read, in a tensor that nobody has written to since
             self.rooms, self.spare = tuple(map(_joined, self._held() or (None, None), new)), False
         else:
@@ -139,9 +139,9 @@ def _joined(held: Tensor | None, new: Tensor) -> Tensor:
     return new if held is None else torch.cat([held, new], dim=-2)
 
 
-def encoded(x: Tensor, how: str) -> Tensor:
-    """What a cache holds of it."""
-    return torch.ops.attn_compiler.encoded(x, how) if how else x
+def encoded(x: Tensor, how: str, operand: int) -> Tensor:
+    """What a cache holds of keys (0) or values (1)."""
+    return torch.ops.attn_compiler.encoded(x, how, operand) if how else x
 
 
 def decoded(rows: Tensor, how: str, dtype: torch.dtype) -> Tensor:

@@ -36,8 +36,8 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.cumulative_length
-        self.keys = self._behind(self.keys, encoded(key_states, self.how))
-        self.values = self._behind(self.values, encoded(value_states, self.how))
+        self.keys = self._behind(self.keys, encoded(key_states, self.how, 0))
+        self.values = self._behind(self.values, encoded(value_states, self.how, 1))
         self.cumulative_length += key_states.shape[-2]
         keys, values = (decoded(x, self.how, self.dtype) for x in (self.keys, self.values))
         if self.kept.first:

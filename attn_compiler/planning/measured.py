@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attn_compiler.errors import PolicyError
 
-_VERSION = 2
+_VERSION = 3
 _RUN = "run `attn calibrate` again"
 
 
@@ -29,6 +29,7 @@ class SiteCost:
     whole: Cost
     heads: tuple[Cost, ...]
     kv_heads: int
+    operands: tuple[float, ...] = ()  # the largest magnitudes of q, k and v
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_measured(path: Path, digest: str) -> Measured | None:
         if held["version"] != _VERSION or held["digest"] != digest:
             return None
         sites = {
-            name: SiteCost(Cost(**of["whole"]), tuple(Cost(**one) for one in of["heads"]), of["kv_heads"])
+            name: SiteCost(Cost(**of["whole"]), tuple(Cost(**one) for one in of["heads"]), of["kv_heads"], tuple(of["operands"]))
             for name, of in held["sites"].items()
         }
         logits = Cost(**held["logits"]) if held["logits"] else None

@@ -68,8 +68,10 @@ def _words(words: Iterable[str]) -> Schema:
 
 _SIZE: Schema = {"anyOf": [TEXT, _listed({"type": ["integer", "string"]})]}
 _GEOMETRY = _closed(("size", "before", "after"), {"size": _SIZE, "before": COUNT, "after": COUNT}, required=("size",))
+_SIZED: Schema = {"type": "number", "exclusiveMinimum": 0}
 _HELD: Mapping[str, Schema] = {
-    "type": TEXT, "per": TEXT, "smooth": FLAG, "outliers": {"type": "number", "exclusiveMinimum": 0},
+    "type": TEXT, "per": TEXT, "smooth": FLAG, "outliers": _SIZED,
+    "largest": {"anyOf": [_SIZED, {"type": "array", "items": _SIZED, "minItems": 1, "maxItems": 2}]},
 }  # fmt: skip
 _STORAGE: Schema = {"anyOf": [TEXT, _closed(_HELD, _HELD, required=("type",))]}
 _MIX: Mapping[str, Schema] = {

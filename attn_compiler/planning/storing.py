@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from attn_compiler.algebra.storage import Held, Numbers, Scaling, Shared, Storage
@@ -35,7 +36,7 @@ def read_held(entry: Entry, operand: str, words: Words, scope: Scope) -> Held:
 def _held(entry: Entry, usual: Shared, words: Words, scope: Scope) -> Held:
     """How one operand is held: `int8`, or `{type: int8, per: token, smooth: true}`."""
     long = entry if isinstance(entry.value, Mapping) else Entry({"type": entry}, entry.place)
-    given = mapping(long, ("type", "per", "smooth", "outliers"), "key of a storage", "{type: int8, per: token}")
+    given = mapping(long, ("type", "per", "smooth", "outliers", "largest"), "key of a storage", "{type: int8, per: token}")
     if "type" not in given:
         raise PolicyError(f"{entry.place}: a storage needs a `type`, one of {', '.join(_names(words, Numbers))}")
     numbers = _word(given["type"], Numbers, "a type", words, scope)
@@ -46,7 +47,24 @@ def _held(entry: Entry, usual: Shared, words: Words, scope: Scope) -> Held:
             why = f"shares a scale among {numbers.block} numbers by itself" if numbers.block else "has no scales"
             raise PolicyError(f"{given['per'].place}: `{numbers.name}` {why}: leave `per` out")
         per = chosen
-    return Held(numbers, per, _flag(given["smooth"]) if "smooth" in given else False, _outliers(given.get("outliers")))
+    smooth, outliers = _flag(given["smooth"]) if "smooth" in given else False, _outliers(given.get("outliers"))
+    if "largest" not in given:
+        return Held(numbers, per, smooth, outliers)
+    return _fixed(given, Held(numbers, per, smooth, outliers))
+
+
+def _fixed(given: Mapping[str, Entry], how: Held) -> Held:
+    """The same, whose scale says what is the `largest` number, whatever comes."""
+    entry = given["largest"]
+    several = list(entry.value) if isinstance(entry.value, list | tuple) else [entry]
+    if how.numbers.scaling is not Scaling.REAL or not 0 < len(several) < 3:
+        raise PolicyError(f"{entry.place}: `largest` is one number, or one for each of two operands, of a type with scales")
+    if how.smooth or not math.isinf(how.outliers) or ("per" in given and how.per != Shared("tensor")):
+        raise PolicyError(f"{entry.place}: a scale that is fixed is that of the whole tensor: leave all but `type` out")
+    largest = tuple(_outliers(one) for one in several)
+    if not all(map(math.isfinite, largest)):
+        raise PolicyError(f"{entry.place}: `largest` is a number that comes, not infinity")
+    return replace(how, per=Shared("tensor"), largest=largest)
 
 
 def _word(entry: Entry, wanted: type[Wanted], what: str, words: Words, scope: Scope) -> Wanted:

@@ -26,7 +26,7 @@ def encode(x: Tensor, storage: StorageLike = "int8") -> Codes:
     `attend` takes them for `k` and `v`. Rounded exactly as `attend` rounds keys and values of that storage.
     """
     held = _read(storage)
-    reason = objection(held)
+    reason = objection(held) or ("of two numbers in `largest`, give the one for these" if len(held.largest) > 1 else None)
     if reason:
         raise ShapeError(f"there are no codes in {held}: {reason}")
     if x.ndim != 4 or not x.dtype.is_floating_point:
@@ -59,16 +59,20 @@ def _decoded_shape(given: Tensor, how: str, dtype: torch.dtype) -> Tensor:
     return given.new_empty((*given.shape[:-1], dim_of(given.shape[-1], held_of(how))), dtype=dtype)
 
 
-def _encoded_shape(x: Tensor, how: str) -> Tensor:
+def _encoded(x: Tensor, how: str, operand: int = 0) -> Tensor:
+    return encoded(x, held_of(how).of(operand))
+
+
+def _encoded_shape(x: Tensor, how: str, operand: int = 0) -> Tensor:
     held = held_of(how)
     return x.new_empty((*x.shape[:-1], row_width(x.shape[-1], held)), dtype=row_dtype(held))
 
 
 # In the graph of a model these two say what its cache holds, so that an attention may read that instead of what it means.
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("encoded(Tensor x, str how) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("encoded(Tensor x, str how, int operand=0) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("decoded(Tensor rows, str how, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
-_library.impl("encoded", lambda x, how: encoded(x, held_of(how)), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("encoded", _encoded, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("decoded", _decoded, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("attn_compiler::encoded", _encoded_shape, lib=_library)
 torch.library.register_fake("attn_compiler::decoded", _decoded_shape, lib=_library)

@@ -34,7 +34,7 @@ def coded(q: Tensor, k: Tensor, v: Tensor, storage: Storage) -> Coded:
     """The operands of a call, those of them encoded that `storage` holds in few bits."""
     value_scale, tables = None, list[tuple[str, Tensor]]()
     if storage.kv_cache:  # where no cache holds them, they become what it would give back
-        k, v = (held_tensor(x, storage.kv_cache).to(x.dtype) for x in (k, v))
+        k, v = (held_tensor(x, storage.kv_cache.of(n)).to(x.dtype) for n, x in enumerate((k, v)))
     if storage.qk:
         k, k_scale, mean = _encoded(k, storage.qk, biased=True, smooth=storage.qk.smooth)
         q, q_scale, dots = _encoded(q, storage.qk, biased=True, others=mean)

@@ -22,10 +22,10 @@ def held(operands: Operands, storage: Storage) -> Operands:
     real = torch.promote_types(operands.q.dtype, torch.float32)
     q, k, v = (x.to(real) for x in (operands.q, operands.k, operands.v))
     if storage.kv_cache:
-        k, v = (held_tensor(x, storage.kv_cache) for x in (k, v))
+        k, v = (held_tensor(x, storage.kv_cache.of(n)) for n, x in enumerate((k, v)))
     if storage.qk:
         # What all scores of a query share, a softmax does not notice: nothing is gained by smoothing q.
-        q, k = held_tensor(q, replace(storage.qk, smooth=False)), held_tensor(k, storage.qk)
+        q, k = held_tensor(q, replace(storage.qk.of(0), smooth=False)), held_tensor(k, storage.qk.of(1))
     if storage.pv:
         v = held_tensor(v, storage.pv, _TOKENS)
     return replace(operands, q=q, k=k, v=v)
@@ -41,7 +41,7 @@ def held_tensor(x: Tensor, how: Held, along: int = _CHANNELS) -> Tensor:
     centered = real if mean is None else real - mean
     apart = None if math.isinf(how.outliers) else real.abs().amax(dim=-2, keepdim=True) >= how.outliers
     stored = centered if apart is None else torch.where(apart, 0.0, centered)
-    back = rounded(stored, how.numbers, how.per, along)
+    back = rounded(stored, how.numbers, how.per, along, how.largest)
     back = (back if mean is None else back + mean).to(given.dtype)
     back = back if apart is None else torch.where(apart, given.detach(), back)
     return straight_through(given, back)

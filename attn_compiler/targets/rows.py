@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_compiler.algebra.storage import Held, Numbers, Scaling
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.targets.scaled import largest_of, nearest, scaled
+from attn_compiler.targets.scaled import largest_of, nearest, scaled, within
 
 SCALE = 4  # bytes of a float
 # The types that rows are made of: how a tensor holds the numbers, by their mantissa and what is below all leading ones.
@@ -70,7 +70,7 @@ def objection(how: Held) -> str | None:
 
 def alone(how: Held) -> str | None:
     """Why the row of a token follows from other tokens, too; None if it does not, so that a cache can grow by rows."""
-    if how.per and how.per.name != "token":
+    if how.per and how.per.name != "token" and not how.largest:
         return f"a scale per {how.per} follows from tokens that are yet to come"
     return objection(how)
 
@@ -83,7 +83,8 @@ def encoded(x: Tensor, how: Held) -> Tensor:
     if how.numbers.scaling is Scaling.NONE:
         return nearest(real, how.numbers).to(_FLOATS[how.numbers.mantissa, how.numbers.smallest])
     assert how.per is not None
-    codes, scale = scaled(real, how.numbers, largest_of(real, how.per))
+    real, largest = within(real, how.largest[0]) if how.largest else (real, largest_of(real, how.per))
+    codes, scale = scaled(real, how.numbers, largest)
     of_rows = scale.expand(*real.shape[:-1], 1).clone(memory_format=torch.contiguous_format)
     return torch.cat([_bytes(codes, how.numbers), of_rows.view(torch.uint8)], dim=-1)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +35,11 @@ def scaled(x: Tensor, numbers: Numbers, largest: Tensor) -> tuple[Tensor, Tensor
     return nearest(x * inverse, numbers), largest / numbers.largest
 
 
-def rounded(x: Tensor, numbers: Numbers, per: Shared | None, along: int) -> Tensor:
-    """What becomes of `x`, each group of which is scaled to what the type holds."""
+def rounded(x: Tensor, numbers: Numbers, per: Shared | None, along: int, fixed: Sequence[float] = ()) -> Tensor:
+    """What becomes of `x`, each group of which is scaled to what the type holds; all of it for a number that is `fixed`."""
     if numbers.scaling is Scaling.NONE:
         return nearest(x, numbers)
-    largest = largest_of(x, per, numbers.block, along)
+    x, largest = within(x, fixed[0]) if fixed else (x, largest_of(x, per, numbers.block, along))
     if numbers.scaling is Scaling.REAL:
         codes, scale = scaled(x, numbers, largest)
         return codes * scale
@@ -50,6 +52,24 @@ def rounded(x: Tensor, numbers: Numbers, per: Shared | None, along: int) -> Tens
         scale = nearest(largest / numbers.largest / whole, _E4M3) * whole
     codes = nearest(torch.where(scale > 0, x / scale, 0.0), numbers)
     return codes * scale
+
+
+def within(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Numbers that a fixed scale holds, and the largest of them; a warning where others were cut off."""
+    return torch.ops.attn_compiler.within(x, largest), x.new_full((1,) * x.ndim, largest)
+
+
+def _within(x: Tensor, largest: float) -> Tensor:
+    if x.numel() and not bool(x.abs().amax() <= largest):
+        text = f"numbers beyond the `largest` of {largest:g} that a policy fixes were cut off: measure it on such inputs"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return x.clamp(-largest, largest)
+
+
+_library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("within(Tensor x, float largest) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("within", _within, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("attn_compiler::within", lambda x, largest: torch.empty_like(x), lib=_library)
 
 
 def largest_of(x: Tensor, per: Shared | None, block: int = 0, along: int = -1) -> Tensor:

@@ -80,6 +80,7 @@ def generated(model: nn.Module, asked: object, padding: int, backend: object = N
 
 CASES = [
     (llama, "int4", None, 0, 16),
+    (llama, {"type": "int8", "largest": [60, 30]}, None, PADDING, 16),
     (gemma3, "int8", STREAMING, PADDING, 8),
 ]
 MORE = [
@@ -99,7 +100,7 @@ MORE = [
     ("build", "storage", "mask", "padding", "held"), [*CASES, *(pytest.param(*x, marks=pytest.mark.full) for x in MORE)]
 )
 def test_tokens_are_those_of_recomputing_with_rounded_keys_and_values(
-    build: Callable[[], nn.Module], storage: str, mask: str | None, padding: int, held: int
+    build: Callable[[], nn.Module], storage: object, mask: str | None, padding: int, held: int
 ) -> None:
     model, asked = build(), policy(storage, mask)
     expected = recomputed(model, asked, padding)

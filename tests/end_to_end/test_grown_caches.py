@@ -18,7 +18,7 @@ from end_to_end.by_hand import with_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 BATCH, HEADS, WIDTH = 2, 3, 8
-STORED = (None, encode(torch.zeros(1, 1, 1, WIDTH), "int4").held)
+STORED = (None, *(encode(torch.zeros(1, 1, 1, WIDTH), how).held for how in ("int4", {"type": "int8", "largest": 6})))
 
 
 def rows(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,8 @@ def test_what_inference_mode_has_written_grows_outside_of_it() -> None:
         check(layer, keys, values, None)
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
-def test_one_graph_serves_every_length_and_every_growth(storage: str | None) -> None:
+@pytest.mark.parametrize("storage", [None, "int8", {"type": "fp8_e4m3", "largest": [60, 30]}], ids=str)
+def test_one_graph_serves_every_length_and_every_growth(storage: object) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
