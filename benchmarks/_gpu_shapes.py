@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra.storage import Held
+from attn_compiler.targets.rows import row_width
+from attn_compiler.testing import variant_of
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,6 +32,17 @@ class Shape:
     linear: str = ""  # what FLA calls it, if it is linear: each query meets a state instead of all pairs
     apart: Mapping[str, object] = field(default_factory=dict)  # the same in several calls, by the heads of each
     tables: Mapping[str, Callable[[int], Tensor]] = field(default_factory=dict)  # for so many tokens
+    storage: Mapping[str, object] = field(default_factory=dict)  # how ours holds operands, or a cache; others: as they come
+
+    @property
+    def held(self) -> object:
+        """What ours is asked for."""
+        return {"mask": self.variant, "storage": self.storage} if self.storage and not self.cache else self.variant
+
+    @property
+    def cache(self) -> object:
+        """How keys and values are held that were encoded before."""
+        return self.storage.get("kv_cache")
 
     def work(self, *, backward: bool) -> float:
         """The operations of pairs that see each other, and no others, or of states; a backward pass counts 2.5 forward passes."""
@@ -37,7 +52,7 @@ class Shape:
     def read(self) -> float:
         """The bytes of the keys and values that somebody sees."""
         seen = self.length * (self.share if self.queries else 1.0)
-        return 2 * 2 * self.kv_heads * seen * self.dim
+        return 2 * self.kv_heads * seen * (2 * self.dim if self.cache is None else row_width(self.dim, held_of(self.cache)))
 
     def tiny(self) -> Shape:
         """The same at a length that an interpreter bears, without what would need the real one: tables do not."""
@@ -45,6 +60,12 @@ class Shape:
             return replace(self, length=256, dim=16, heads=2, kv_heads=2)
         variant, length = (self.variant, TILE) if self.tables else ("causal", 16)
         return replace(self, variant=variant, length=length, dim=16, heads=2, kv_heads=2, apart={}, grid=None)
+
+
+def held_of(storage: object) -> Held:
+    found = variant_of({"storage": {"kv_cache": storage}}).storage.kv_cache
+    assert found is not None
+    return found
 
 
 def operands(shape: Shape, device: str, *, trained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,12 +109,19 @@ RETENTION = {
     "state": "decay(-log(1 - 2 ** (-5 - h)))",
     "normalizer": "linear(none)",
 }
+NEAR = "causal & window(1024)"
+INT8 = {"qk": {"type": "int8", "smooth": True}}
 SHAPES = (
     Shape("dense causal", "causal", 16384, 0.5, sees=near(1 << 30), window=0, trains=True),
     Shape("window 1024", "causal & window(1024)", 16384, within(1024, 16384), sees=near(1024), window=1024, trains=True),
     Shape("decoding", "causal", 32768, 1.0, kv_heads=4, queries=1),
     Shape("decoding, window 1024", "causal & window(1024)", 32768, 1024 / 32768, kv_heads=4, queries=1),
     Shape("decoding, window 1024 of 8192", "causal & window(1024)", 8192, 1024 / 8192, kv_heads=4, queries=1),
+    Shape("decoding, a cache of int8", "causal", 32768, 1.0, kv_heads=4, queries=1, storage={"kv_cache": "int8"}),
+    Shape("decoding, a cache of int4", "causal", 32768, 1.0, kv_heads=4, queries=1, storage={"kv_cache": "int4"}),
+    Shape("dense causal, int8 q·k", "causal", 16384, 0.5, window=0, storage=INT8),
+    Shape("dense causal, int8 q·k, e4m3 p·v", "causal", 16384, 0.5, window=0, storage=INT8 | {"pv": "fp8_e4m3"}),
+    Shape("window 1024, int8 q·k, e4m3 p·v", NEAR, 16384, within(1024, 16384), window=1024, storage=INT8 | {"pv": "fp8_e4m3"}),
     Shape("neighborhood", {"geometry": [128, 128], "mask": "neighborhood([13, 13])"}, 16384, 169 / 16384, dim=64, grid=(13, 128)),
     Shape("every tenth block", "strided(128, 10)", 16384, 0.1),
     Shape("12 blocks of 128, a table", "blocks(kept, 128)", 16384, 12 / 128, tables=KEPT, trains=True),

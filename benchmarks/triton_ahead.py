@@ -1,6 +1,7 @@
 """What Triton kernels become on GPUs that need not be here: registers, spills, tensor cores, loads of 16 bytes.
 
     python benchmarks/triton_ahead.py FOLDER [--machine sm_90] [--kind forward] [--dtype bfloat16] [--dim 128]
+    python benchmarks/triton_ahead.py FOLDER --codes     kernels of codes instead, into `triton_ahead_codes.md`
 
 Compiles candidates of every kind of kernel ahead of time, each until one is sound, and writes `triton_ahead.md` to FOLDER.
 Nothing is timed: that takes a GPU.
@@ -15,13 +16,16 @@ from itertools import product
 from pathlib import Path
 
 from _tables import markdown
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_each, is_sound
 from attn_compiler.runtime.kernel_source import shape_of
-from attn_compiler.runtime.triton_orders import order
+from attn_compiler.runtime.kernels import Shape
+from attn_compiler.runtime.triton_orders import cuts, order
 from attn_compiler.runtime.triton_states import order as order_of_states
 from attn_compiler.targets.triton.blocks import KINDS, STATES, Blocks, Kind, candidates
 from attn_compiler.targets.triton.states import TF32
+from attn_compiler.testing import variant_of
 
 VARIANT = "causal & window(1024)"
 HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
@@ -31,6 +35,22 @@ CONTROLS = {  # which must not be sound
     True: Blocks(128, 64, 8, 2, specialized=True),  # so many warps are not divided
 }
 LAST: Mapping[Kind, Sequence[Kind]] = {"forward": KINDS, "gather": STATES}  # whose control stands behind which kernels
+CODES: dict[str, dict[str, object]] = {
+    "int8 q·k": {"qk": "int8"},
+    "int8 q·k, int8 p·v": {"qk": {"type": "int8", "smooth": True}, "pv": "int8"},
+    "int8 q·k, e4m3 p·v": {"qk": {"type": "int8", "smooth": True}, "pv": "fp8_e4m3"},
+    "e4m3 q·k, e4m3 p·v": {"qk": "fp8_e4m3", "pv": "fp8_e4m3"},
+    "a cache of int8": {"kv_cache": "int8"},
+    "a cache of int4": {"kv_cache": "int4"},
+    "a cache of e4m3": {"kv_cache": "fp8_e4m3"},
+}
+SAYS_OF_CODES = """# Triton kernels of codes compiled ahead of time
+
+Triton {version}, `{variant}` in bfloat16; no GPU was there, nothing was timed. Candidates stand in the order in which they are
+tried, up to the first that is *sound*: no stack and no spill instruction, each product by the machine's own instruction for its
+type, shared memory that fits. sm_80 knows no e4m3, gfx942 multiplies it as float16. sm_100 has tensor memory for no int8.
+
+{table}"""
 SAYS = """# Triton kernels compiled ahead of time
 
 Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidates stand in the order in which they are tried, up
@@ -52,20 +72,26 @@ class Case:
     dim: int
     dtype: str
     specialized: bool = False
+    codes: str = ""
 
-    def tiles(self) -> tuple[Blocks, ...]:
-        some = candidates(self.kind, self.dtype, self.dim, self.machine)
-        return tuple(blocks for blocks in some if blocks.specialized == self.specialized)
-
-    def order(self, blocks: Blocks) -> Order:
-        if self.kind in STATES:
-            return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks)
+    def shape(self) -> Shape:
         few = self.kind == "decode"
         shape = shape_of(
             VARIANT, q_len=1 if few else 4096, k_len=4096, heads=8, kv_heads=2 if few else 8, head_dim=self.dim,
             dtype=self.dtype, target="triton",
         )  # fmt: skip
-        return order(shape, self.kind, blocks, self.machine)
+        storage = variant_of({"storage": CODES[self.codes]}).storage if self.codes else PLAIN
+        return replace(shape, variant=replace(shape.variant, storage=storage))
+
+    def tiles(self) -> tuple[Blocks, ...]:
+        plain = candidates(self.kind, self.dtype, self.dim, self.machine)
+        some = cuts(self.shape(), self.kind, self.machine) if self.codes else plain
+        return tuple(blocks for blocks in some if blocks.specialized == self.specialized)
+
+    def order(self, blocks: Blocks) -> Order:
+        if self.kind in STATES:
+            return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks)
+        return order(self.shape(), self.kind, blocks, self.machine)
 
 
 def main() -> None:
@@ -77,8 +103,17 @@ def main() -> None:
     parser.add_argument("--kind", choices=(*KINDS, *STATES), action="append", help="only these")
     parser.add_argument("--dtype", action="append", help="only these")
     parser.add_argument("--dim", type=int, action="append", help="only these")
+    parser.add_argument("--codes", action="store_true", help="kernels of codes instead")
     options = parser.parse_args()
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
+    if options.codes:
+        for machine in options.machine or MACHINES:
+            rows += tried([case for case in of_codes(machine) if case.dim in (options.dim or [case.dim])])
+            table = SAYS_OF_CODES.format(version=triton.__version__, variant=VARIANT, table=markdown(rows))
+            (folder / "triton_ahead_codes.md").write_text(table, encoding="utf-8")
+        return
     for machine in options.machine or MACHINES:
         kinds: Sequence[Kind] = options.kind or (*KINDS, *STATES)
         cases = [Case(machine, kind, *heads) for kind in kinds for heads in (LINEAR if kind in STATES else HEADS)]
@@ -90,10 +125,16 @@ def main() -> None:
         rows += tried(divided)
         rows += tried([replace(one, dim=128, dtype="bfloat16") for one in divided[:1]], [CONTROLS[True]])
         print(markdown(rows), flush=True)
-    folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     table = SAYS.format(version=triton.__version__, variant=VARIANT, table=markdown(rows))
     (folder / "triton_ahead.md").write_text(table, encoding="utf-8")
+
+
+def of_codes(machine: str) -> list[Case]:
+    """Of prompts and of tokens; what the target refuses on a machine is left out."""
+    names = [name for name in CODES if machine != "sm_80" or "e4m3" not in name or "cache" in name]
+    return [
+        Case(machine, "decode" if "cache" in x else "forward", dim, "bfloat16", codes=x) for x, dim in product(names, (64, 128))
+    ]
 
 
 def tried(cases: Sequence[Case], only: Sequence[Blocks] = ()) -> list[dict[str, object]]:
@@ -112,7 +153,7 @@ def tried(cases: Sequence[Case], only: Sequence[Blocks] = ()) -> list[dict[str, 
 def row(case: Case, blocks: Blocks) -> dict[str, object]:
     cut = f"{blocks.queries} × {blocks.keys}, {blocks.warps} warps, {blocks.stages} stages"
     empty = dict.fromkeys(("registers", "stack", "shared KiB", "multiplies by", "copies", "sound"), "–")
-    kernel = f"{case.kind}, specialized" if case.specialized else case.kind
+    kernel = f"{case.kind}{', specialized' if case.specialized else ''}{f': {case.codes}' if case.codes else ''}"
     return {"machine": case.machine, "kernel": kernel, "dim": case.dim, "dtype": case.dtype, "tile": cut, **empty}
 
 

@@ -66,6 +66,15 @@ def test_linear_attention_is_timed_where_its_kernels_run(
     assert all(isinstance(row["ours"], float) for row in rows), found["left out"]
 
 
+def test_codes_are_multiplied_without_a_gpu_too(gpu: ModuleType) -> None:
+    shapes = [one.tiny() for one in gpu.SHAPES if one.storage]
+    found = {"ceilings": {}, "left out": {}}
+    rows = list(gpu.timings(shapes, gpu.Clock("cpu", 1, float("inf")), found))
+    assert len(rows) == len(shapes) >= 5
+    assert all(isinstance(row["ours"], float) for row in rows)
+    assert set(gpu.of_codes("cpu").values()) == {"right"}
+
+
 def test_what_there_is_no_time_for_is_said(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = run(gpu, monkeypatch, tmp_path, "--minutes", "0")
     assert found["attentions"] == []

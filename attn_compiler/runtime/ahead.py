@@ -28,7 +28,17 @@ MACHINES: Mapping[str, tuple[str, int]] = {
     "gfx942": ("v_mfma", 64),
 }
 _OTHER = ("HMMA", 99)
-_POINTERS = {"float32": "*fp32", TF32: "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1"}
+# The same for bytes, where it is something else.
+_BYTES: Mapping[str, Mapping[str, str]] = {
+    "sm_90": {"int8": "IGMMA", "float8": "QGMMA"},
+    "sm_100": {"int8": "IMMA", "float8": "UTCQMMA"},
+    "gfx942": {"int8": "v_mfma_i32"},
+}
+_OTHER_BYTES = {"int8": "IMMA"}
+_POINTERS = {
+    "float32": "*fp32", TF32: "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64", "bool": "*i1",
+    "uint8": "*u8", "float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5",
+}  # fmt: skip
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -41,6 +51,9 @@ class Order:
     tables: tuple[tuple[str, int], ...]  # dtype and axes
     machine: str
     blocks: Blocks
+    held: tuple[tuple[str, str], ...] = ()  # operands that are held otherwise, and the dtypes of their tensors
+    multiplied: tuple[str, ...] = ()  # the dtypes of what is multiplied; nothing: as operands come
+    constants: tuple[tuple[str, float | None], ...] = ()  # arguments that are known ahead
 
 
 @dataclass(frozen=True)
@@ -72,9 +85,9 @@ class Compiled:
         """Whether some warps do nothing but copy whole tiles, and leave their registers to the others."""
         return self.count("USETMAXREG") > 0 and self.count("UTMALDG") > 0
 
-    def on_tensor_cores(self, machine: str, *, few: bool = False) -> bool:
-        """Whether matrices are multiplied as the machine does it best; by `few` rows no warps together can."""
-        stem = MACHINES.get(machine, _OTHER)[0]
+    def on_tensor_cores(self, machine: str, of: str = "bfloat16", *, few: bool = False) -> bool:
+        """Whether matrices of a dtype are multiplied as the machine does it best; by `few` rows no warps together can."""
+        stem = _BYTES.get(machine, _OTHER_BYTES).get(of.split("_")[0], MACHINES.get(machine, _OTHER)[0])
         return self.count(stem, "HMMA") > 0 if few and machine.startswith("sm") else self.count(stem) > 0
 
     def fits(self, machine: str) -> bool:
@@ -86,7 +99,8 @@ def is_sound(found: Compiled, order: Order) -> bool:
     """Whether a kernel is worth being tried: it spills nothing, fits, multiplies where the machine is fast, and its warps
     are divided where they were to be."""
     few = order.blocks.queries < 64
-    fast = order.dtype == "float32" or found.on_tensor_cores(order.machine, few=few)
+    multiplied = set(order.multiplied or (order.dtype,)) - {"float32"}
+    fast = all(found.on_tensor_cores(order.machine, of, few=few) for of in multiplied)
     divided = found.is_specialized or not order.blocks.specialized
     return not found.spills and found.fits(order.machine) and fast and divided
 
@@ -129,27 +143,28 @@ def _compiled(order: Order) -> Compiled:
     kernel = next(getattr(module, name) for name in _KERNELS if hasattr(module, name))
     names = list(kernel.arg_names)
     types = _signature(order, names)
-    attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(4)}
+    rows = [name for name, dtype in order.held if dtype == "uint8"]  # which end in a float, so that only the first is aligned
+    attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(1 if name in rows else 4)}
     sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES, "NUMBERS": SCANNED, **dict.fromkeys(ALIKE, 32)}
-    constants = {name: size for name, size in sizes.items() if name in names}
+    constants = {name: size for name, size in {**sizes, **dict(order.constants)}.items() if name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
     kind = ("cuda", int(order.machine[3:]), 32) if order.machine.startswith("sm_") else ("hip", order.machine, 64)
     return _read(compile_(source, target=GPUTarget(*kind), options=options))
 
 
-_KERNELS = ("forward", "backward", "decode", "clip", "sift", "states", "scan", "gather")
-_OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v")
+_KERNELS = ("forward", "backward", "decode", "clip", "sift", "states", "scan", "gather", "encode")
+_OPERANDS = ("q", "k", "v", "out", "above", "of_q", "of_k", "of_v", "x", "codes")
 
 
 def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
     """The types of a kernel's arguments."""
-    operand = (_POINTERS[order.dtype], "i32", "i32", "i32")
-    tables = tuple((_POINTERS.get(dtype, f"*i{dtype[3:]}"), ("i32",) * axes, ("i32",) * axes) for dtype, axes in order.tables)
+    tables = tuple((_pointer(dtype), ("i32",) * axes, ("i32",) * axes) for dtype, axes in order.tables)
     visits = (*("*i32",) * 8, "*fp32") if "of_k" in names else ("*i32",) * 6
     kinds = {
-        **dict.fromkeys(_OPERANDS, operand),
+        **{name: (_pointer(dict(order.held).get(name, order.dtype)), "i32", "i32", "i32") for name in _OPERANDS},
         **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
+        **dict.fromkeys(("scales", "means", "others", "dots", "largest"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
         **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES", "NUMBERS", *ALIKE), "constexpr"),
         **dict.fromkeys(("spans", "clipped", "met", "listed", "limits"), "*i32"),
@@ -161,8 +176,13 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         "sums": "*fp32" if "peaks" in names else (),
         "visits": visits,
         "tables": tables,
+        **dict.fromkeys(dict(order.constants), "constexpr"),
     }
     return {name: kinds.get(name, "i32") for name in names}
+
+
+def _pointer(dtype: str) -> str:
+    return _POINTERS.get(dtype, f"*i{dtype[3:]}")
 
 
 def _read(kernel: Any) -> Compiled:

@@ -18,7 +18,8 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.automatic import automatic
 from attn_compiler.runtime.call import Positions, check_shapes, operands_of
-from attn_compiler.runtime.cpp import codes_objection
+from attn_compiler.runtime.coded_rows import codes_objection
+from attn_compiler.runtime.operator import CODES
 from attn_compiler.runtime.reading import VariantLike, read_scale, read_variant
 from attn_compiler.runtime.targets import OPT_IN, TARGETS, Attends
 from attn_compiler.targets.operands import PLACE, Operands
@@ -94,9 +95,10 @@ def attend(
     operands = operands_of(q, k, v, meaning, given, q_positions, k_positions, layer, layers, training)
     if codes is not None:
         operands, meaning = replace(operands, codes=codes), _of_cache(meaning, codes[0].held)
-        reads = target in ("auto", "cpp") and not codes_objection(operands, meaning)
-        if reads and not TARGETS["cpp"].refuse(operands, meaning, lse=return_lse):
-            target = "cpp"
+        reader: Target = "cpp" if target == "auto" else target
+        reads = reader in CODES and not codes_objection(operands, meaning)
+        if reads and not TARGETS[reader].refuse(operands, meaning, lse=return_lse):
+            target = reader
         else:
             operands = operands.decoded()
     return _attended(_carried(operands, meaning, return_lse, target), return_lse)

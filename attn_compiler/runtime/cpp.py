@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.storage import PLAIN, Held, Storage
+from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Variant, passed_over, without_total
 from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
 from attn_compiler.runtime import linear, states
+from attn_compiler.runtime.coded_rows import codes_objection, of_rows
 from attn_compiler.runtime.codes import encode
 from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.gather import BY_KERNEL
@@ -26,13 +27,11 @@ from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
 from attn_compiler.targets.blocks import every_query_sees_itself
 from attn_compiler.targets.choice import FUSED, FUSED_WHOLE, form_of
-from attn_compiler.targets.cpp import gradient
-from attn_compiler.targets.cpp.coded import rows_of
+from attn_compiler.targets.cpp import coded, gradient
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
-from attn_compiler.targets.cpp.spec import Stored, in_places, refuse
+from attn_compiler.targets.cpp.spec import OfStorage, Stored, in_places, refuse
 from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.rows import Codes
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 CARRIED = ("storage",)
@@ -60,7 +59,7 @@ class CppTarget:
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         if operands.codes and not codes_objection(operands, variant):
-            return attend_generated(*_of_rows(operands, variant, operands.codes), CODES, lse=lse)
+            return attend_generated(*of_rows(operands, variant), CODES[self.name], lse=lse)
         if not lse and states.can_run(operands, variant):
             mapped, plain, told = states.prepared(operands, variant)
             out, _ = attend_generated(mapped, plain, "states", told)
@@ -96,31 +95,6 @@ class CppTarget:
             reason = f"{form} is as fast on this machine"
         read = ", which reads the codes of the cache" if site.computes.storage.kv_cache and site.q_hint <= MOST_QUERIES else ""
         return Refusal("cpp", reason) if reason else Carried(f"a generated kernel{read}", gains=True)
-
-
-def codes_objection(operands: Operands, variant: Variant) -> str | None:
-    """What the kernels have against reading the codes of a call, however many queries it has; None: nothing."""
-    if operands.codes is None or operands.differentiated or (operands.training and variant.dropout):
-        return "they are read where no gradients are wanted and nothing is dropped"
-    held = operands.codes[0].held
-    if not rows_of(held):
-        return f"its kernels read no codes in {held}"
-    if any(part.storage != PLAIN or part.score.mentions(e.q_norm, e.k_norm) for part in variant.parts()):
-        return "nothing but the cache may be held in few bits there, and no norms are known of codes"
-    return "states are added up of numbers, not of codes" if states.is_alone(variant) else None
-
-
-def _of_rows(operands: Operands, variant: Variant, codes: tuple[Codes, Codes]) -> tuple[Operands, Variant]:
-    """The call whose k and v are rows of codes, as the storage of its variant says."""
-    k, v = codes
-    return replace(operands, k=k.rows, v=v.rows), _from_cache(variant, k.held)
-
-
-@lru_cache(maxsize=256)
-def _from_cache(variant: Variant, held: Held) -> Variant:
-    """The variant where every head's keys and values are held so."""
-    groups = tuple((heads, replace(group, storage=Storage(kv_cache=held))) for heads, group in variant.groups)
-    return replace(variant, storage=Storage(kv_cache=held), groups=groups)
 
 
 def _gain(site: Site) -> float:
@@ -238,17 +212,25 @@ def _machine(device: str, dtype: str) -> str | None:
 
 
 def objection(
-    variant: Variant, counted: tuple[bool, bool], stored: Mapping[str, Stored], differentiated: bool = False
+    variant: Variant,
+    counted: tuple[bool, bool],
+    stored: Mapping[str, Stored],
+    differentiated: bool = False,
+    of_storage: OfStorage = coded.objection,
 ) -> str | None:
     """What the kernels have against a variant, whatever the machine; `counted` are the positions of queries and keys."""
-    return _objection(variant, counted, tuple(stored.items()), differentiated)
+    return _objection(variant, counted, tuple(stored.items()), differentiated, of_storage)
 
 
 @lru_cache(maxsize=1024)
 def _objection(
-    variant: Variant, counted: tuple[bool, bool], stored: tuple[tuple[str, Stored], ...], differentiated: bool
+    variant: Variant,
+    counted: tuple[bool, bool],
+    stored: tuple[tuple[str, Stored], ...],
+    differentiated: bool,
+    of_storage: OfStorage,
 ) -> str | None:
     q_counted, k_counted = counted
     placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
-    reasons = (refuse(part, dict(stored)) or (gradient.refuse(part) if differentiated else None) for part in placed)
+    reasons = (refuse(part, dict(stored), of_storage) or (gradient.refuse(part) if differentiated else None) for part in placed)
     return passed_over(variant, CARRIED) or next(filter(None, reasons), None)

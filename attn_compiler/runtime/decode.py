@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,12 +13,9 @@ from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import kernels
 from attn_compiler.runtime.compiler import call, load
-from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
-from attn_compiler.targets.cpp.coded import rows_of
+from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, spec_of_few, table_words
 from attn_compiler.targets.cpp.decode import MOST_QUERIES, decoding, reach_of
-from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
-from attn_compiler.targets.rows import without_cache
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,8 @@ def run(
         call(one.run, (*pointers, *strides, parallel, *one.words, *sizes, *of_tables))
 
 
-def _spec(shape: Shape, variant: Variant) -> Spec:
-    """The kernel of a variant; where a cache holds what it reads, that of rows of codes."""
-    held = variant.storage.kv_cache
-    return spec_at(shape, variant) if held is None else replace(spec_at(shape, without_cache(variant)), rows=rows_of(held))
-
-
 def _launch(shape: Shape, members: Sequence[int], variant: Variant) -> Launch:
-    spec = _spec(shape, variant)
+    spec = spec_of_few(shape, variant)
     kernel = load(decoding(spec)).decode
     kernel.argtypes = [ctypes.c_void_p]
     ratio = shape.heads // shape.kv_heads

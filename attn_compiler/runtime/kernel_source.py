@@ -15,7 +15,9 @@ from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.triton_programs import gathered, programs
+from attn_compiler.targets.cpp import coded as cpp_coded
 from attn_compiler.targets.cpp.spec import Stored
+from attn_compiler.targets.triton import coded as triton_coded
 
 
 def _sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -23,6 +25,7 @@ def _sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 
 _PRINT = {"cpp": (_sources, "//"), "triton": (programs, "#")}  # and how remarks begin
+_OF_STORAGE = {"cpp": cpp_coded.objection, "triton": triton_coded.objection}
 TARGETS = tuple(_PRINT)
 
 
@@ -91,7 +94,7 @@ def shape_of(
         layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
     by_states = states.is_alone(read) if target == "cpp" else gathered(shape) is not None
-    reason = None if by_states else objection(read, counted, stored)
+    reason = None if by_states else objection(read, counted, stored, of_storage=_OF_STORAGE[target])
     if reason:
         raise ShapeError(f"the target {target}: {reason}")
     return shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -24,7 +24,7 @@ from attn_compiler.planning.table_values import TableValues
 from attn_compiler.runtime.coding import coded
 from attn_compiler.runtime.compiler import call, load, why_not
 from attn_compiler.runtime.machine import fastest
-from attn_compiler.targets.cpp.coded import is_bfloat16
+from attn_compiler.targets.cpp.coded import is_bfloat16, rows_of
 from attn_compiler.targets.cpp.coded import tables as tables_of_codes
 from attn_compiler.targets.cpp.source import source
 from attn_compiler.targets.cpp.spec import (
@@ -39,6 +39,7 @@ from attn_compiler.targets.cpp.spec import (
     spec_of,
 )
 from attn_compiler.targets.operands import PLACE, head_groups
+from attn_compiler.targets.rows import without_cache
 
 COARSE = 8  # keys that a schedule speaks of together, where they are many or where tables say who sees them
 LONG = 1 << 15  # keys that are many
@@ -159,6 +160,12 @@ def spec_at(shape: Shape, variant: Variant, unit: Unit = Unit.FLOATS) -> Spec:
     known = variant.map(lambda x: simplify(x.substitute({e.heads: const(shape.heads)})) if x.mentions(e.heads) else x)
     placed = in_places(known, q_counted=shape.q_counted, k_counted=shape.k_counted)
     return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, unit)
+
+
+def spec_of_few(shape: Shape, variant: Variant) -> Spec:
+    """The same for few queries; where a cache holds what it reads, of rows of codes."""
+    held = variant.storage.kv_cache
+    return spec_at(shape, variant) if held is None else replace(spec_at(shape, without_cache(variant)), rows=rows_of(held))
 
 
 def launch(

@@ -35,7 +35,9 @@ _library.define(  # type: ignore[no-untyped-call]
 NOTHING, TOTAL, FOR_GRADIENTS, BOTH = "nothing", "log-sum-exp", "peak and mass", "log-sum-exp, peak and mass"
 _TOTALS = (TOTAL, BOTH)
 _LOOKING = ("cpp", "states")  # targets that look at tables to see who sees whom: kernels of others find out themselves
-CODES = "codes"  # in place of a target's name: k and v are rows of codes, as the storage of the cache says
+# In place of a target's name: k and v are rows of codes, as the storage of the cache says.
+CODES: Mapping[str, str] = {"cpp": "codes", "triton": "triton, codes"}
+_OF_CODES = {codes: target for target, codes in CODES.items()}
 
 NOTHING_TOLD: Mapping[str, Tensor] = {}
 
@@ -104,9 +106,9 @@ def _read(what: str) -> _Call:
     text, names, layer, layers, target = json.loads(what)
     variant = wire.read(text)
     decisive = kernels.decisive(variant) if target in _LOOKING else frozenset()
-    plain = target == CODES or not any(part.storage != PLAIN for part in variant.parts())
+    plain = target in _OF_CODES or not any(part.storage != PLAIN for part in variant.parts())
     few = plain and target in _DECODE and SEED not in names
-    held = variant.storage.kv_cache if target == CODES else None
+    held = variant.storage.kv_cache if target in _OF_CODES else None
     return _Call(variant, tuple(names), layer, layers, target, tuple(name in decisive for name in names), few, held)
 
 
@@ -139,12 +141,13 @@ def _attend(
 def _of_numbers(what: str) -> str:
     """The same for k and v that have been decoded."""
     read = _read(what)
-    return _written(without_cache(read.variant), read.names, read.layer, read.layers, "cpp")
+    return _written(without_cache(read.variant), read.names, read.layer, read.layers, _OF_CODES[read.target])
 
 
 _NUMBER_OF = {NOTHING: 0, TOTAL: 0, FOR_GRADIENTS: 1, BOTH: 2}  # for kernels, which write nothing where there is no room
 _RUN = {"cpp": kernels.run, "states": states.run, "triton": triton_kernels.run}
-_DECODE: Mapping[str, Any] = {"cpp": decode, CODES: decode, "triton": triton_decode}
+_FEW = {"cpp": decode, "triton": triton_decode}
+_DECODE: Mapping[str, Any] = {**_FEW, **{codes: _FEW[target] for target, codes in CODES.items()}}
 _DIFFERENTIATE = {"cpp": gradients.gradients, "triton": triton_gradients.gradients}
 
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-from attn_compiler.algebra.variant import Variant, passed_over, without_total
+from attn_compiler.algebra.variant import Variant, without_total
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime import interpreter, linear
+from attn_compiler.runtime.coded_rows import codes_objection, of_rows
 from attn_compiler.runtime.cpp import DTYPES, objection, of_unseeing
 from attn_compiler.runtime.gather import by_triton
-from attn_compiler.runtime.operator import attend_generated, dtype_name
+from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
+from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
+from attn_compiler.targets.triton.coded import needs_e4m3
+from attn_compiler.targets.triton.coded import objection as of_storage
 
 WIDEST = 256  # numbers of a head, up to which a tile fits
+LEAST_E4M3 = (8, 9)
+PLAIN = Variant()
 ANY = math.inf  # how many features are added up, since these are cut into pieces
 
 
@@ -35,11 +42,13 @@ class TritonTarget:
             return _machine(q.device.type, dtype_name(q.dtype))
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
-        where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]))
-        reason = where or passed_over(variant) or objection(variant, counted, stored, operands.differentiated)
+        where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]), variant)
+        reason = where or objection(variant, counted, stored, operands.differentiated, of_storage)
         return reason or (without_total(variant) or of_unseeing(operands, variant) if lse else None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
+        if operands.codes and not codes_objection(operands, variant):
+            return attend_generated(*of_rows(operands, variant), CODES[self.name], lse=lse)
         if not lse and linear.gathers(operands, variant, ANY):
             return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype)))
         return attend_generated(operands, variant, self.name, lse=lse)
@@ -51,16 +60,27 @@ class TritonTarget:
         gathered, dim = linear.by_states(site, variant, ANY), max(site.head_dim, site.value_dim)
         if gathered and not missed and not _machine(site.device, site.dtype):
             return Carried(linear.form(variant, gathered), gains=False)
-        reason = missed or _machine(site.device, site.dtype, dim) or passed_over(variant)
+        reason = missed or _machine(site.device, site.dtype, dim, variant)
         counted = site.kept is None or not site.kept.first  # first tokens in front of the latest stand where a table says
-        reason = reason or objection(variant, (counted, counted), {}, site.phase is Phase.TRAIN)
-        return Refusal(self.name, reason) if reason else Carried("a generated kernel", gains=False)
+        reason = reason or objection(variant, (counted, counted), {}, site.phase is Phase.TRAIN, of_storage)
+        read = ", which reads the codes of the cache" if site.computes.storage.kv_cache and site.q_hint <= MOST_QUERIES else ""
+        return Refusal(self.name, reason) if reason else Carried(f"a generated kernel{read}", gains=False)
 
 
-def _machine(device: str, dtype: str, dim: int = 0) -> str | None:
+def _machine(device: str, dtype: str, dim: int = 0, variant: Variant = PLAIN) -> str | None:
     interpreted = device == "cpu" and interpreter.is_interpreting()
     if not (device == "cuda" or interpreted) or dtype not in DTYPES:
         return f"its kernels take {', '.join(DTYPES)} on a GPU, or on the CPU with TRITON_INTERPRET=1; found {dtype} on {device}"
     if dim > WIDEST:
         return f"its kernels take heads of up to {WIDEST} numbers; found {dim}"
-    return None if find_spec("triton") else "Triton is missing: pip install triton"
+    if not find_spec("triton"):
+        return "Triton is missing: pip install triton"
+    known = device == "cuda" and torch.cuda.is_available()
+    return _too_old(*torch.cuda.get_device_capability()) if known and needs_e4m3(variant) else None
+
+
+def _too_old(major: int, minor: int) -> str | None:
+    if torch.version.hip is not None or (major, minor) >= LEAST_E4M3:
+        return None
+    least = ".".join(map(str, LEAST_E4M3))
+    return f"its kernels multiply floats of e4m3 on GPUs of compute capability {least} or more; found {major}.{minor}"

@@ -16,8 +16,8 @@ from attn_compiler.algebra.boolean import conjunction
 from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.simplify import conjuncts
 from attn_compiler.algebra.variant import EmptyRows
-from attn_compiler.runtime.kernels import Shape, spec_at
-from attn_compiler.runtime.triton_launch import call, load, on_device, operand, table
+from attn_compiler.runtime.kernels import Shape, spec_of_few
+from attn_compiler.runtime.triton_launch import call, in_words, load, on_device, operand, table
 from attn_compiler.runtime.triton_launch import sizes as sizes_of
 from attn_compiler.runtime.triton_visits import WARPS
 from attn_compiler.runtime.tuning import chosen, example
@@ -25,6 +25,7 @@ from attn_compiler.targets.cpp.decode import MOST_QUERIES, reach_of
 from attn_compiler.targets.cpp.spec import LONGEST, Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.reach import shows_itself
+from attn_compiler.targets.rows import encoded
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.targets.triton.clip import TILES, clipping, divided
 from attn_compiler.targets.triton.decode import decoding, merging
@@ -65,7 +66,7 @@ def launches(shape: Shape) -> tuple[Launch, ...]:
 
 def _launch(shape: Shape, group: int) -> Launch:
     members, variant = head_groups(shape.variant, shape.heads)[group]
-    spec = spec_at(shape, variant)
+    spec = spec_of_few(shape, variant)
     reach = reach_of(variant.mask, k_counted=shape.k_counted)
     _, shown = divided(spec.variant.mask, spec.variant.mask.tables())
     shown = conjunction([part for part in conjuncts(shown) if not part.mentions(e.h, e.kv)], {})
@@ -87,6 +88,7 @@ def run(
 ) -> None:
     """Fill `out` and `totals`; `layer` is its number, and that of all layers."""
     sizes = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], *layer, *first)
+    k, v = in_words(k), in_words(v)
     for one in launched:
         _run(one, blocks_of(one, q.shape[2], q.device), (q, k, v, out), totals, tables, sizes)
 
@@ -99,14 +101,14 @@ def _run(
     tables: Sequence[Tensor],
     sizes: tuple[int, ...],
 ) -> None:
-    q, _, v, out = operands
+    q, *_, out = operands
     batch, heads, q_len, k_len, first = q.shape[0], sizes[0], sizes[2], sizes[3], sizes[6:]
     groups = groups_of(one, q_len)
     count = slices(one.reach, q_len, k_len, blocks.keys, batch * groups.count, q.device)
     fills = one.fills and not _all_see(one, q_len, k_len, first)
     parts = count * (1 + fills)
     peaks, masses = (q.new_empty((parts, batch, heads, q_len), dtype=torch.float32) for _ in range(2))
-    sums = q.new_empty((parts, batch, heads, q_len, v.shape[3]), dtype=torch.float32)
+    sums = q.new_empty((parts, batch, heads, q_len, out.shape[3]), dtype=torch.float32)
     members, starts, owners = _on(groups, q.device)
     read = tuple(table(tables[n]) for n in one.numbers)
     limits = None if k_len < LONG else _limits(one, blocks, q, read, sizes)
@@ -160,6 +162,8 @@ def _attempt(one: Launch, q_len: int, device: torch.device, blocks: Blocks) -> C
     """Launch the kernels on numbers of their own."""
     shape = replace(one.shape, batch=1, q_len=q_len, k_len=TRIED, first_query=TRIED - q_len)
     q, k, v, out, tables = example(shape, device)
+    held = head_groups(shape.variant, shape.heads)[one.group][1].storage.kv_cache
+    k, v = (x if held is None else encoded(x, held.of(n)) for n, x in enumerate((k, v)))
     return lambda: _run(one, blocks, (q, k, v, out), None, tables, sizes_of(shape))
 
 

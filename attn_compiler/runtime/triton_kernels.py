@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra.storage import PLAIN, Storage
 from attn_compiler.runtime.kernels import Shape, spec_at
+from attn_compiler.runtime.triton_coding import Operands, coded
 from attn_compiler.runtime.triton_launch import call, can_be_described, load, operand, sizes, table
 from attn_compiler.runtime.triton_visits import Visits, visits_of
 from attn_compiler.runtime.tuning import chosen, example
@@ -18,6 +20,8 @@ from attn_compiler.runtime.visits import Visited, visited
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks
+from attn_compiler.targets.triton.coded import tables as tables_of_codes
+from attn_compiler.targets.triton.coded import with_scales
 from attn_compiler.targets.triton.source import source
 
 
@@ -34,7 +38,7 @@ class Kernel:
 def kernel(shape: Shape, group: int, blocks: Blocks) -> Kernel:
     """The kernel of one of a call's groups of heads."""
     members, variant = head_groups(shape.variant, shape.heads)[group]
-    spec = spec_at(shape, variant)
+    spec = with_scales(spec_at(shape, variant))
     found = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
     return Kernel(members, spec, source(spec, replace(found.iteration, specialized=blocks.specialized)), found)
 
@@ -47,7 +51,9 @@ class Launch:
     kernel: Any
     blocks: Blocks
     visits: Visits
-    numbers: tuple[int, ...]  # the places of its tables among those of the call
+    numbers: tuple[int, ...]  # the places of its tables among those of the call, and behind them the scales
+    scales: tuple[str, ...]
+    storage: Storage
 
 
 @lru_cache(maxsize=128)
@@ -64,8 +70,10 @@ def launches(shape: Shape, device: torch.device, describable: bool) -> tuple[Lau
 
 def _launch(shape: Shape, group: int, blocks: Blocks, device: torch.device) -> Launch:
     one = kernel(shape, group, blocks)
-    numbers = tuple(shape.names.index(name) for name, _ in one.spec.tables)
-    return Launch(one.members, load(one.text).forward, blocks, visits_of(one.spec, one.visited, blocks, device), numbers)
+    scales = tables_of_codes(one.spec.variant)
+    names = (*shape.names, *scales)
+    numbers, visits = tuple(names.index(name) for name, _ in one.spec.tables), visits_of(one.spec, one.visited, blocks, device)
+    return Launch(one.members, load(one.text).forward, blocks, visits, numbers, scales, one.spec.variant.storage)
 
 
 def _attempt(shape: Shape, group: int, device: torch.device, blocks: Blocks) -> Callable[[], None]:
@@ -73,7 +81,8 @@ def _attempt(shape: Shape, group: int, device: torch.device, blocks: Blocks) -> 
     shape = replace(shape, batch=1)
     q, k, v, out, tables = example(shape, device)
     one = _launch(shape, group, blocks, device)
-    return lambda: _start(one, shape, (q, k, v, out), (None, None), tables)
+    operands, read = _coded(one, (q, k, v), tables)
+    return lambda: _start(one, shape, (*operands, out), (None, None), read)
 
 
 def run(
@@ -90,7 +99,16 @@ def run(
     """Fill `out` and `totals`: the log-sum-exp of each query (`kept` is 0), its peak and its mass (1), or all of them (2)."""
     results = (totals, None) if totals is None or not kept else (None, totals) if kept == 1 else (totals[0], totals[1:])
     for one in launches(shape, q.device, all(map(can_be_described, (q, k, v, out)))):
-        _start(one, shape, (q, k, v, out), results, tables)
+        operands, read = _coded(one, (q, k, v), tables)
+        _start(one, shape, (*operands, out), results, read)
+
+
+def _coded(one: Launch, operands: Operands, tables: Sequence[Tensor]) -> tuple[Operands, Sequence[Tensor]]:
+    """The operands as a kernel reads them, and all tables."""
+    if one.storage == PLAIN:
+        return operands, tables
+    operands, found = coded(*operands, one.storage)
+    return operands, [*tables, *(found[name] for name in one.scales)]
 
 
 def _start(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache, partial
 from typing import Any
@@ -18,9 +19,16 @@ from attn_compiler.runtime.kernels import Shape
 
 
 def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], options: Mapping[str, int]) -> None:
-    """Launch a kernel on the device of a tensor: Triton itself would take the current one."""
-    with torch.cuda.device_of(of), interpreter.quiet():  # type: ignore[no-untyped-call]
+    """Launch a kernel on the device of a tensor."""
+    with beside(of):
         copy_context().run(_start, of, partial(kernel[grid], *arguments, **options))
+
+
+@contextmanager
+def beside(of: Tensor) -> Iterator[None]:
+    """Launch what is launched on the device of a tensor: Triton itself would take the current one."""
+    with torch.cuda.device_of(of), interpreter.quiet():  # type: ignore[no-untyped-call]
+        yield
 
 
 def _start(of: Tensor, launch: Callable[[], object]) -> None:
@@ -35,6 +43,13 @@ def can_be_described(x: Tensor) -> bool:
     """Whether what copies whole tiles takes the rows of a tensor: they start at multiples of 16 bytes, and do not overlap."""
     starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
     return all(start % 16 == 0 for start in starts) and x.stride(2) >= x.shape[3]
+
+
+def in_words(x: Tensor) -> Tensor:
+    """Rows of bytes that start at whole words where they are whole words long, as kernels take it."""
+    starts = (x.data_ptr(), *x.stride()[:3])
+    fits = x.dtype != torch.uint8 or x.shape[3] % 4 or all(start % 4 == 0 for start in starts)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def sizes(shape: Shape) -> tuple[int, ...]:

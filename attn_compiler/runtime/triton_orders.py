@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attn_compiler.algebra.storage import PLAIN
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime.ahead import Order
-from attn_compiler.runtime.kernels import Shape, spec_at
+from attn_compiler.runtime.kernels import Shape, spec_at, spec_of_few
 from attn_compiler.runtime.visits import visited
 from attn_compiler.targets.cpp.decode import reach_of
+from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton import states
-from attn_compiler.targets.triton.blocks import Blocks, Kind
+from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
+from attn_compiler.targets.triton.coded import held, multiplied, with_scales
 from attn_compiler.targets.triton.decode import decoding
 from attn_compiler.targets.triton.gradient import by_key, by_query
 from attn_compiler.targets.triton.source import can_specialize, source
 
 
+def cuts(shape: Shape, kind: Kind, machine: str = "", group: int = 0) -> tuple[Blocks, ...]:
+    """How it is worth trying to cut the kernel for one of the groups of heads, the likeliest first."""
+    _, variant = head_groups(shape.variant, shape.heads)[group]
+    of = multiplied(spec_of(shape, kind, variant))
+    codes = kind == "forward" and variant.storage != PLAIN
+    return candidates(kind, "float32" if "float32" in of else of[1], max(shape.dim, shape.value_dim), machine, codes=codes)
+
+
 def order(shape: Shape, kind: Kind, blocks: Blocks, machine: str, group: int = 0) -> Order:
     """The kernel for one of the groups of heads, cut so; tables want no gradients."""
     _, variant = head_groups(shape.variant, shape.heads)[group]
-    tables = tuple((stored.dtype, stored.axes) for _, stored in spec_at(shape, variant).tables)
-    return Order(text(shape, kind, blocks, group), shape.dtype, tables, machine, blocks)
+    spec = spec_of(shape, kind, variant)
+    tables = tuple((stored.dtype, stored.axes) for _, stored in spec.tables)
+    of = tuple(held(spec).items())
+    return Order(text(shape, kind, blocks, group), shape.dtype, tables, machine, blocks, of, multiplied(spec))
+
+
+def spec_of(shape: Shape, kind: Kind, variant: Variant) -> Spec:
+    """All that determines the kernel of a variant without groups."""
+    return spec_of_few(shape, variant) if kind == "decode" else with_scales(spec_at(shape, variant))
 
 
 def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
@@ -37,7 +56,7 @@ def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
     if kind in states.KERNELS:
         return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=bool(shape.names))
     members, variant = head_groups(shape.variant, shape.heads)[group]
-    spec = spec_at(shape, variant)
+    spec = spec_of(shape, kind, variant)
     if kind == "decode":
         return decoding(spec, reach_of(variant.mask, k_counted=shape.k_counted))
     if kind == "backward_kv":

@@ -8,17 +8,22 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import passed_over
 from attn_compiler.runtime import triton_decode, triton_kernels
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.triton_launch import sizes
+from attn_compiler.runtime.triton_orders import cuts
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import head_groups
-from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
+from attn_compiler.targets.triton.blocks import Blocks, candidates
 from attn_compiler.targets.triton.clip import ALIKE, TILES, clipping
+from attn_compiler.targets.triton.coded import encoder
+from attn_compiler.targets.triton.coded import tables as tables_of_codes
 from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few, program_of_states
+from attn_compiler.targets.triton.skeleton import joined
 from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, TF32, source
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
@@ -29,8 +34,8 @@ def programs(shape: Shape) -> Programs:
     found = gathered(shape)
     if found is not None:
         return ((tuple(range(shape.heads)), _of_states(shape, found)),)
-    dropout = any(part.dropout for part in shape.variant.parts())
-    return _for_many(shape) if shape.q_len > MOST_QUERIES or dropout else _for_few(shape)
+    whole = any(part.dropout or part.storage != PLAIN for part in shape.variant.parts())
+    return _for_many(shape) if shape.q_len > MOST_QUERIES or whole else _for_few(shape)
 
 
 def gathered(shape: Shape) -> Linear | None:
@@ -57,19 +62,21 @@ def _of_states(shape: Shape, found: Linear) -> str:
 
 
 def _for_many(shape: Shape) -> Programs:
-    blocks = _likeliest("forward", shape)
-    found = (triton_kernels.kernel(shape, group, blocks) for group in range(len(head_groups(shape.variant, shape.heads))))
-    return tuple((one.members, _alone(one, shape, blocks)) for one in found)
+    groups = range(len(head_groups(shape.variant, shape.heads)))
+    cut = [cuts(shape, "forward", group=group)[0] for group in groups]  # the likeliest: no device has been asked
+    found = [triton_kernels.kernel(shape, group, blocks) for group, blocks in zip(groups, cut, strict=True)]
+    return tuple((one.members, _alone(one, shape, blocks)) for one, blocks in zip(found, cut, strict=True))
 
 
 def _alone(one: triton_kernels.Kernel, shape: Shape, blocks: Blocks) -> str:
     visited, own = one.visited, {"MEMBERS": len(one.members)}
+    text = joined(one.text, encoder()) if tables_of_codes(one.spec.variant) else one.text
     if visited.tasks is None:
-        return program(one.text, one.spec, _constants(shape, blocks, **own), visited.arrays)
+        return program(text, one.spec, _constants(shape, blocks, **own), visited.arrays)
     arrays = {**visited.arrays, **dict(zip(("heads_of", "rows_of", "schedules"), visited.tasks, strict=True))}
     own |= {"TILES": TILES, "ORDERED": visited.iteration.ordered}
     own |= dict(zip(ALIKE, visited.blocks or (), strict=bool(visited.blocks)))
-    kernels = one.text, clipping(one.spec, visited.shown)
+    kernels = text, clipping(one.spec, visited.shown)
     return program_clipped(kernels, one.spec, _constants(shape, blocks, **own), arrays)
 
 
@@ -77,7 +84,7 @@ def _for_few(shape: Shape) -> Programs:
     found = []
     for one in triton_decode.launches(shape):
         groups = triton_decode.groups_of(one, shape.q_len)
-        blocks = replace(_likeliest("decode", shape), queries=triton_decode.rows_of(one, shape.q_len))
+        blocks = replace(cuts(shape, "decode", group=one.group)[0], queries=triton_decode.rows_of(one, shape.q_len))
         count = triton_decode.slices(
             one.reach, shape.q_len, shape.k_len, blocks.keys, shape.batch * groups.count, torch.device("cpu")
         )
@@ -86,11 +93,6 @@ def _for_few(shape: Shape) -> Programs:
         kernels = triton_decode.sources(one, everything=one.fills)
         found.append((one.members, program_for_few(kernels, one.spec, _constants(shape, blocks, **own), visits)))
     return tuple(found)
-
-
-def _likeliest(kind: Kind, shape: Shape) -> Blocks:
-    """How a kernel is cut where no device has been asked."""
-    return candidates(kind, shape.dtype, max(shape.dim, shape.value_dim))[0]
 
 
 def _constants(shape: Shape, blocks: Blocks, **own: int) -> Mapping[str, object]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from attn_compiler.runtime.ahead import Compiled, Order, compile_each, is_sound
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.machine import known
-from attn_compiler.runtime.triton_orders import order, suits
-from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
+from attn_compiler.runtime.triton_orders import cuts, order, suits
+from attn_compiler.targets.triton.blocks import Blocks, Kind
 
 INTERPRETED = (Blocks(),)  # the interpreter runs whatever it is given
 ROUNDS = 5
@@ -38,7 +38,7 @@ def chosen(
     """
     on_device = device.type == "cuda"
     machine = machine_of(device) if on_device else ""
-    some = candidates(kind, shape.dtype, max(shape.dim, shape.value_dim), machine) if on_device else INTERPRETED
+    some = cuts(shape, kind, machine, group) if on_device else INTERPRETED
     some = tuple(replace(x, queries=queries or x.queries) for x in some if not x.specialized or describable)
     some = tuple(blocks for blocks in some if suits(shape, blocks, group))
     if not on_device or torch.cuda.is_current_stream_capturing():  # nothing can be measured now

@@ -49,6 +49,8 @@ def held_tensor(x: Tensor, how: Held, along: int = _CHANNELS) -> Tensor:
 
 def held_weights(weights: Tensor, numbers: Numbers) -> Tensor:
     """[..., queries, keys] as they come back; each row has a scale, and no sign where nothing is negative."""
+    if weights.numel() == 0:
+        return weights
     real = weights.detach().to(torch.float32)
     per = Shared("token") if numbers.scaling is Scaling.REAL else None
     back = rounded(real, numbers, per, -1)

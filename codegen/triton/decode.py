@@ -58,13 +58,13 @@ def decode(
         # <per key>
         visible = column < end  # <visible>
         wanted = tl.max(tl.cast(visible, tl.int32), 0, keep_dims=True).T != 0  # what nobody sees is not read
-        values = some(rows(v, b, kv, j.T), wanted, VALUE_DIM, VALUE_WIDTH)
+        values = some(rows(v, b, kv, j.T), wanted, VALUE_DIM, VALUE_WIDTH)  # <values>
         if MEAN:
             weight = tl.where(visible, 1.0, 0.0)
         else:
-            keys = some(rows(k, b, kv, j.T), wanted, DIM, WIDTH)
+            keys = some(rows(k, b, kv, j.T), wanted, DIM, WIDTH)  # <keys>
             # <per pair>
-            dot = tl.dot(queries, keys.T, input_precision="ieee")
+            dot = tl.dot(queries, keys.T, input_precision="ieee")  # <dot>
             score = dot * 0.125  # <score>
             score = tl.where(visible, score, -INFINITY)
             if BY_PEAK:

@@ -67,7 +67,7 @@ def forward(
                 j = tl.load(k_order + j)
             keys, values = take(rows(k, b, kv, j.T), DIM, WIDTH), take(rows(v, b, kv, j.T), VALUE_DIM, VALUE_WIDTH)
             # <per key>
-            dot = tl.dot(queries, keys.T, input_precision="ieee")
+            dot = tl.dot(queries, keys.T, input_precision="ieee")  # <dot>
             score = dot * 0.125  # <score>
             if phase != 1:
                 visible = (column < k_len) & ~seen  # <visible>
@@ -82,7 +82,7 @@ def forward(
                 if MEAN:
                     gone = gone & (phase < 2)
                 weight = tl.where(gone, 0.0, weight)
-            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")  # <sum>
     seen, factor, total, filling = peak != -INFINITY, 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), row < q_len, VALUE_DIM, VALUE_WIDTH)
     query, count = numbered(b, h, i, heads, q_len)

@@ -28,6 +28,7 @@ def attend(q, k, v, *tables):
     """What attention makes of [batch, heads, tokens, dim], and the log-sum-exp of each query."""
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     totals = q.new_empty(q.shape[:3], dtype=torch.float32)
+    # <codes>
     operands = [(x, *x.stride()[:3]) for x in (q, k, v, out)]
     read = tuple((table, tuple(table.shape), tuple(table.stride())) for table in tables)
     # <launches>

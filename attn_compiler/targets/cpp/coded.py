@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.storage import PLAIN, Held, Scaling
@@ -35,8 +37,8 @@ def score(variant: Variant) -> Expr:
     return variant.score.substitute({e.score: times(variant.scale), e.dot: times(e.const(1.0))})
 
 
-def objection(variant: Variant) -> str | None:
-    """What the kernels have against a storage; None: nothing."""
+def objection(variant: Variant, against: Callable[[str, Held], str | None] | None = None) -> str | None:
+    """What the kernels have against a storage; None: nothing. `against` says what a target has against one operand's."""
     storage = variant.storage
     if storage == PLAIN:
         return None
@@ -46,17 +48,22 @@ def objection(variant: Variant) -> str | None:
         return "its kernels know no norms of codes"
     if storage.pv and variant.normalizer.weight != SOFTMAX.weight:
         return f"its kernels hold weights of a softmax, not of `{variant.normalizer.name}`"
-    held = (("qk", storage.qk, ("token", "block", "head")), ("pv", storage.pv, ("channel", "head")))
-    found = (_against(operand, how, shared) for operand, how, shared in held if how)
+    found = ((against or _against)(operand, how) for operand, how in (("qk", storage.qk), ("pv", storage.pv)) if how)
     return next(filter(None, found), None)
 
 
-def _against(operand: str, how: Held, shared: tuple[str, ...]) -> str | None:
+def _against(operand: str, how: Held) -> str | None:
     if is_bfloat16(how) and operand == "pv":
         return None
     numbers = how.numbers
     if numbers.scaling is not Scaling.REAL or numbers.spacing != 1.0 or numbers.largest > BYTE:
         return f"its kernels multiply whole numbers of a byte, not {numbers.name}"
+    return against_scales(operand, how)
+
+
+def against_scales(operand: str, how: Held) -> str | None:
+    """What kernels have against what shares a scale, and what is kept apart."""
+    shared = {"qk": ("token", "block", "head"), "pv": ("channel", "head")}[operand]
     if how.per is None or how.per.name not in shared:
         return f"its kernels take the scales of `{operand}` per {', '.join(shared)}; found {how.per}"
     if how.outliers < float("inf") or (how.smooth and operand == "pv"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -114,7 +114,10 @@ def in_places(variant: Variant, *, q_counted: bool, k_counted: bool) -> Variant:
     return variant.map(lambda expression: expression.substitute({e.q: q, e.k: k}))
 
 
-def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
+OfStorage = Callable[[Variant], str | None]  # what a target's kernels have against how operands are held
+
+
+def refuse(variant: Variant, tables: Mapping[str, Stored], of_storage: OfStorage = coded.objection) -> str | None:
     """Why no kernel can be made for a variant without groups; None if one can."""
     spec = Spec(variant, 1, 1, "float32", ())
     normalizer = variant.normalizer
@@ -124,7 +127,7 @@ def refuse(variant: Variant, tables: Mapping[str, Stored]) -> str | None:
         return f"the output of `{normalizer.name}` is not proportional to the sum of weight · v"
     if normalizer.weight.mentions(e.k, PLACE):
         return f"the weights of `{normalizer.name}` depend on the key besides its score"
-    held = coded.objection(variant)
+    held = of_storage(variant)
     if held:
         return held
     wide = [name for name, stored in tables.items() if stored.axes > MOST_AXES]

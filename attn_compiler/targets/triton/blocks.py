@@ -36,10 +36,11 @@ class Blocks:
         return {**self.sizes(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-def candidates(kind: Kind, dtype: str, dim: int, machine: str = "") -> tuple[Blocks, ...]:
+def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bool = False) -> tuple[Blocks, ...]:
     """What is worth trying for heads of `dim` numbers, what any call can be cut into first.
 
-    The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes.
+    The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes. Products of `codes` need
+    more registers: those of whole numbers, and of them as floats.
     """
     if kind in STATES:
         return _LINEAR["float32" if dtype == "float32" else "amd" if machine.startswith("gfx") else "narrow"]
@@ -47,7 +48,7 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "") -> tuple[Blo
         return _WIDE[kind]
     if machine.startswith("gfx"):
         return _AMD[kind]
-    usual = _NARROW[kind] if dim <= 64 else _USUAL[kind]
+    usual = _NARROW[kind] if dim <= 64 and not codes else _USUAL[kind]
     return usual + _HOPPER if machine == "sm_90" and kind == "forward" else usual
 
 

@@ -9,6 +9,7 @@ from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.targets.cpp.decode import position_of
 from attn_compiler.targets.cpp.printer import Leaves, Level
 from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.triton import coded
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES
 from attn_compiler.targets.triton.source import assembled, constants, pair, printer_of, result
 
@@ -28,7 +29,12 @@ def decoding(spec: Spec, reach: tuple[int, int, int], *, every: bool = False) ->
     `reach` is the least and the largest distance back to a key that is seen, besides so many first ones.
     """
     printer = printer_of(spec, "decode.py", _BY_QUERY)
-    holes = {**pair(printer, spec, INSIDE), "position": printer.assign("position", position_of(spec))}
+    holes = {
+        **pair(printer, spec, INSIDE),
+        **coded.products(spec),
+        **coded.loaded(spec),
+        "position": printer.assign("position", position_of(spec)),
+    }
     nearest, farthest, first = reach
     bounds = f"NEAREST, FARTHEST, FIRST_KEYS = {constants(nearest, farthest, first)}  # distances back to what is seen; positions"
     if every:

@@ -8,9 +8,12 @@ import numpy as np
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.storage import Held, Scaling
 from attn_compiler.planning.runs import Integers
+from attn_compiler.targets.cpp.coded import K_MEAN, K_SCALE, Q_SCALE
 from attn_compiler.targets.cpp.spec import Spec
 from attn_compiler.targets.operands import PLACE
+from attn_compiler.targets.triton import coded
 from attn_compiler.targets.triton.skeleton import filled, joined, skeleton
 from attn_compiler.targets.triton.source import Holes
 
@@ -97,6 +100,7 @@ def _program(kernel: str, spec: Spec, constants: Mapping[str, object], visits: M
     holes = {
         "constants": lines,
         "visits": [*arrays, f"numbers = {', '.join(visits)}"],
+        "codes": list(_codes(spec)),
         "example": list(_example(spec)),
         **more,
     }
@@ -133,12 +137,42 @@ def parts(numbers: Sequence[int] | Integers) -> list[tuple[int, int, int]]:
     return found
 
 
+def _codes(spec: Spec) -> Iterator[str]:
+    """The statements that bring operands into what a kernel multiplies, and put scales among the tables."""
+    storage = spec.variant.storage
+    if storage.kv_cache:
+        yield f"# k and v are what a cache gives back that holds them in {storage.kv_cache}."
+    if storage.qk:
+        smooth = storage.qk.smooth
+        yield f"k, k_scale, {'mean' if smooth else '_'} = {_encoded('k', storage.qk, ', smooth=True' if smooth else '')}"
+        yield f"q, q_scale, {'dots' if smooth else '_'} = {_encoded('q', storage.qk, ', others=mean' if smooth else '')}"
+    if storage.pv and storage.pv.numbers.scaling is Scaling.NONE:
+        most = storage.pv.numbers.largest
+        yield f"v = v.clamp({-most!r}, {most!r}).to(torch.{coded.stored(storage.pv)})"
+    elif storage.pv:
+        yield f"v, v_scale, _ = {_encoded('v', storage.pv)}"
+    scales = coded.tables(spec.variant)
+    if scales:
+        given = iter(range(len(spec.tables)))
+        read = [_SCALES[name] if name in scales else f"tables[{next(given)}]" for name, _ in spec.tables]
+        yield f"tables = ({', '.join(read)},)"
+
+
+_SCALES = {Q_SCALE: "q_scale", K_SCALE: "k_scale", K_MEAN: "dots", coded.V_SCALE: "v_scale"}
+
+
+def _encoded(operand: str, how: Held, more: str = "") -> str:
+    most, dtype, per = coded.said(how)
+    return f"codes_of({operand}, {most!r}, torch.{dtype}, {per!r}{more})"
+
+
 def _example(spec: Spec) -> Iterator[str]:
     for name, shape in (("q", "HEADS, Q_LEN, DIM"), ("k", "KV_HEADS, K_LEN, DIM"), ("v", "KV_HEADS, K_LEN, VALUE_DIM")):
         yield f"{name} = torch.randn(BATCH, {shape}.value, dtype=DTYPE, device=device)"
     reads = {str(x.value): x.args for part in spec.parts() for x in part.walk() if x.op == "table"}
     sizes = {name: "".join(f"{_size(at)}, " for at in reads.get(name, ())) for name, _ in spec.tables}  # a seed is one number
-    made = (f"torch.ones(({sizes[name]}), dtype=torch.{stored.dtype}, device=device)" for name, stored in spec.tables)
+    given = [(name, stored.dtype) for name, stored in spec.tables if name not in coded.tables(spec.variant)]
+    made = (f"torch.ones(({sizes[name]}), dtype=torch.{dtype}, device=device)" for name, dtype in given)
     yield f"tables = ({''.join(f'{one}, ' for one in made)})".replace(", )", ",)")
 
 

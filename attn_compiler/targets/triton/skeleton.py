@@ -62,18 +62,24 @@ def _block(lines: Sequence[str], start: int, indent: str) -> Sequence[str]:
 
 def _with_tools(text: str) -> str:
     """With the functions that the kernel calls, in the place of the import."""
-    tools = {match[1]: match[0] for match in _FUNCTION.finditer(skeleton("tiles.py"))}
     needed, frontier = set[str](), {text}
     while frontier:
-        called = {name for body in frontier for name in tools if f"{name}(" in body} - needed
+        called = {name for body in frontier for name in re.findall(r"(\w+)\(", body)} & tools().keys() - needed
         needed |= called
-        frontier = {tools[name] for name in called}
+        frontier = {tools()[name] for name in called}
     head, _, kernels = _IMPORT.sub("", text).partition(_BETWEEN)
-    return _BETWEEN.join((head, *(body.rstrip() for name, body in tools.items() if name in needed), kernels))
+    return _BETWEEN.join((head, *(body.rstrip() for name, body in tools().items() if name in needed), kernels))
+
+
+@lru_cache
+def tools() -> Mapping[str, str]:
+    """The functions that kernels call, by name."""
+    return {match[1]: match[0] for name in _TOOLS for match in _FUNCTION.finditer(skeleton(name))}
 
 
 _FUNCTION = re.compile(r"^@triton\.jit\ndef (\w+)\(.*\n(?:(?:    .*)?\n)*", re.MULTILINE)
-_IMPORT = re.compile(r"^from tiles import (?:\([^)]*\)|.*)\n", re.MULTILINE)
+_TOOLS = ("tiles.py", "codes.py")
+_IMPORT = re.compile(r"^from (?:tiles|codes) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
 
 @lru_cache

@@ -11,11 +11,13 @@ from keyword import iskeyword
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, const
+from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.targets.cpp.printer import Leaves, Level
 from attn_compiler.targets.cpp.spec import SEED, Spec, dropped
+from attn_compiler.targets.triton import coded
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES, LOG2E, Printer
-from attn_compiler.targets.triton.skeleton import dialect, skeleton, written
+from attn_compiler.targets.triton.skeleton import dialect, skeleton, tools, written
 
 Holes = Mapping[str, Sequence[str]]
 
@@ -46,7 +48,8 @@ def source(spec: Spec, iteration: Iteration) -> str:
 def can_specialize(spec: Spec, iteration: Iteration) -> bool:
     """Whether all that is met can be met in one loop without branches, whose tiles are rows that follow each other."""
     in_one_phase = spec.variant.empty_rows not in (EmptyRows.MEAN, EmptyRows.UNMASKED)
-    return in_one_phase and not spec.variant.dropout and iteration.stretches > 0 and not iteration.ordered
+    plain = not spec.variant.dropout and spec.variant.storage == PLAIN
+    return in_one_phase and plain and iteration.stretches > 0 and not iteration.ordered
 
 
 def _in_phases(spec: Spec, iteration: Iteration) -> str:
@@ -58,7 +61,8 @@ def _in_phases(spec: Spec, iteration: Iteration) -> str:
     holes = {
         **pair(printer, spec, INSIDE, left if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
-        "result": [*([] if mean else ["seen = peak != -INFINITY"]), *result(printer, spec)],
+        **coded.products(spec),
+        "result": [*([] if mean else ["seen = peak != -INFINITY"]), *_brought_back(printer, spec), *result(printer, spec)],
     }
     facts = {"MEAN": mean, "ORDERED": iteration.ordered}
     return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
@@ -72,6 +76,11 @@ def _in_one_loop(spec: Spec, iteration: Iteration) -> str:
         "result": ["seen = peak != -INFINITY", *result(printer, spec)],
     }
     return assembled("forward_specialized.py", spec, printer, holes, {}, f"STRETCHES = {constants(iteration.stretches)}")
+
+
+def _brought_back(printer: Printer, spec: Spec) -> Sequence[str]:
+    v_scale = printer.tables.get(coded.V_SCALE)
+    return coded.brought_back(spec, v_scale[0]) if v_scale else ()
 
 
 def result(printer: Printer, spec: Spec) -> list[str]:
@@ -88,7 +97,7 @@ def result(printer: Printer, spec: Spec) -> list[str]:
 
 def printer_of(spec: Spec, name: str, leaves: Leaves = LEAVES) -> Printer:
     """A printer that knows the tables of a spec, and which names a skeleton has taken."""
-    taken = set(re.findall(r"\w+", skeleton(name)))
+    taken = {*re.findall(r"\w+", skeleton(name)), *tools(), *coded.NAMES}
     tables = {table: (_identifier(table, taken), stored) for table, stored in spec.tables}
     if spec.by_peak:
         leaves = {**leaves, e.peak: ("(peak * LN2)", Level.LANE)}
@@ -172,7 +181,8 @@ def phases(iteration: Iteration, holes: Holes) -> str:
 
 def _constants(spec: Spec) -> Iterator[str]:
     dims = (spec.dim, spec.value_dim)
-    widths = (max(NARROWEST, 1 << (dim - 1).bit_length()) for dim in dims)
+    least = 2 * NARROWEST if spec.variant.storage.qk else NARROWEST, NARROWEST  # of bytes twice as many
+    widths = (max(few, 1 << (dim - 1).bit_length()) for few, dim in zip(least, dims, strict=True))
     infinity = 'float("inf")'
     yield f"DIM, VALUE_DIM = {constants(*dims)}  # numbers of a query or a key, and of a value"
     yield f"WIDTH, VALUE_WIDTH = {constants(*widths)}  # the same, up to a power of two"
