@@ -61,5 +61,6 @@ def gather(
         values = piece(rows(v, b, h // sharing[2], j.T), first_value, VALUE_DIM, VALUE_WIDTH)
         acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
     tl.store(rows(out, b, h, i) + e, acc, mask=(row < q_len) & (e < VALUE_DIM))
-    query, _ = numbered(b, h, i, tl.num_programs(1), q_len)
-    tl.store(mass + query, total, mask=(row < q_len) & (first_value == 0))
+    if first_value == 0:
+        query, _ = numbered(b, h, i, tl.num_programs(1), q_len)
+        tl.store(mass + query, total, mask=row < q_len)

@@ -41,4 +41,5 @@ def states(k, v, held, at_key, sharing, count, BLOCK_K: tl.constexpr):
     state = state_of(held, b * tl.num_programs(1) + member, count, segment, DIM * VALUE_DIM + DIM)
     d, e = first + tl.arange(0, WIDTH), first_value + tl.arange(0, VALUE_WIDTH)[None, :]
     tl.store(state + d[:, None] * VALUE_DIM + e, acc, mask=(d[:, None] < DIM) & (e < VALUE_DIM))
-    tl.store(state + DIM * VALUE_DIM + d[None, :], total, mask=(d[None, :] < DIM) & (first_value == 0))
+    if first_value == 0:
+        tl.store(state + DIM * VALUE_DIM + d[None, :], total, mask=d[None, :] < DIM)
