@@ -48,7 +48,8 @@ SAYS_OF_CODES = """# Triton kernels of codes compiled ahead of time
 
 Triton {version}, `{variant}` in bfloat16; no GPU was there, nothing was timed. Candidates stand in the order in which they are
 tried, up to the first that is *sound*: no stack and no spill instruction, each product by the machine's own instruction for its
-type, shared memory that fits. sm_80 knows no e4m3, gfx942 multiplies it as float16. sm_100 has tensor memory for no int8.
+type, shared memory that fits. sm_80 knows no e4m3, gfx942 multiplies it as float16. sm_100 multiplies int8 as
+sm_80 does: Triton has no other instruction for it there.
 
 {table}"""
 SAYS = """# Triton kernels compiled ahead of time
