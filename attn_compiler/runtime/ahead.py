@@ -54,6 +54,7 @@ class Order:
     held: tuple[tuple[str, str], ...] = ()  # operands that are held otherwise, and the dtypes of their tensors
     multiplied: tuple[str, ...] = ()  # the dtypes of what is multiplied; nothing: as operands come
     constants: tuple[tuple[str, float | None], ...] = ()  # arguments that are known ahead
+    sums: tuple[int, ...] = ()  # the axes of the tables that want gradients
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         "sharing": ("i32",) * 4,
         "tasks": ("*i32",) * 3,
         "orders": ("*i32",) * 2,
-        "sums": "*fp32" if "peaks" in names else (),
+        "sums": "*fp32" if "peaks" in names else tuple(("*fp64", ("i32",) * axes, ("i32",) * axes) for axes in order.sums),
         "visits": visits,
         "tables": tables,
         **dict.fromkeys(dict(order.constants), "constexpr"),

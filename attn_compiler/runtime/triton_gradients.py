@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,10 @@ def _pairs(shape: Shape, wanted: Wanted, device: torch.device) -> tuple[Pair, ..
 
 
 def _pair(shape: Shape, group: int, wanted: Wanted, device: torch.device) -> Pair:
-    first = chosen("backward_q", shape, group, device, lambda blocks: _attempt(shape, group, wanted, device, (blocks, None)))
-    second = chosen("backward_kv", shape, group, device, lambda blocks: _attempt(shape, group, wanted, device, (None, blocks)))
+    names = tuple(compress(shape.names, wanted))
+    attempt = partial(_attempt, shape, group, wanted, device)
+    first = chosen("backward_q", shape, group, device, lambda blocks: attempt((blocks, None)), wanted=names)
+    second = chosen("backward_kv", shape, group, device, lambda blocks: attempt((None, blocks)), wanted=names)
     return _cut(shape, group, wanted, device, (first, second))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from attn_compiler.algebra.storage import PLAIN
@@ -28,13 +29,14 @@ def cuts(shape: Shape, kind: Kind, machine: str = "", group: int = 0) -> tuple[B
     return candidates(kind, "float32" if "float32" in of else of[1], max(shape.dim, shape.value_dim), machine, codes=codes)
 
 
-def order(shape: Shape, kind: Kind, blocks: Blocks, machine: str, group: int = 0) -> Order:
-    """The kernel for one of the groups of heads, cut so; tables want no gradients."""
+def order(shape: Shape, kind: Kind, blocks: Blocks, machine: str, group: int = 0, wanted: Collection[str] = ()) -> Order:
+    """The kernel for one of the groups of heads, cut so; `wanted` are the tables that want gradients."""
     _, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_of(shape, kind, variant)
     tables = tuple((stored.dtype, stored.axes) for _, stored in spec.tables)
-    of = tuple(held(spec).items())
-    return Order(text(shape, kind, blocks, group), shape.dtype, tables, machine, blocks, of, multiplied(spec))
+    sums = tuple(stored.axes for name, stored in spec.tables if name in wanted)
+    of, printed = tuple(held(spec).items()), text(shape, kind, blocks, group, wanted)
+    return Order(printed, shape.dtype, tables, machine, blocks, of, multiplied(spec), sums=sums)
 
 
 def spec_of(shape: Shape, kind: Kind, variant: Variant) -> Spec:
@@ -51,7 +53,7 @@ def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
     return can_specialize(spec, visited(shape, members, variant, spec, (blocks.queries, blocks.keys)).iteration)
 
 
-def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
+def text(shape: Shape, kind: Kind, blocks: Blocks, group: int, wanted: Collection[str] = ()) -> str:
     """The kernel."""
     if kind in states.KERNELS:
         return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=bool(shape.names))
@@ -59,9 +61,10 @@ def text(shape: Shape, kind: Kind, blocks: Blocks, group: int) -> str:
     spec = spec_of(shape, kind, variant)
     if kind == "decode":
         return decoding(spec, reach_of(variant.mask, k_counted=shape.k_counted))
+    names = tuple(name for name, _ in spec.tables if name in wanted)
     if kind == "backward_kv":
-        return by_key(spec, visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True).iteration, ())
+        return by_key(spec, visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True).iteration, names)
     iteration = visited(shape, members, variant, spec, (blocks.queries, blocks.keys)).iteration
     if kind == "forward":
         return source(spec, replace(iteration, specialized=blocks.specialized))
-    return by_query(spec, iteration, ())
+    return by_query(spec, iteration, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -31,10 +31,12 @@ def chosen(
     *,
     queries: int | None = None,
     describable: bool = False,
+    wanted: Collection[str] = (),
 ) -> Blocks:
     """How the kernel for one of a call's groups of heads is cut on a device; measured once for lengths of the same magnitude.
 
-    `queries` is how many rows a tile has where that is no choice, `describable` whether operands can be copied tile by tile.
+    `queries` is how many rows a tile has where that is no choice, `describable` whether operands can be copied tile by tile;
+    `wanted` are the tables that want gradients.
     """
     on_device = device.type == "cuda"
     machine = machine_of(device) if on_device else ""
@@ -43,7 +45,7 @@ def chosen(
     some = tuple(blocks for blocks in some if suits(shape, blocks, group))
     if not on_device or torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return some[0]
-    orders = [order(shape, kind, blocks, machine, group) for blocks in some]
+    orders = [order(shape, kind, blocks, machine, group, wanted) for blocks in some]
     return some[int(known(question(kind, shape, orders, device), lambda: best(orders, lambda n: milliseconds(attempt(some[n])))))]
 
 

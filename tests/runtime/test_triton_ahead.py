@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -22,10 +22,13 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "dense": {"mask": "all"},
     "sinks and softcap": {"mask": "causal & (window(1024) | sinks(4))", "score": "softcap(score, 50)"},
     "documents and alibi": {"mask": "causal & same(documents)", "score": "score + alibi"},
+    "a bias by distance": {"mask": "causal", "score": "score + relative(bias, 4096)"},
 }
+WANTED: Mapping[str, Collection[str]] = {"a bias by distance": ("bias",)}  # the tables that want gradients
 SPILLING = Blocks(128, 128, 4, 2)
 SPECIALIZED = Blocks(128, 64, 4, 2, specialized=True)
 UNDIVIDED = ("documents and alibi",)  # whose masks read tables, key by key: Triton's pass fails there, and says so
+SINGLE = ("backward_kv", "specialized", "documents", "bias")  # where single numbers are copied ahead, of queries or of tables
 NOT_A_KERNEL = "import triton\n\n\n@triton.jit\ndef forward(q):\n    nothing\n"
 
 
@@ -37,7 +40,7 @@ def order_of(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks | No
     )
     first, *_ = candidates(kind, dtype, dim, machine)
     assert suits(shape, blocks or first, 0)
-    return order(shape, kind, blocks or first, machine)
+    return order(shape, kind, blocks or first, machine, wanted=WANTED.get(variant, ()) if "backward" in kind else ())
 
 
 QUICK = {
@@ -50,6 +53,8 @@ QUICK = {
     "decode, 128, sm_90": order_of("decode", 128, "bfloat16", "sm_90"),
     "documents, forward, 128, sm_90": order_of("forward", 128, "bfloat16", "sm_90", variant="documents and alibi"),
     "documents, backward_kv, 128, sm_90": order_of("backward_kv", 128, "bfloat16", "sm_90", variant="documents and alibi"),
+    "bias, backward_q, 128, sm_90": order_of("backward_q", 128, "bfloat16", "sm_90", variant="a bias by distance"),
+    "bias, backward_kv, 128, sm_90": order_of("backward_kv", 128, "bfloat16", "sm_90", variant="a bias by distance"),
     "forward, 64, sm_80": order_of("forward", 64, "float16", "sm_80"),
     "forward, 128, gfx942": order_of("forward", 128, "float16", "gfx942"),
 }
@@ -80,10 +85,10 @@ def test_the_cut_that_is_tried_first_is_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in QUICK if "sm_" in name and not any(x in name for x in ("backward_kv", "specialized", "documents"))]
+    "name",
+    [name for name in QUICK if "sm_" in name and not any(x in name for x in SINGLE)],
 )
 def test_what_is_copied_ahead_comes_in_steps_of_16_bytes(name: str) -> None:
-    """In the kernels that are left out, single numbers of each query are copied ahead, too, or those of tables."""
     assert found(name).loads_in_whole
 
 
@@ -104,6 +109,11 @@ def test_some_warps_do_nothing_but_copy_whole_tiles(name: str) -> None:
     assert one.count("UTMASTG")
     assert one.count("USETMAXREG")
     assert not one.count("LDGSTS")
+
+
+@pytest.mark.parametrize("name", ["bias, backward_q, 128, sm_90", "bias, backward_kv, 128, sm_90"])
+def test_gradients_of_a_table_are_added_atomically_by_one_of_the_two(name: str) -> None:
+    assert bool(found(name).count("REDG", "ATOMG", "RED.", "ATOM.")) == ("backward_kv" in name)
 
 
 def test_warps_that_the_compiler_did_not_divide_are_seen() -> None:
