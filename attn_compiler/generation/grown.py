@@ -59,7 +59,9 @@ class GrownLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more, where some are here: in front of a graph, which is then the same for each token."""
-        if not self.tokens or torch.is_grad_enabled():
+        if (
+            not self.tokens or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # a graph that has it all makes room itself
             return
         if not self._has_room(self.tokens + tokens):
             self._grow(self.tokens + tokens, self.rooms)

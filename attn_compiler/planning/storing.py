@@ -25,12 +25,15 @@ STORED: Mapping[str, Shared] = {
 def read_storage(entry: Entry, words: Words, scope: Scope) -> Storage:
     """Read `{qk: int8, kv_cache: {type: int8, per: token}}`."""
     given = mapping(entry, tuple(STORED), "operand", "{qk: int8, kv_cache: int8}")
-    return Storage(**{operand: _held(inner, STORED[operand], words, scope) for operand, inner in given.items()})
+    return Storage(**{operand: read_held(inner, operand, words, scope) for operand, inner in given.items()})
 
 
 def read_held(entry: Entry, operand: str, words: Words, scope: Scope) -> Held:
     """Read how one of the operands is held."""
-    return _held(entry, STORED[operand], words, scope)
+    held = _held(entry, STORED[operand], words, scope)
+    if operand == "pv" and len(held.largest) > 1:
+        raise PolicyError(f"{entry.place}: of p·v the `largest` number is that of v: give one")
+    return held
 
 
 def _held(entry: Entry, usual: Shared, words: Words, scope: Scope) -> Held:

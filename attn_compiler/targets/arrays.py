@@ -106,6 +106,11 @@ class Arrays:
         return stored.reshape(shape)
 
 
+def _least(a: Tensor, b: Tensor) -> Tensor:
+    """Of equal numbers the first has the gradient, as everywhere else: a gate that is open stays as it is, min(log, 0)."""
+    return torch.where((b < a) | b.isnan(), b, a) if a.is_floating_point() else torch.minimum(a, b)
+
+
 # What symbolic sizes can do and stay symbolic; whatever else is asked of them is computed as a tensor without axes.
 _SYMBOLIC_NUMBERS: Mapping[str, Callable[..., Number]] = {
     **{op: PYTHON[op] for op in ("add", "sub", "mul", "floordiv", "mod", "neg")},
@@ -119,7 +124,7 @@ _TENSORS: Mapping[str, Callable[..., Tensor]] = {
     "floordiv": torch.floor_divide,
     "mod": torch.remainder,
     "neg": torch.neg,
-    "min": torch.minimum,
+    "min": _least,
     "max": torch.maximum,
     "div": torch.div,
     "pow": torch.pow,

@@ -27,7 +27,8 @@ _FEW = 8  # tokens that meet one by one
 def gather_faded(operands: Operands, variant: Variant, arrays: Arrays) -> Sums | None:
     """The sums of a causal variant with gates, of mapped operands in `arrays.real`; None where scores are to be made."""
     found, first = linear(variant), operands.first_query
-    if found is None or found.behind != 0 or variant.normalizer.counts or not isinstance(operands.k_positions, int):
+    dropped = variant.dropout and operands.training
+    if found is None or found.behind != 0 or dropped or variant.normalizer.counts or not isinstance(operands.k_positions, int):
         return None
     q, k, v, q_len, k_len = operands.q, operands.k, operands.v, operands.q_len, operands.k_len
     if not (isinstance(first, int) and isinstance(q_len, int) and isinstance(k_len, int)):

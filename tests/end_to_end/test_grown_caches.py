@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler.algebra.storage import Held
@@ -24,6 +24,16 @@ STORED = (None, *(encode(torch.zeros(1, 1, 1, WIDTH), how).held for how in ("int
 def rows(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     given = torch.randn(2, BATCH, HEADS, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
     return given[0], given[1]
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_hidden_layers=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
+    )  # fmt: skip
+    return with_weights(LlamaForCausalLM(config))
 
 
 def filled(held: Held | None, *pieces: int) -> tuple[GrownLayer, Tensor, Tensor]:
@@ -128,15 +138,24 @@ def test_what_inference_mode_has_written_grows_outside_of_it() -> None:
         check(layer, keys, values, None)
 
 
+def test_a_model_that_is_compiled_as_a_whole_makes_room_itself() -> None:
+    """What runs in front of a model is part of its graph then."""
+    model = llama()
+    run, cache = (
+        torch.compile(model, backend="eager"),
+        attn.cache(model, {"version": 1, "rules": [{"match": {}, "attn": "exact"}]}),
+    )
+    tokens = torch.randint(3, 64, (1, LEAST + 20), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        pieces = [run(input_ids=piece, past_key_values=cache).logits for piece in (tokens[:, :8], *tokens[:, 8:].split(1, dim=1))]
+        whole = model(input_ids=tokens).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    assert cache.layers[0].tokens == LEAST + 20
+
+
 @pytest.mark.parametrize("storage", [None, "int8", {"type": "fp8_e4m3", "largest": [60, 30]}], ids=str)
 def test_one_graph_serves_every_length_and_every_growth(storage: object) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_hidden_layers=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = with_weights(LlamaForCausalLM(config))
+    model = llama()
     asked = {"version": 1, "rules": [{"match": {}, "attn": {"storage": {"kv_cache": storage}} if storage else "exact"}]}
     caches, graphs = [attn.cache(model, asked) for _ in range(2)], list[torch.fx.GraphModule]()
 

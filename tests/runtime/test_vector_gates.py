@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,41 @@ def test_gates_of_several_features_are_not_those_of_one() -> None:
     scalar = {**VARIANTS["gla"], "state": "gate(scalar)"}
     assert not torch.allclose(found, alike, rtol=1e-3)
     assert torch.allclose(alike, attn.reference(case.q, case.k, case.v, scalar, tables={"gate": same["gate"][..., 0]}))
+
+
+def test_what_is_dropped_is_no_sum_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faded, "pays", lambda *_: True)
+    case, found = case_of("gla", 70, 70, 2), []
+    variant = replace(case.variant, dropout=0.5)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        given = (x.float() for x in (case.q, case.k, case.v))
+        found.append(attn.attend(*given, variant, tables=case.tables, training=True, target="torch"))
+    assert not torch.allclose(*found)
+
+
+def test_open_gates_have_the_gradients_of_the_plain_formula() -> None:
+    """Their logs are equal from token to token, where `min(log, 0)` has a corner."""
+    case, shown = case_of("gla", 20, 20, 4), torch.ones(20, 20).tril().bool()
+    logs = case.tables["gate"].clone()
+    logs[:, :, 9:] = logs[:, :, 9:10]
+    scalar = {"mask": "causal", "state": "gate(scalar)", "normalizer": "linear(none)", "scale": 1.0}
+
+    def plain(gate: Tensor) -> Tensor:
+        left = torch.where(shown, gate[..., :, None] - gate[..., None, :], 0.0).exp()
+        return (case.q @ case.k.mT * left * shown) @ case.v
+
+    def gradient(run: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
+        gate = of.detach().clone().requires_grad_()
+        return torch.autograd.grad(run(gate).sin().sum(), gate)[0]
+
+    expected = gradient(plain, logs[..., 0])
+    found = gradient(lambda gate: attn.reference(case.q, case.k, case.v, scalar, tables={"gate": gate}), logs[..., 0])
+    torch.testing.assert_close(found, expected)
+    vector = {**scalar, "state": "gate(vector)"}
+    alike = logs[..., :1].expand_as(logs)
+    found = gradient(lambda gate: attn.reference(case.q, case.k, case.v, vector, tables={"gate": gate}), alike)
+    torch.testing.assert_close(found.sum(-1), expected)
 
 
 def test_gates_travel_as_text() -> None:

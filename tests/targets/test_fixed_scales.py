@@ -121,6 +121,11 @@ def test_what_cannot_be_fixed_is_refused(storage: dict[str, object], says: str) 
     assert says
 
 
+def test_of_weights_and_values_only_these_have_a_largest_number() -> None:
+    with pytest.raises(PolicyError, match="that of v: give one"):
+        attend(*[drawn(1, 1, 4, 4)] * 3, {"pv": {"type": "int8", "largest": [1, 2]}})
+
+
 def test_files_of_plain_operators_refuse_what_they_could_not_warn_of(tmp_path: Path) -> None:
     class Model(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
