@@ -56,7 +56,13 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bo
 _NARROW: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
     "backward_q": (Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
-    "backward_kv": (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 4, 2)),
+    "backward_kv": (
+        Blocks(64, 64, 8, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 128, 8, 2),
+        Blocks(32, 64, 4, 2),
+        Blocks(32, 32, 4, 2),
+    ),
     "decode": (Blocks(16, 64, 4, 3), Blocks(16, 128, 4, 3), Blocks(16, 32, 4, 3)),
 }
 _USUAL: Mapping[Kind, tuple[Blocks, ...]] = {
