@@ -32,7 +32,9 @@ def scaled(x: Tensor, numbers: Numbers, largest: Tensor) -> tuple[Tensor, Tensor
     """The numbers of a type that stand for groups of floats with these largest ones, and what brings them back."""
     # A number divided by a tensor would be times its reciprocal, which rounds twice.
     inverse = torch.full_like(largest, numbers.largest) / largest
-    return nearest(x * inverse, numbers), largest / numbers.largest
+    # Where not all numbers of a group are finite, its scale says so: NaN has no code that all types know.
+    codes = torch.where(largest < math.inf, nearest(x * inverse, numbers), 0.0)
+    return codes, torch.where(largest < math.inf, largest / numbers.largest, math.nan)
 
 
 def rounded(x: Tensor, numbers: Numbers, per: Shared | None, along: int, fixed: Sequence[float] = ()) -> Tensor:
@@ -56,7 +58,8 @@ def rounded(x: Tensor, numbers: Numbers, per: Shared | None, along: int, fixed: 
 
 def within(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Numbers that a fixed scale holds, and the largest of them; a warning where others were cut off."""
-    return torch.ops.attn_compiler.within(x, largest), x.new_full((1,) * x.ndim, largest)
+    inside = torch.ops.attn_compiler.within(x, largest)
+    return inside, largest + 0.0 * inside.abs().amax(dim=-1, keepdim=True)  # NaN, which nothing cuts off, where a token has it
 
 
 def _within(x: Tensor, largest: float) -> Tensor:

@@ -29,20 +29,35 @@ INLINE Row row_at(const Stored* x, const Row& mean) {
   return row;
 }
 
-INLINE void enlarge(Row& largest, const Row& row) {
-  UNROLLED for (int n = 0; n < PARTS; n++) largest.part_of[n] = most(largest.part_of[n], magnitude(row.part_of[n]));
+// Magnitudes are compared by their bits, by which NaN is the greatest.
+INLINE vf larger(vf a, vf b) { return (vf)most((vi)a, (vi)b); }
+INLINE float largest_of(vf x) {
+  const vi bits = (vi)x;
+  int32_t found = bits[0];
+  for (int m = 1; m < LANES; m++) found = std::max(found, bits[m]);
+  return ((vf)splat<vi>(found))[0];
 }
+
+INLINE void enlarge(Row& largest, const Row& row) {
+  UNROLLED for (int n = 0; n < PARTS; n++)
+    largest.part_of[n] = larger(largest.part_of[n], (vf)((vi)row.part_of[n] & INT32_MAX));
+}
+
+// Numbers that are not all finite have NaN for a scale, which whatever reads them meets.
+template <class T> INLINE T finite(T largest) { return largest < INFINITY ? largest : largest - largest; }
 
 INLINE vf nearest(vf x) {
   for (int m = 0; m < LANES; m++) x[m] = std::nearbyint(x[m]);
   return x;
 }
 
-// Writes the codes of a row. Returns what comes back, before it is scaled, times another row.
-INLINE float encode_row(const Row& row, const Row& inverse, const Row& other, int bias, uint8_t* codes) {
+// Writes the codes of a row, of NaN zero. Returns what comes back, before it is scaled, times another row.
+template <bool FINITE> INLINE float encode_row(const Row& row, const Row& inverse, const Row& other, int bias, uint8_t* codes) {
   vf dot = {};
   UNROLLED for (int n = 0; n < PARTS; n++) {
-    const vf code = nearest(row.part_of[n] * inverse.part_of[n]);
+    vf number = row.part_of[n] * inverse.part_of[n];
+    if (!FINITE) number = number == number ? number : vf{};
+    const vf code = nearest(number);
     const bytes found = __builtin_convertvector(convert<vi>(code) ^ bias, bytes);
     memcpy(codes + n * LANES, &found, std::min(LANES, DIM - n * LANES));
     dot += code * other.part_of[n];
@@ -62,9 +77,9 @@ struct Head {
   const Stored* x;
   Row mean, other;
   const Stored* row(int64_t j) const { return x + j * call.stride[2]; }
-  void encode(int64_t j, const Row& inverse, float scale) const {
+  template <bool FINITE> INLINE_METHOD void encode(int64_t j, const Row& inverse, float scale) const {
     const int64_t at = number * call.tokens + j;
-    const float dot = encode_row(row_at(row(j), mean), inverse, other, call.biased ? 128 : 0, call.codes + at * DIM);
+    const float dot = encode_row<FINITE>(row_at(row(j), mean), inverse, other, call.biased ? 128 : 0, call.codes + at * DIM);
     if (call.others) call.dots[at] = dot * scale;
   }
 };
@@ -87,13 +102,19 @@ static Row mean_of(const Head& head) {
 static void encode_channels(const Head& head) {
   const Encoding& call = head.call;
   Row largest = {}, inverse, scale;
+  vi bad = {};
   for (int64_t j = 0; j < call.tokens; j++) enlarge(largest, row_at(head.row(j), head.mean));
   UNROLLED for (int n = 0; n < PARTS; n++) {
-    const vf size = most(largest.part_of[n], splat<vf>(LEAST));
+    const vf size = finite(larger(largest.part_of[n], splat<vf>(LEAST)));
     inverse.part_of[n] = LARGEST / size, scale.part_of[n] = size / LARGEST;
+    bad |= size != size;
   }
   memcpy(call.scales + head.number * DIM, &scale, DIM * sizeof(float));
-  for (int64_t j = 0; j < call.tokens; j++) head.encode(j, inverse, 0.0f);
+  const bool whole = !any(bad);
+  for (int64_t j = 0; j < call.tokens; j++) {
+    if (whole) head.encode<true>(j, inverse, 0.0f);
+    else head.encode<false>(j, inverse, 0.0f);
+  }
 }
 
 static void encode_tokens(const Head& head) {
@@ -103,11 +124,12 @@ static void encode_tokens(const Head& head) {
     Row largest = {}, inverse;
     for (int64_t j = start; j < stop; j++) enlarge(largest, row_at(head.row(j), head.mean));
     vf size = splat<vf>(LEAST);
-    UNROLLED for (int n = 0; n < PARTS; n++) size = most(size, largest.part_of[n]);
-    const float all = greatest(size), scale = all / LARGEST;
+    UNROLLED for (int n = 0; n < PARTS; n++) size = larger(size, largest.part_of[n]);
+    const float all = finite(largest_of(size)), scale = all / LARGEST;
     UNROLLED for (int n = 0; n < PARTS; n++) inverse.part_of[n] = splat<vf>(LARGEST / all);
     for (int64_t j = start; j < stop; j++) {
-      head.encode(j, inverse, scale);
+      if (scale == scale) head.encode<true>(j, inverse, scale);
+      else head.encode<false>(j, inverse, scale);
       call.scales[head.number * call.tokens + j] = scale;
     }
   }

@@ -109,6 +109,7 @@ INLINE bool finish(const Call& call, const Task& task, Work& work, Places& place
   vf factor[VECTORS], total[VECTORS] = {};
   vi sees[VECTORS];
   UNROLLED for (int n = 0; n < VECTORS; n++) {
+    work.peak[n] = work.mass[n] == work.mass[n] ? work.peak[n] : work.mass[n];  // no score of NaN is the largest
     sees[n] = PEAK ? work.peak[n] != -INFINITY : work.sees[n];
     factor[n] = factor_of(task, work.queries, n, work.mass[n], work.peak[n]);
     if (call.totals && call.gradients != 1) total[n] = total_of(task, work.queries, n, work.mass[n], work.peak[n]);

@@ -7,6 +7,20 @@ from codes import whole
 from tiles import give, rows, some
 
 
+@triton.jit
+def magnitude(x):
+    """The bits of magnitudes, which stand in their order: NaN is the greatest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def finite(bits, LEAST: tl.constexpr):
+    """What numbers up to such a magnitude are scaled by: NaN, which whatever reads them meets, where not all are finite."""
+    largest = bits.to(tl.float32, bitcast=True)
+    largest = tl.where(largest < LEAST, LEAST, largest)
+    return tl.where(largest < float("inf"), largest, float("nan"))
+
+
 @triton.jit(do_not_specialize=["tokens", "group"])
 def encode(
     x, codes, scales, means, others, dots, largest, tokens, group, ratio,
@@ -29,17 +43,20 @@ def encode(
     if largest is not None:
         most = tl.load(largest + head * DIM + d, mask=d < DIM, other=1.0)
     elif not ALONE:
+        bits = tl.zeros([1, 1], tl.int32)
         for start in tl.range(first, last, BLOCK):
             token = start + tl.arange(0, BLOCK)[:, None]
             numbers = some(rows(x, b, h, token), token < last, DIM, WIDTH).to(tl.float32) - mean
-            here = tl.max(tl.where(token < last, tl.abs(numbers), 0.0), 1, keep_dims=True)
-            most = tl.maximum(most, tl.max(here, 0, keep_dims=True))
+            here = tl.max(tl.where(token < last, magnitude(numbers), 0), 1, keep_dims=True)
+            bits = tl.maximum(bits, tl.max(here, 0, keep_dims=True))
+        most = finite(bits, LEAST)
 
     for start in tl.range(first, last, BLOCK):
         token = start + tl.arange(0, BLOCK)[:, None]
         numbers = some(rows(x, b, h, token), token < last, DIM, WIDTH).to(tl.float32) - mean
-        by = tl.maximum(tl.max(tl.abs(numbers), 1, keep_dims=True), LEAST) if ALONE else most
+        by = finite(tl.max(magnitude(numbers), 1, keep_dims=True), LEAST) if ALONE else most
         numbers *= tl.div_rn(tl.zeros_like(by) + MOST, by)
+        numbers = tl.where(numbers == numbers, numbers, 0.0)  # NaN has no code, but a scale
         if codes[0].dtype.element_ty == tl.int8:
             numbers = whole(numbers)
         scale = tl.div_rn(by, tl.zeros_like(by) + MOST)
@@ -69,6 +86,7 @@ def codes_of(x, most, dtype, per, smooth=False, others=None):
     if per in ("head", "channel"):
         low, high = (end.float() - (0 if mean is None else mean) for end in x.aminmax(dim=2))
         largest = torch.maximum(low.abs(), high.abs()).clamp_min(least)
+        largest = torch.where(largest < float("inf"), largest, float("nan"))
         largest = largest.amax(2, keepdim=True).expand(batch, heads, dim).contiguous() if per == "head" else largest
         scales = largest / torch.full_like(largest, most)
         scales = scales[..., :1].expand(batch, heads, tokens) if per == "head" else scales

@@ -49,6 +49,7 @@ def merge(
         mass += some_mass
         acc += some_acc
     mass, acc = tl.sum(mass, 0, keep_dims=True), tl.sum(acc, 0, keep_dims=True)
+    seen |= mass != mass  # no score of NaN is the largest
     factor, total, filling = 1.0 / mass, peak * LN2 + tl.log(mass), 0.0  # <result>
     give(rows(out, b, h, i), tl.where(seen, acc * factor, filling), i < q_len, VALUE_DIM, VALUE_WIDTH)
     note(totals, query, count, (total,), i < q_len)

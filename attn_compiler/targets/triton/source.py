@@ -22,6 +22,8 @@ from attn_compiler.targets.triton.skeleton import dialect, skeleton, tools, writ
 Holes = Mapping[str, Sequence[str]]
 
 NARROWEST = 16  # numbers that tensor cores multiply at least
+# A score of NaN may leave no largest one: the mass tells of it.
+_SEEN = ("peak, seen = tl.where(mass == mass, peak, mass), (peak != -INFINITY) | (mass != mass)",)
 _FILLING = {
     EmptyRows.ZERO: "0.0",
     EmptyRows.MEAN: "acc / tl.maximum(k_len, 1)",
@@ -56,13 +58,13 @@ def _in_phases(spec: Spec, iteration: Iteration) -> str:
     printer = printer_of(spec, "forward.py")
     mean = spec.variant.empty_rows is EmptyRows.MEAN
     fills = mean or spec.variant.empty_rows is EmptyRows.UNMASKED
-    every = ("seen = peak != -INFINITY", "steps = tl.where(tl.min(tl.cast(seen, tl.int32)) == 0, tl.cdiv(k_len, BLOCK_K), 0)")
+    every = (*_SEEN, "steps = tl.where(tl.min(tl.cast(seen, tl.int32)) == 0, tl.cdiv(k_len, BLOCK_K), 0)")
     left = ("visible = (column < k_len) & ~seen", *(["score = tl.zeros_like(dot)"] if mean else []))
     holes = {
         **pair(printer, spec, INSIDE, left if fills else ()),
         **walk(iteration.stretches, every if fills else ()),
         **coded.products(spec),
-        "result": [*([] if mean else ["seen = peak != -INFINITY"]), *_brought_back(printer, spec), *result(printer, spec)],
+        "result": [*([] if mean else _SEEN), *_brought_back(printer, spec), *result(printer, spec)],
     }
     facts = {"MEAN": mean, "ORDERED": iteration.ordered}
     return assembled("forward.py", spec, printer, holes, facts, phases(iteration, holes))
@@ -73,7 +75,7 @@ def _in_one_loop(spec: Spec, iteration: Iteration) -> str:
     holes = {
         **pair(printer, spec, INSIDE),
         **walk(2 * iteration.stretches),
-        "result": ["seen = peak != -INFINITY", *result(printer, spec)],
+        "result": [*_SEEN, *result(printer, spec)],
     }
     return assembled("forward_specialized.py", spec, printer, holes, {}, f"STRETCHES = {constants(iteration.stretches)}")
 
