@@ -14,7 +14,7 @@ from attn_compiler.generation.kept import situations
 from attn_compiler.planning.planner import agreed, settled
 from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Site
-from attn_compiler.targets.held_past import latest, remembered_parts
+from attn_compiler.targets.held_past import latest, remembered_parts, summed
 from attn_compiler.targets.traits import Trait, traits
 
 
@@ -26,6 +26,7 @@ class Remembered:
     """
 
     what: str
+    summed: str  # what the states are sums of, for the graph
     latest: int
     heads: int
     layer: int
@@ -41,12 +42,13 @@ def remembered_at(policy: Policy, site: Site, given: Mapping[str, Tensor]) -> Re
     if variant is None or not remembered_parts(variant, site.heads):
         return None
     made = {one.name for part in variant.parts() for one in part.made}
-    asked, variant, near = traits(variant), with_tables_given(variant), latest(variant, site.heads)
+    asked, sums, near = traits(variant), summed(variant, site), latest(variant, site.heads)
+    variant = with_tables_given(variant)
     tables = {name: _table(name, policy, given) for name in variant.tables() - made}
     known = {name: table for name, table in tables.items() if table is not None}
     if len(known) < len(tables):
         return None
-    return Remembered(wire.write(variant), near, site.heads, site.layer or 0, site.layers or 1, asked, known)
+    return Remembered(wire.write(variant), sums, near, site.heads, site.layer or 0, site.layers or 1, asked, known)
 
 
 def _settled(asked: object, site: Site) -> Variant | None:

@@ -62,8 +62,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.states:
             told = tuple(zip(of.traits, traits, strict=True))
             seen = (
-                recall(k, key_states, self.states, first, of.latest, told),
-                recall(v, value_states, self.states, first, of.latest, told),
+                recall(k, key_states, self.states, first, of.latest, of.summed, told),
+                recall(v, value_states, self.states, first, of.latest, of.summed, told),
             )
         if gone > 0:
             self._remember(k[:, :, :gone], v[:, :, :gone], tuple(x[:, :, :gone] for x in traits), first)

@@ -106,6 +106,7 @@ def _site(found: GraphSite, recovered: Recovered, reader: SymbolicReader, stands
         notes=recovered.notes,
         literal=recovered.literal and (restated(recovered.literal, stands) if stands else recovered.literal),
         recalls=0 if past is None else len(past.past),
+        summed="" if past is None else past.summed,
         traits=() if past is None else tuple(past.traits),
         kept=held.kept if held else Kept(0, past.latest) if past else None,
         risky=risky_tables(found, recovered.tables, reader.recorded),

@@ -20,12 +20,13 @@ from attn_compiler.targets.traits import traits, with_traits
 class Recalled:
     """The states, how many places in front of the keys that are here stand for what they remember, and how many are promised.
 
-    `traits` are rows of the keys that are here.
+    `summed` says what the states are sums of, `traits` are rows of the keys that are here.
     """
 
     past: tuple[fx.Node, ...]
     before: Argument  # a number, or the node of one
     latest: int
+    summed: str
     traits: Mapping[str, fx.Node] = field(default_factory=dict)
 
     @property
@@ -52,7 +53,8 @@ def recalled(site: GraphSite) -> Recalled | None:
     if len(reads) != 2:
         return None
     read = reads[0]
-    return Recalled(tuple(read["past"]), read["before"], read["latest"], dict(zip(read["names"], read["traits"], strict=True)))
+    told = dict(zip(read["names"], read["traits"], strict=True))
+    return Recalled(tuple(read["past"]), read["before"], read["latest"], read["summed"], told)
 
 
 def recalls(site: GraphSite) -> tuple[fx.Node, ...]:

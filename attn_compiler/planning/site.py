@@ -89,6 +89,7 @@ class Site:
     input_width: int = 0  # how many numbers of each token q, k and v are projected from; 0 where nobody knows which these are
     rotated: bool = False  # whether q and k are known as they are before a rotary embedding
     recalls: int = 0  # how many states of linear attentions stand for keys that are gone
+    summed: str = ""  # what these states are sums of, as `targets/held_past.py` says it
     traits: tuple[str, ...] = ()  # what its cache tells of tokens besides keys and values
     kept: Kept | None = None  # what its cache holds, which let go of the rest
     form: Form = "written out"  # how the model itself runs it

@@ -12,20 +12,28 @@ from attn_compiler.targets.traits import Trait, empty
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "recall(Tensor here, Tensor new, Tensor[] past, SymInt before, int latest, str[] names, Tensor[] traits) -> Tensor"
+    "recall(Tensor here, Tensor new, Tensor[] past, SymInt before, int latest, str summed, str[] names, Tensor[] traits)"
+    " -> Tensor"
 )
 _library.define("trait(Tensor new, str name, int heads) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def recall(
-    here: Tensor, new: Tensor, past: Sequence[Tensor], before: int, latest: int, traits: Sequence[tuple[Trait, Tensor]] = ()
+    here: Tensor,
+    new: Tensor,
+    past: Sequence[Tensor],
+    before: int,
+    latest: int,
+    summed: str,
+    traits: Sequence[tuple[Trait, Tensor]] = (),
 ) -> Tensor:
     """The tokens `here` [batch, heads, tokens, dim], behind so many places of earlier ones of which only states are left.
 
     The last of them are `new`; as many of the `latest` before these are promised to be here, and so are the `traits` of all.
+    What the states are sums of is said by `summed` (`targets/held_past.py`).
     """
     names, rows = [of.name for of, _ in traits], [x for _, x in traits]
-    return torch.ops.attn_compiler.recall(here, new, past, before, latest, names, rows)  # type: ignore[no-any-return]
+    return torch.ops.attn_compiler.recall(here, new, past, before, latest, summed, names, rows)  # type: ignore[no-any-return]
 
 
 def trait(new: Tensor, of: Trait, heads: int) -> Tensor:
@@ -41,7 +49,14 @@ def _missing(*_: object) -> Tensor:
 
 
 def _places(
-    here: Tensor, new: Tensor, past: Sequence[Tensor], before: int, latest: int, names: Sequence[str], traits: Sequence[Tensor]
+    here: Tensor,
+    new: Tensor,
+    past: Sequence[Tensor],
+    before: int,
+    latest: int,
+    summed: str,
+    names: Sequence[str],
+    traits: Sequence[Tensor],
 ) -> Tensor:
     batch, heads, tokens, dim = here.shape
     return here.new_empty((batch, heads, before + tokens, dim))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
+from attn_compiler.algebra import wire
+from attn_compiler.algebra.bounds import Interval
 from attn_compiler.algebra.expr import Expr
+from attn_compiler.algebra.feature import Feature
+from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.planning.site import Site
 from attn_compiler.targets import past
@@ -112,6 +117,31 @@ def joined(operands: Operands, variant: Variant, past: Sequence[Tensor], shown: 
     )
 
 
+def summed(variant: Variant, site: Site) -> str:
+    """A short text that says what states are sums of: two variants with the same one may read each other's.
+
+    That is the side of the keys: what becomes of them, how they fade, whom no query sees. The mask of the site itself is left
+    out, since padding never joins a state.
+    """
+    own = {*conjuncts(site.computes.mask)}
+    numbers = {e.heads: site.heads, e.dim: site.head_dim, e.layer: site.layer, e.layers: site.layers}
+    facts = {leaf: Interval(n, n) for leaf, n in numbers.items() if n is not None}
+    said = hashlib.sha256(repr(traits(variant)).encode())
+    for members, leaf in states(variant, site.heads):
+        found = linear(continued(leaf))
+        assert found is not None
+        keys = Variant(
+            mask=e.every(*(part for part in conjuncts(found.shown) if part not in own)),
+            score=e.const(0.0) if found.fades is None else found.fades,
+            feature=Feature("", (), leaf.feature.of_k),
+            delta=leaf.delta,
+            context=leaf.context,
+            unrotated=tuple(name for name in leaf.unrotated if name == "k"),
+        ).map(lambda x: simplify(x, facts))
+        said.update(f"{members} {wire.write(keys)}".encode())
+    return said.hexdigest()[:16]
+
+
 def unremembered(site: Site, variant: Variant) -> str | None:
     """Why states and the latest tokens do not serve a variant at a site of which no more is left; None if they do."""
     count, lacks = len(states(variant, site.heads)), objection(variant, site.heads)
@@ -119,8 +149,11 @@ def unremembered(site: Site, variant: Variant) -> str | None:
     if not lacks and site.kept:
         near = latest(variant, site.heads)
         if count == site.recalls and near <= site.kept.latest and asked == site.traits:
-            return None
-        needed += f" and the latest {near} tokens{_with(asked)}"
+            if summed(variant, site) == site.summed:
+                return None
+            needed = "states of other sums"
+        else:
+            needed += f" and the latest {near} tokens{_with(asked)}"
     held = f"{site.recalls} states and {site.kept}{_with(site.traits)}"
     return f"this model's cache holds {held}, and this needs {needed}: make both with one policy"
 

@@ -165,3 +165,44 @@ def test_a_report_counts_what_a_cache_holds_beside_keys(tmp_path: Path) -> None:
     report = attn.explain(model, (), {"input_ids": tokens, "use_cache": False}, asked)
     state, token = HEADS * (2 * 8 + 1) * (8 + 1) * 4, (2 * 2 * 8 + 2 * 8 + HEADS) * 4
     assert {d.caches.decided.most for d in report.plan.decisions if d.caches} == {state + (WINDOW - 1) * token}
+
+
+def self_attention(slots: Mapping[str, object]) -> Mapping[str, object]:
+    return {"version": 1, "rules": [{"match": {"kind": "self"}, "attn": slots}]}
+
+
+@pytest.mark.parametrize(
+    ("of_cache", "of_model"),
+    [
+        ({"feature": "elu_one"}, {"feature": "silu", "normalizer": "linear(none)"}),
+        ({"feature": "elu_one", "state": "decay(0.1)"}, {"feature": "elu_one", "state": "decay(0.9)"}),
+        ({"feature": "elu_one", "state": "decay(0.1)"}, {"feature": "elu_one"}),
+    ],
+    ids=str,
+)
+def test_states_of_one_policy_serve_no_other(of_cache: Mapping[str, object], of_model: Mapping[str, object]) -> None:
+    model, (tokens, _) = llama(), prompt(0)
+    held = attn.cache(model, self_attention(of_cache))
+    run = torch.compile(model, backend="attn", options={"policy": self_attention(of_model)})
+    with torch.no_grad():
+        run(input_ids=tokens, past_key_values=held)
+        with pytest.raises(ShapeError, match="compile it with the policy of the cache"):
+            run(input_ids=tokens[:, :1], past_key_values=held)
+    said = [refusal.reason for _, refusal in attn.reports()[-1].refusals]
+    assert any(reason.endswith("this needs states of other sums: make both with one policy") for reason in said)
+
+
+def test_states_serve_whoever_sums_the_same() -> None:
+    """What becomes of queries, and of what they gather, is no part of a state."""
+    model, (tokens, valid) = llama(), prompt(PADDING)
+    plain = self_attention({"feature": "elu_one", "normalizer": "linear(none)"})
+    held, logits = attn.cache(model, self_attention({"feature": "elu_one"})), list[Tensor]()
+    torch.compiler.reset()
+    run = torch.compile(model, backend="attn", options={"policy": plain})
+    places = (valid.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for part in (slice(0, 6), slice(6, None)):
+            seen = {"attention_mask": valid[:, : part.stop], "position_ids": places[:, part], "past_key_values": held}
+            logits.append(run(input_ids=tokens[:, part], **seen).logits)
+    exact = in_parallel(model.double(), plain, tokens, valid)
+    assert_within_budget(torch.cat(logits, dim=1), exact, in_parallel(model.float(), plain, tokens, valid))
