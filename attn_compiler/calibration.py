@@ -147,7 +147,7 @@ def calibrate(
     whole = _Totals()
     for exact, result in zip(plain, found, strict=True):
         whole.add(exact.reshape(1, 1, -1), result.reshape(1, 1, -1))
-    weights = tuple(sorted(fingerprints(model.parameters())))
+    weights = dict(sorted(fingerprints(model.named_parameters(remove_duplicate=False))))
     divergence = sum(map(_divergence, plain, found)) / len(plain)
     return read.with_measurements(Measured(read.digest, sites, whole.cost().whole, divergence, weights))
 

@@ -270,14 +270,10 @@ def argument_name(node: fx.Node) -> str:
     return found[1] if found else ""
 
 
-def title(node: fx.Node) -> str:
-    """What a model calls an input or parameter of its graph, or nothing: `position_ids`, `relative_attention_bias.weight`."""
+def source_name(node: fx.Node) -> str:
+    """How Dynamo comes by an input of its graph, or nothing: `L['self']._modules['proj']._parameters['weight']`."""
     source = vars(node).get("_dynamo_source")
-    if source is None:
-        return argument_name(node) if node.op == "placeholder" else ""
-    words = re.findall(r"\w+", source.name if isinstance(source.name, str) else source.name())
-    own = [word for word in words if word not in ("L", "G", "self", "_modules", "_parameters", "_buffers")]
-    return ".".join(own[-2:] if own[-1:] in (["weight"], ["bias"]) else own[-1:])
+    return "" if source is None else str(source.name if isinstance(source.name, str) else source.name())
 
 
 def add_input(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:

@@ -173,9 +173,63 @@ def test_what_was_measured_on_other_weights_keeps_no_tolerance(model: nn.Module,
 def test_each_weight_tells_itself_from_others_by_type_shape_and_numbers() -> None:
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
     others = [weight, weight.T, weight.double(), weight + 1e-6, weight[:-1], weight[:0], weight[:0].double(), weight.sum()]
-    assert len(fingerprints(others)) == len(others)
-    assert fingerprints([weight.clone(), weight]) == fingerprints([weight.T.contiguous().T])
-    assert fingerprints([weight.to("meta")]) == frozenset()  # nothing is computed with it, so nothing can go wrong
+    assert len(fingerprints(("w", x) for x in others)) == len(others)
+    assert fingerprints([("w", weight.clone()), ("w", weight)]) == fingerprints([("w", weight.T.contiguous().T)])
+    assert fingerprints([("w", weight.to("meta"))]) == {("w", "")}  # nothing is computed with it, so nothing can go wrong
+
+
+class Stack(nn.Module):
+    """Two models, one behind the other, that differ in nothing but numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Model(), Model()])
+        with torch.no_grad():
+            self.layers[1].attention.v += 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)[..., :32]
+        return x
+
+
+class Broken(Attention):
+    """Dynamo sees its products with weights in one graph, and the attention in another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = ((x @ w).unflatten(-1, (-1, 16)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        torch._dynamo.graph_break()
+        out = nn.functional.scaled_dot_product_attention(q / 2, k, v, is_causal=True, enable_gqa=True)
+        torch._dynamo.graph_break()
+        return out.transpose(1, 2).flatten(2)
+
+
+KEPT = {"version": 1, "rules": [{"match": {}, "attn": {"storage": FP8}, "tolerance": {"site": 0.5}}]}
+
+
+@torch.no_grad()
+def test_weights_in_each_others_places_are_others(x: torch.Tensor) -> None:
+    found = attn.calibrate(Stack().eval(), KEPT, [[x]])
+    swapped, part = Stack().eval(), Stack().eval().layers[1]
+    swapped.layers = nn.ModuleList([swapped.layers[1], swapped.layers[0]])
+    assert found.measured is not None
+    for of, foreign in ((Stack().eval(), False), (swapped, True)):
+        decisions = attn.explain(of, (x,), policy=found).decisions
+        assert [decision.outcome for decision in decisions] == ["refused" if foreign else "approximate"] * 2
+    for same in (part, nn.Sequential(Stack()), Stack().to("meta")):  # a graph may know names from within, or from around
+        assert not found.measured.on(fingerprints(same.named_parameters())).foreign
+
+
+@torch.no_grad()
+def test_a_graph_that_reads_no_weights_keeps_no_tolerance(x: torch.Tensor) -> None:
+    model = Broken().eval()
+    found = attn.calibrate(model, KEPT, [[x]])
+    assert found.measured is not None
+    assert len(found.measured.sites) == 1
+    (decision,) = attn.explain(model, (x,), policy=found).decisions
+    assert decision.outcome == "refused"
+    assert "which this graph reads none of" in decision.refusals[0].reason
+    assert not replace(found.measured, weights={}).on(frozenset()).foreign  # nothing that could be another's
 
 
 def test_scales_are_fixed_by_what_inputs_bring(model: nn.Module, x: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ def rewritten(
 ) -> Rewritten:
     """Rewrite a program's graph in place, each site by the `target` of its name; rules are asked about it as it is `seen`."""
 
-    policy = policy.on(lambda: fingerprints(program.parameters()))
+    policy = policy.on(lambda: fingerprints(program.named_parameters()))
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
         return plan([seen(site) for site in sites], policy, (target(""),), near_misses)

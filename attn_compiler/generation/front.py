@@ -65,7 +65,7 @@ def cache(
     inner = getattr(model, "_orig_mod", model)
     if getattr(inner, "config", None) is None or not hasattr(inner, "generate"):
         raise ShapeError(f"a cache is for models of transformers that generate; found {type(inner).__name__}")
-    read = read.on(lambda: fingerprints(inner.parameters()))
+    read = read.on(lambda: fingerprints(inner.named_parameters()))
     known = _KNOWN.setdefault(inner, {})
     given = sorted((name, id(table)) for name, table in (tables or {}).items())  # what a state reads of them is kept with it
     key = f"{read.digest} {read.measured and read.measured.foreign} {sorted((values or {}).items())} {given}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import SymInt, fx
 
-from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import i, k_len, q, q_len
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.storage import Held
@@ -16,7 +15,7 @@ from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, call, shape, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
 from attn_compiler.graph.inputs import block_input, unrotated
-from attn_compiler.graph.names import layer_numbers, place
+from attn_compiler.graph.names import layer_numbers, place, title
 from attn_compiler.graph.placed import placed
 from attn_compiler.graph.recalled import recalled
 from attn_compiler.graph.record import GraphSite, Operand
@@ -160,4 +159,4 @@ def _blocked(found: GraphSite) -> str:
 def _shape(table: Table) -> TableShape:
     seen = value(table.node)
     shape = () if table.dim is not None or not hasattr(seen, "shape") else tuple(_length(size) for size in seen.shape)
-    return TableShape(shape, table.sort, "" if table.dim is not None else private.title(table.node))
+    return TableShape(shape, table.sort, "" if table.dim is not None else title(table.node))

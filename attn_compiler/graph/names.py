@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attn_compiler import torch_private as private
+
 _KEY = re.compile(r"""\[['"]?([^'"\]]+)['"]?\]""")
 _CALL = re.compile(r"@(\d+)$")
 _NO_MODULES = ("", "_modules", "__dict__", "_orig_mod")
@@ -97,3 +99,17 @@ def _layer(mine: Place, alike: list[tuple[int, ...]]) -> tuple[int, tuple[str, .
 
 def _has_number(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
+
+
+def title(node: fx.Node) -> str:
+    """What a model calls an input or parameter of its graph, or nothing: `position_ids`, `relative_attention_bias.weight`."""
+    if not (name := private.source_name(node)):
+        return private.argument_name(node) if node.op == "placeholder" else ""
+    own = [word for word in re.findall(r"\w+", name) if word not in ("L", "G", "self", "_modules", "_parameters", "_buffers")]
+    return ".".join(own[-2:] if own[-1:] in (["weight"], ["bias"]) else own[-1:])
+
+
+def parameter_path(node: fx.Node) -> str:
+    """What a parameter is called in the module whose frame its graph belongs to, or nothing: `layers.0.proj.weight`."""
+    path = re.search(r"(\._(modules|parameters)\['[^']*'\])+$", private.source_name(node))
+    return ".".join(re.findall(r"'([^']*)'", path.group())) if path else ""

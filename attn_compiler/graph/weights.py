@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from attn_compiler import torch_private as private
+from attn_compiler.graph.names import parameter_path
 
 SAMPLED = 256  # numbers of each weight, evenly spread
 
 
-def fingerprints(weights: Iterable[Tensor]) -> frozenset[str]:
-    """One short text for each weight; weights on the meta device are none."""
-    return frozenset(_fingerprint(x.detach()) for x in weights if not x.is_meta)
+def fingerprints(weights: Iterable[tuple[str, Tensor]]) -> frozenset[tuple[str, str]]:
+    """Each weight's name and one short text; none for weights on the meta device, which nothing is computed with."""
+    return frozenset((name, "" if x.is_meta else _fingerprint(x.detach())) for name, x in weights)
 
 
-def weights_of(gm: fx.GraphModule, inputs: Sequence[private.Traced]) -> Iterator[Tensor]:
-    """The parameters that a graph reads, as Dynamo hands them over, or holds."""
-    yield from gm.parameters()
-    yield from (x for x in inputs if isinstance(x, nn.Parameter))
+def weights_of(gm: fx.GraphModule, inputs: Sequence[private.Traced]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a graph reads, as Dynamo hands them over, or holds; with their names, or what is known of these."""
+    yield from (("", x) for x in gm.parameters())
+    nodes = gm.graph.find_nodes(op="placeholder")
+    yield from ((parameter_path(node), x) for node, x in zip(nodes, inputs, strict=False) if isinstance(x, nn.Parameter))
 
 
 def _fingerprint(weight: Tensor) -> str:

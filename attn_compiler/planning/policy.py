@@ -129,7 +129,7 @@ class Policy:
         digest = hashlib.sha256(f"{self.digest}{measured.to_json()}".encode()).hexdigest()
         return replace(self, digest=digest, measured=measured)
 
-    def on(self, weights: Callable[[], frozenset[str]]) -> Policy:
+    def on(self, weights: Callable[[], frozenset[tuple[str, str]]]) -> Policy:
         """The same policy for a model with these weights: what was measured on others says nothing of it."""
         return replace(self, measured=self.measured.on(weights())) if self.measured else self
 
