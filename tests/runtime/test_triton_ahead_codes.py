@@ -64,7 +64,7 @@ QUICK: Mapping[str, Order] = {
     "int8 and bfloat16, 64": order_of({"qk": "int8"}, 64, "sm_90"),
     "int8 and bfloat16, 128": order_of({"qk": "int8"}, 128, "sm_90"),
     "int8, 64": order_of(INT8, 64, "sm_90"),
-    "int8, 128": order_of(INT8, 128, "sm_90"),
+    "int8, 128": order_of(INT8, 128, "sm_90", 1),
     "int8 and e4m3, 64": order_of(FP8, 64, "sm_90"),
     "int8 and e4m3, 128": order_of(FP8, 128, "sm_90", 2),
     "cache of int8": order_of({"kv_cache": "int8"}, 128, "sm_90"),
