@@ -87,6 +87,11 @@ class Storage:
             if how is not None:
                 yield field.name, how
 
+    @property
+    def shares_among_tokens(self) -> bool:
+        """Whether some, not all, of the tokens share a scale, so that their order decides which."""
+        return any(how.per is not None and how.per.size > 0 for _, how in self.held()) or bool(self.pv and self.pv.numbers.block)
+
     def words(self) -> list[object]:
         """All of it as plain values, for a text."""
         return [[name, _words(how)] for name, how in self.held()]

@@ -89,7 +89,8 @@ class Variant:
     `feature` maps q and k; `dot`, their product, times `scale` is what `score` stands for in the slot `score`, which may change
     it; `mask` says who sees whom, `normalizer` makes weights. `groups` gives sets of query heads variants of their own, without
     groups. Where there is a `mix`, its branches say all of that, and `mask` what any of them sees. `storage` says how operands
-    are held, which rounds them.
+    are held, which rounds them; blocks of tokens that share a scale are cut where tokens are sorted by `order`, their rank at a
+    position `k`, or as they come.
     """
 
     mask: Expr = true
@@ -103,12 +104,17 @@ class Variant:
     derived: tuple[DerivedTable, ...] = ()
     dropout: float = 0.0
     storage: Storage = PLAIN
+    order: Expr | None = None
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
     gates: Expr | None = None  # the running log of a gate for each feature, as `Gates` has it: products fade one by one
     output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
     context: tuple[Context, ...] = ()  # what becomes of keys and values first
     unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
     made: tuple[Made, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
+
+    def held(self, storage: Storage, order: Expr | None = None) -> Variant:
+        """The same variant of operands that are held so, its blocks cut in an order where there are any."""
+        return replace(self, storage=storage, order=order if storage.shares_among_tokens else None)
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, those of the groups, and the branches of each."""
@@ -119,7 +125,7 @@ class Variant:
         """All expressions of this variant, its branches and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
-        own += (*(one for one in (self.delta, self.gates) if one is not None), *self.output)
+        own += (*(one for one in (self.order, self.delta, self.gates) if one is not None), *self.output)
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
@@ -136,6 +142,7 @@ class Variant:
             score=change(self.score),
             normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
             feature=self.feature.map(change),
+            order=None if self.order is None else change(self.order),
             delta=None if self.delta is None else change(self.delta),
             gates=None if self.gates is None else change(self.gates),
             output=tuple(map(change, self.output)),
@@ -174,6 +181,7 @@ EXTRAS: Mapping[str, object] = {
     "feature": IDENTITY,
     "mix": None,
     "storage": PLAIN,
+    "order": None,
     "delta": None,
     "gates": None,
     "output": (),

@@ -15,7 +15,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 8
+_VERSION = 9
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -61,6 +61,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "groups": [[str(heads), _written(of_group, number)] for heads, of_group in variant.groups],
         "dropout": variant.dropout,
         "storage": variant.storage.words(),
+        "order": None if variant.order is None else number(variant.order),
         "delta": None if variant.delta is None else number(variant.delta),
         "gates": None if variant.gates is None else number(variant.gates),
         "output": [number(step) for step in variant.output],
@@ -92,6 +93,7 @@ def _variant(written: Written, node: Node) -> Variant:
         groups=tuple((IntegerSet.parse(heads), _variant(of_group, node)) for heads, of_group in written["groups"]),
         dropout=float(written["dropout"]),
         storage=Storage.of(written["storage"]),
+        order=None if written["order"] is None else node(written["order"]),
         delta=None if written["delta"] is None else node(written["delta"]),
         gates=None if written["gates"] is None else node(written["gates"]),
         output=tuple(map(node, written["output"])),

@@ -52,6 +52,8 @@ class PlainTarget:
             return Refusal(self.name, "its dropout is active: call `model.eval()`")
         if any(how.largest for part in variant.parts() for _, how in part.storage.held()):
             return Refusal(self.name, "a file cannot warn of what scales cut off that a policy fixes: leave `largest` out")
+        if any(part.order is not None for part in variant.parts()):
+            return Refusal(self.name, "a file cuts blocks of tokens that share scales as they come: leave the `order` out")
         carried = _TORCH.carry(site, variant)
         if isinstance(carried, Refusal):
             return carried

@@ -105,6 +105,8 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     if variant.empty_rows in _EMPTY_ROWS:
         parts.append(Part("no key seen", _EMPTY_ROWS[variant.empty_rows]))
     parts += [Part(_HELD[operand], f"held in {how}") for operand, how in variant.storage.held()]
+    if variant.order is not None:
+        parts.append(Part("blocks of tokens", f"cut in order of {speaking.says(speaking.by_index(variant.order))}"))
     return Formula(says, tuple(parts), heads)
 
 

@@ -10,7 +10,7 @@ from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, k
 from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
-from attn_compiler.algebra.storage import Held
+from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.operand_names import with_operands
@@ -20,9 +20,13 @@ from attn_compiler.planning.policy import Policy, Rule
 from attn_compiler.planning.site import Frame, Site
 from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
-from attn_compiler.planning.words import Seen, with_phantoms
+from attn_compiler.planning.words import PerToken, Seen, with_phantoms
 
 _UNPLACED = "speaks of distances, and nobody knows where this site's queries stand among its keys"
+_UNPADDED = (
+    "counts positions from a row's first valid key, and the site's own mask is a run-time table, in which padding cannot be told "
+    "from the rest"
+)
 _LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
 
 
@@ -187,16 +191,16 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     """The variant without groups and branches that slots make of another one."""
     laid = _laid(slots, base, site, replace_mask)
-    if isinstance(laid, Variant) and slots.context:
-        laid = _in_context(laid, slots.context)
+    if isinstance(laid, Variant) and (slots.context or laid.context):
+        laid = _in_context(laid, slots.context or laid.context)
     return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)
 
 
 def _in_context(variant: Variant, context: tuple[Context, ...]) -> Variant | Refusal:
     """Pooled keys stand nowhere, so nothing may ask where they stand."""
-    asks = variant.mask != true or any(x.mentions(q, k, k_len) for x in (variant.scale, variant.score))
-    said = "its context makes other keys of all that there are, and a mask or a score asks where keys stand"
-    return Refusal("rule", said) if asks else replace(variant, context=context)
+    asks = variant.order is not None or any(x.mentions(q, k, k_len) for x in (variant.scale, variant.score))
+    said = "its context makes other keys of all that there are, and a mask, a score or an order asks where keys stand"
+    return Refusal("rule", said) if asks or variant.mask != true else replace(variant, context=context)
 
 
 def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
@@ -223,7 +227,9 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     if slots.normalizer is not None:
         variant = replace(variant, normalizer=slots.normalizer)
     if slots.storage is not None:
-        variant = replace(variant, storage=replace(slots.storage, kv_cache=slots.storage.kv_cache or variant.storage.kv_cache))
+        variant = _stored(slots.storage, slots.order, variant, site)
+    if isinstance(variant, Refusal):
+        return variant
     if slots.output is not None:
         variant = replace(variant, output=slots.output)
     if slots.mask is None:
@@ -232,6 +238,20 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     if isinstance(masked, Refusal):
         return masked
     return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+
+
+def _stored(storage: Storage, order: PerToken | None, variant: Variant, site: Site) -> Variant | Refusal:
+    """The variant of operands that are held so; where blocks of tokens share scales, it says in which order they are cut."""
+    held = variant.held(
+        replace(storage, kv_cache=storage.kv_cache or variant.storage.kv_cache), simplify(order.of_k) if order else None
+    )
+    if held.order is None or held.order == k:
+        return replace(held, order=None)
+    if site.frame is None or _is_lost(site, held.order):
+        return Refusal("rule", f"the `order` of its blocks {_LOST if site.frame else _UNPLACED}")
+    if _counts(_without_tables(held.order)) and not _padding_is_known(variant.mask, site):
+        return Refusal("rule", f"the `order` of its blocks {_UNPADDED}")
+    return replace(held, order=_placed(held.order, site))
 
 
 def _with_state(state: Expr | Delta | Gates, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
@@ -292,11 +312,7 @@ def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Var
     if replace_mask and site.frame and site.frame.slides:
         return Refusal("rule", "`replace_mask` may show any key, and this site's cache slides: its oldest keys are gone")
     if _counts_from_start(seen) and not _padding_is_known(variant.mask, site):
-        return Refusal(
-            "rule",
-            "its mask counts positions from a row's first valid key, and the site's own mask is a run-time table, in which "
-            "padding cannot be told from the rest",
-        )
+        return Refusal("rule", f"its mask {_UNPADDED}")
     kept: Expr | Refusal = variant.mask
     if replace_mask:
         kept = _padding(variant.mask, site.frame or Frame())

@@ -171,6 +171,7 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         **dict.fromkeys(("spans", "clipped", "met", "listed", "limits"), "*i32"),
         **dict.fromkeys(("held", "mass"), "*fp32"),
         **dict.fromkeys(("at_query", "at_key"), ("*fp32", "i32", "i32", "i32", "i32")),
+        "places": ("*i64", "i32", "i32", "i32"),
         "sharing": ("i32",) * 4,
         "tasks": ("*i32",) * 3,
         "orders": ("*i32",) * 2,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
-from attn_compiler.algebra.storage import Held
+from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError, did_you_mean
 from attn_compiler.runtime.automatic import automatic
@@ -120,6 +120,8 @@ def _of_cache(variant: Variant, held: Held) -> Variant:
     other = next((x.storage.kv_cache for x in variant.parts() if x.storage.kv_cache not in (None, held)), None)
     if other is not None:
         raise ShapeError(f"the variant's cache is held in {other}, and k and v in {held}")
+    if any(part.order is not None and Storage(kv_cache=part.storage.kv_cache).shares_among_tokens for part in variant.parts()):
+        raise ShapeError(f"k and v are held in {held}, blocks of tokens as they come, and the variant has an `order` of its own")
     return without_cache(variant)
 
 

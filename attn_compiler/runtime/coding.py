@@ -14,7 +14,7 @@ from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.runtime.compiler import call, load
 from attn_compiler.targets.cpp.coded import K_MEAN, K_SCALE, Q_SCALE, is_bfloat16
 from attn_compiler.targets.cpp.source import encoder
-from attn_compiler.targets.rounded import held_tensor
+from attn_compiler.targets.rounded import AS_THEY_COME, Places, held_tensor
 
 WORTH_THREADS = 1 << 18  # numbers below which starting threads costs more than they save
 
@@ -30,14 +30,15 @@ class Coded:
     tables: tuple[tuple[str, Tensor], ...]
 
 
-def coded(q: Tensor, k: Tensor, v: Tensor, storage: Storage) -> Coded:
-    """The operands of a call, those of them encoded that `storage` holds in few bits."""
+def coded(q: Tensor, k: Tensor, v: Tensor, storage: Storage, places: Places = AS_THEY_COME) -> Coded:
+    """The operands of a call, those of them encoded that `storage` holds in few bits, blocks of tokens cut at `places`."""
+    of_q, of_k = places
     value_scale, tables = None, list[tuple[str, Tensor]]()
     if storage.kv_cache:  # where no cache holds them, they become what it would give back
-        k, v = (held_tensor(x, storage.kv_cache.of(n)).to(x.dtype) for n, x in enumerate((k, v)))
+        k, v = (held_tensor(x, storage.kv_cache.of(n), places=of_k).to(x.dtype) for n, x in enumerate((k, v)))
     if storage.qk:
-        k, k_scale, mean = _encoded(k, storage.qk, biased=True, smooth=storage.qk.smooth)
-        q, q_scale, dots = _encoded(q, storage.qk, biased=True, others=mean)
+        k, k_scale, mean = _encoded(k, storage.qk, of_k, biased=True, smooth=storage.qk.smooth)
+        q, q_scale, dots = _encoded(q, storage.qk, of_q, biased=True, others=mean)
         tables = [(Q_SCALE, q_scale), (K_SCALE, k_scale)]
         if dots is not None:
             tables.append((K_MEAN, dots))
@@ -51,7 +52,13 @@ def coded(q: Tensor, k: Tensor, v: Tensor, storage: Storage) -> Coded:
 
 
 def _encoded(
-    x: Tensor, how: Held, *, biased: bool = False, smooth: bool = False, others: Tensor | None = None
+    x: Tensor,
+    how: Held,
+    places: Tensor | None = None,
+    *,
+    biased: bool = False,
+    smooth: bool = False,
+    others: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales, and the means that rows lost or, with `others`, what of them comes back times these."""
     assert how.per is not None
@@ -64,9 +71,11 @@ def _encoded(
     if smooth or others is not None:
         extra = x.new_empty((batch, heads, dim if smooth else tokens), dtype=torch.float32)
     means, dots = (extra, None) if smooth else (None, extra)
-    pointers = [0 if t is None else t.data_ptr() for t in (x, codes, scales, means, others, dots)]
+    places = None if places is None or how.per.name != "block" else places.expand(batch, heads, tokens, 1)
+    pointers = [0 if t is None else t.data_ptr() for t in (x, codes, scales, means, others, dots, places)]
+    strides = [*x.stride()[:3], *((0, 0, 0) if places is None else places.stride()[:3])]
     other_heads = heads if others is None else others.shape[1]
-    words = [batch, heads, tokens, *x.stride()[:3], max(1, group), by_channel, other_heads, biased, x.numel() >= WORTH_THREADS]
+    words = [batch, heads, tokens, *strides, max(1, group), by_channel, other_heads, biased, x.numel() >= WORTH_THREADS]
     call(_kernel(str(x.dtype).removeprefix("torch."), dim, how.numbers.largest), [*pointers, *map(int, words)])
     return codes, scales, extra
 

@@ -34,7 +34,7 @@ from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
-CARRIED = ("storage",)
+CARRIED = ("storage", "order")
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 FEW = 32  # queries up to which a call is so short that its cost counts
@@ -120,7 +120,7 @@ def _rows_gain(dtype: str, held: Held, queries: int, keys: int) -> float:
 def with_cache_only(variant: Variant) -> Variant:
     """The variant whose products are those of operands as they come."""
     groups = tuple((heads, with_cache_only(group)) for heads, group in variant.groups)
-    return replace(variant, storage=replace(variant.storage, qk=None, pv=None), groups=groups)
+    return replace(variant.held(replace(variant.storage, qk=None, pv=None), variant.order), groups=groups)
 
 
 def pays_not(site: Site, variant: Variant) -> str:

@@ -38,7 +38,8 @@ from attn_compiler.targets.cpp.spec import (
     in_places,
     spec_of,
 )
-from attn_compiler.targets.operands import PLACE, head_groups
+from attn_compiler.targets.operands import PLACE, Operands, head_groups
+from attn_compiler.targets.rounded import AS_THEY_COME, Places, sorted_tokens
 from attn_compiler.targets.rows import without_cache
 
 COARSE = 8  # keys that a schedule speaks of together, where they are many or where tables say who sees them
@@ -134,13 +135,17 @@ class Launch:
     words: tuple[int, ...]
     parallel: int
     storage: Storage = PLAIN
+    order: Expr | None = None  # of the tokens that share scales
 
 
 @lru_cache(maxsize=128)
 def launches(shape: Shape) -> tuple[Launch, ...]:
     """The launches of a call, its groups of heads one after the other."""
     groups = ((members, variant, _forward(shape, variant)) for members, variant in head_groups(shape.variant, shape.heads))
-    return tuple(launch(shape, members, spec, load(source(spec)), "forward", variant.mask) for members, variant, spec in groups)
+    return tuple(
+        replace(launch(shape, members, spec, load(source(spec)), "forward", variant.mask), order=variant.order)
+        for members, variant, spec in groups
+    )
 
 
 def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -157,6 +162,7 @@ def _forward(shape: Shape, variant: Variant) -> Spec:
 def spec_at(shape: Shape, variant: Variant, unit: Unit = Unit.FLOATS) -> Spec:
     """The kernel of a variant without groups."""
     tables = dict(zip(shape.names, shape.stored, strict=True))
+    variant = replace(variant, order=None)  # which only those ask who make codes
     known = variant.map(lambda x: simplify(x.substitute({e.heads: const(shape.heads)})) if x.mentions(e.heads) else x)
     placed = in_places(known, q_counted=shape.q_counted, k_counted=shape.k_counted)
     return spec_of(placed, shape.dim, shape.value_dim, shape.dtype, tables, unit)
@@ -276,13 +282,23 @@ def run(
     """Fill `out` and `totals`: the log-sum-exp of each query (`kept` is 0), what gradients need of it (1), or both (2)."""
     given = [table_words(table) for table in tables]
     for one in launches(shape):
-        held = coded(q, k, v, one.storage)
+        held = coded(q, k, v, one.storage, places_of(shape, (q, k, v), tables, one.order))
         read = [*given, *(table_words(table) for _, table in held.tables)]
         of_tables = [x for n in one.numbers for x in read[n]]
         operands = (held.q, held.k, held.v, out)
         pointers = [0 if x is None else x.data_ptr() for x in (*operands, held.value_scale, totals)]
         strides = [stride for x in operands for stride in x.stride()[:3]]
         call(one.run, [*pointers, kept, *strides, one.parallel, *one.words, *shape.sizes(), *of_tables])
+
+
+def places_of(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], tables: Sequence[Tensor], order: Expr | None) -> Places:
+    """Where the queries and the keys of a call stand that share scales, one block after the other."""
+    if order is None:
+        return AS_THEY_COME
+    read, heads = dict(zip(shape.names, tables, strict=True)), shape.heads
+    at = (read.get(Q_POSITIONS, shape.first_query), read.get(K_POSITIONS, shape.first_key))
+    operands = Operands(*qkv, read, *at, tuple(range(heads)), heads, shape.kv_heads, shape.layer, shape.layers)
+    return sorted_tokens(operands, order)
 
 
 def decisive(variant: Variant) -> frozenset[str]:

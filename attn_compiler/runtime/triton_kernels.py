@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.storage import PLAIN, Storage
-from attn_compiler.runtime.kernels import Shape, spec_at
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.runtime.kernels import Shape, places_of, spec_at
 from attn_compiler.runtime.triton_coding import Operands, coded
 from attn_compiler.runtime.triton_launch import call, can_be_described, load, operand, sizes, table
 from attn_compiler.runtime.triton_visits import Visits, visits_of
@@ -30,6 +32,7 @@ class Kernel:
     """The kernel of some of the heads, and what it visits."""
 
     members: tuple[int, ...]
+    variant: Variant
     spec: Spec
     text: str
     visited: Visited
@@ -40,7 +43,7 @@ def kernel(shape: Shape, group: int, blocks: Blocks) -> Kernel:
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = with_scales(spec_at(shape, variant))
     found = visited(shape, members, variant, spec, (blocks.queries, blocks.keys))
-    return Kernel(members, spec, source(spec, replace(found.iteration, specialized=blocks.specialized)), found)
+    return Kernel(members, variant, spec, source(spec, replace(found.iteration, specialized=blocks.specialized)), found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class Launch:
     numbers: tuple[int, ...]  # the places of its tables among those of the call, and behind them the scales
     scales: tuple[str, ...]
     storage: Storage
+    order: Expr | None  # of the tokens that share scales
 
 
 @lru_cache(maxsize=128)
@@ -73,7 +77,7 @@ def _launch(shape: Shape, group: int, blocks: Blocks, device: torch.device) -> L
     scales = tables_of_codes(one.spec.variant)
     names = (*shape.names, *scales)
     numbers, visits = tuple(names.index(name) for name, _ in one.spec.tables), visits_of(one.spec, one.visited, blocks, device)
-    return Launch(one.members, load(one.text).forward, blocks, visits, numbers, scales, one.spec.variant.storage)
+    return Launch(one.members, load(one.text).forward, blocks, visits, numbers, scales, one.variant.storage, one.variant.order)
 
 
 def _attempt(shape: Shape, group: int, device: torch.device, blocks: Blocks) -> Callable[[], None]:
@@ -81,7 +85,7 @@ def _attempt(shape: Shape, group: int, device: torch.device, blocks: Blocks) -> 
     shape = replace(shape, batch=1)
     q, k, v, out, tables = example(shape, device)
     one = _launch(shape, group, blocks, device)
-    operands, read = _coded(one, (q, k, v), tables)
+    operands, read = _coded(one, shape, (q, k, v), tables)
     return lambda: _start(one, shape, (*operands, out), (None, None), read)
 
 
@@ -99,15 +103,15 @@ def run(
     """Fill `out` and `totals`: the log-sum-exp of each query (`kept` is 0), its peak and its mass (1), or all of them (2)."""
     results = (totals, None) if totals is None or not kept else (None, totals) if kept == 1 else (totals[0], totals[1:])
     for one in launches(shape, q.device, all(map(can_be_described, (q, k, v, out)))):
-        operands, read = _coded(one, (q, k, v), tables)
+        operands, read = _coded(one, shape, (q, k, v), tables)
         _start(one, shape, (*operands, out), results, read)
 
 
-def _coded(one: Launch, operands: Operands, tables: Sequence[Tensor]) -> tuple[Operands, Sequence[Tensor]]:
+def _coded(one: Launch, shape: Shape, operands: Operands, tables: Sequence[Tensor]) -> tuple[Operands, Sequence[Tensor]]:
     """The operands as a kernel reads them, and all tables."""
     if one.storage == PLAIN:
         return operands, tables
-    operands, found = coded(*operands, one.storage)
+    operands, found = coded(*operands, one.storage, places_of(shape, operands, tables, one.order))
     return operands, [*tables, *(found[name] for name in one.scales)]
 
 

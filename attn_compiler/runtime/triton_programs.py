@@ -10,6 +10,7 @@ import torch
 
 from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import passed_over
+from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import triton_decode, triton_kernels
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.triton_launch import sizes
@@ -31,6 +32,8 @@ Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is
 
 def programs(shape: Shape) -> Programs:
     """The kernels that run a call."""
+    if any(part.order is not None for part in shape.variant.parts()):
+        raise ShapeError("a program of its own cuts blocks of tokens that share scales as they come: leave the `order` out")
     found = gathered(shape)
     if found is not None:
         return ((tuple(range(shape.heads)), _of_states(shape, found)),)

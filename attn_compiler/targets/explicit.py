@@ -16,7 +16,7 @@ from attn_compiler.algebra.feature import component
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays, Value
-from attn_compiler.targets.rounded import held_weights
+from attn_compiler.targets.rounded import held_weights, sorted_keys
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def gather(
     weights = torch.where(visible, weights, 0.0).expand(shape)
     mass = torch.where(sees, weights.sum(dim=-1, keepdim=True), 1.0)
     if variant.storage.pv:
-        weights = held_weights(weights, variant.storage.pv.numbers)
+        weights = held_weights(weights, variant.storage.pv.numbers, sorted_keys(arrays, variant.order))
     if dropout > 0:
         weights = F.dropout(weights, dropout)
     acc = per_kv_head(weights, v)

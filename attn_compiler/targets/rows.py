@@ -102,7 +102,7 @@ def without_cache(variant: Variant) -> Variant:
     """The variant of keys and values that come from a cache: what it held them in is done."""
     groups = tuple((heads, without_cache(group)) for heads, group in variant.groups)
     mix = variant.mix and replace(variant.mix, branches=tuple((name, without_cache(x)) for name, x in variant.mix.branches))
-    return replace(variant, storage=replace(variant.storage, kv_cache=None), groups=groups, mix=mix)
+    return replace(variant.held(replace(variant.storage, kv_cache=None), variant.order), groups=groups, mix=mix)
 
 
 def row_width(dim: int | torch.SymInt, how: Held) -> int | torch.SymInt:

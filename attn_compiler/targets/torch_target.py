@@ -36,7 +36,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "delta", "gates", "output", "context", "unrotated")
+CARRIED = ("feature", "mix", "seen", "storage", "order", "delta", "gates", "output", "context", "unrotated")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:
@@ -113,7 +113,7 @@ def _prepared(operands: Operands, variant: Variant, real: torch.dtype, solve: So
     """Operands as they come back from their storage, then mapped, then corrected; a variant without such wishes."""
     operands, variant = operands.before_rotation(variant.unrotated), replace(variant, unrotated=())
     operands, variant = in_context(operands, variant, real)
-    return corrected(*featured(held(operands, variant.storage), variant, real), solve)
+    return corrected(*featured(held(operands, variant), variant, real), solve)
 
 
 def _attend(operands: Operands, variant: Variant, lse: bool, way: Way) -> Result:

@@ -2,16 +2,17 @@
 
 struct Encoding {  // every field has eight bytes; strides are those of batch, heads and tokens
   const Stored* x;
-  uint8_t* codes;       // [batch, heads, tokens, DIM]
-  float* scales;        // [batch, heads, tokens], or, by channel, [batch, heads, DIM]
-  float* means;         // [batch, heads, DIM], which rows lose first; or null
-  const float* others;  // such means of other rows, [batch, other_heads, DIM]; or null
-  float* dots;          // [batch, heads, tokens]: what comes back of a row, times these
-  int64_t batch, heads, tokens, stride[3];
-  int64_t group;        // tokens that share a scale
-  int64_t by_channel;   // whether each channel has a scale for all tokens instead
+  uint8_t* codes;         // [batch, heads, tokens, DIM]
+  float* scales;          // [batch, heads, tokens], or, by channel, [batch, heads, DIM]
+  float* means;           // [batch, heads, DIM], which rows lose first; or null
+  const float* others;    // such means of other rows, [batch, other_heads, DIM]; or null
+  float* dots;            // [batch, heads, tokens]: what comes back of a row, times these
+  const int64_t* places;  // where the tokens stand that share scales, one after the other; or null: as they come
+  int64_t batch, heads, tokens, stride[3], place_stride[3];
+  int64_t group;          // tokens that share a scale
+  int64_t by_channel;     // whether each channel has a scale for all tokens instead
   int64_t other_heads;
-  int64_t biased;       // whether codes are held without a sign
+  int64_t biased;         // whether codes are held without a sign
   int64_t parallel;
 };
 
@@ -75,8 +76,10 @@ struct Head {
   const Encoding& call;
   const int64_t number;
   const Stored* x;
+  const int64_t* places;
   Row mean, other;
   const Stored* row(int64_t j) const { return x + j * call.stride[2]; }
+  int64_t place(int64_t n) const { return places ? places[n * call.place_stride[2]] : n; }
   template <bool FINITE> INLINE_METHOD void encode(int64_t j, const Row& inverse, float scale) const {
     const int64_t at = number * call.tokens + j;
     const float dot = encode_row<FINITE>(row_at(row(j), mean), inverse, other, call.biased ? 128 : 0, call.codes + at * DIM);
@@ -122,12 +125,13 @@ static void encode_tokens(const Head& head) {
   for (int64_t start = 0; start < call.tokens; start += call.group) {
     const int64_t stop = std::min(start + call.group, call.tokens);
     Row largest = {}, inverse;
-    for (int64_t j = start; j < stop; j++) enlarge(largest, row_at(head.row(j), head.mean));
+    for (int64_t n = start; n < stop; n++) enlarge(largest, row_at(head.row(head.place(n)), head.mean));
     vf size = splat<vf>(LEAST);
     UNROLLED for (int n = 0; n < PARTS; n++) size = larger(size, largest.part_of[n]);
     const float all = finite(largest_of(size)), scale = all / LARGEST;
     UNROLLED for (int n = 0; n < PARTS; n++) inverse.part_of[n] = splat<vf>(LARGEST / all);
-    for (int64_t j = start; j < stop; j++) {
+    for (int64_t n = start; n < stop; n++) {
+      const int64_t j = head.place(n);
       if (scale == scale) head.encode<true>(j, inverse, scale);
       else head.encode<false>(j, inverse, scale);
       call.scales[head.number * call.tokens + j] = scale;
@@ -138,7 +142,9 @@ static void encode_tokens(const Head& head) {
 static void encode_head(const Encoding& call, int64_t b, int64_t h) {
   const float* others = call.others;
   if (others) others += (b * call.other_heads + h / (call.heads / call.other_heads)) * DIM;
-  Head head = {call, b * call.heads + h, call.x + b * call.stride[0] + h * call.stride[1], {}, row_of(others)};
+  const int64_t* places = call.places;
+  if (places) places += b * call.place_stride[0] + h * call.place_stride[1];
+  Head head = {call, b * call.heads + h, call.x + b * call.stride[0] + h * call.stride[1], places, {}, row_of(others)};
   if (call.means) {
     head.mean = mean_of(head);
     memcpy(call.means + head.number * DIM, &head.mean, DIM * sizeof(float));

@@ -45,9 +45,9 @@ def kind_of(storage: dict[str, Any]) -> Kind:
     return "decode" if "kv_cache" in storage else "forward"
 
 
-def encoder_for(machine: str, codes: str, *, alone: bool, given: bool) -> Order:
-    """The kernel that makes codes, for each token or for all of a channel; others are there where means are kept apart."""
-    wanted = {"means": given, "others": given, "dots": given, "largest": not alone, "scales": alone}
+def encoder_for(machine: str, codes: str, *, alone: bool, given: bool, placed: bool = False) -> Order:
+    """The kernel that makes codes, for each token, all of a channel, or blocks in an order; others where means are apart."""
+    wanted = {"means": given, "others": given, "dots": given, "largest": not (alone or placed), "scales": alone or placed}
     constants: dict[str, float | None] = {
         "MOST": 127.0,
         "LEAST": 2.0**-100,
@@ -56,7 +56,7 @@ def encoder_for(machine: str, codes: str, *, alone: bool, given: bool) -> Order:
         "DIM": 128,
         "WIDTH": 128,
     }
-    constants |= {name: None for name, there in wanted.items() if not there}
+    constants |= {name: None for name, there in wanted.items() if not there} | ({} if placed else {"places": None})
     return Order(encoder(), "bfloat16", (), machine, Blocks(), (("codes", codes),), (), tuple(constants.items()))
 
 
@@ -77,6 +77,7 @@ ENCODERS: Mapping[str, Order] = {
     "by token": encoder_for("sm_90", "int8", alone=True, given=True),
     "by channel, e4m3": encoder_for("sm_90", "float8_e4m3fn", alone=False, given=False),
     "by token, sm_80": encoder_for("sm_80", "int8", alone=True, given=False),
+    "in order": encoder_for("sm_90", "int8", alone=False, given=True, placed=True),
     "by token, gfx942": encoder_for("gfx942", "int8", alone=True, given=True),
 }
 CONTROLS: Mapping[str, Order] = {

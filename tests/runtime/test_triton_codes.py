@@ -101,6 +101,20 @@ def test_products_of_codes_are_those_of_what_the_codes_mean(storage: dict[str, A
         assert_within_budget(*results)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("q_len", [LENGTH, 33])
+@pytest.mark.parametrize("size", [7, 20])
+def test_blocks_are_cut_in_an_order(size: int, q_len: int) -> None:
+    """Codes and scales are those of the emulation, which other tests hold to a formula; without the order they are others."""
+    held = {"qk": {"type": "int8", "per": f"block({size})", "smooth": True}, "kv_cache": {"type": "fp8_e4m3", "per": "block(9)"}}
+    given, slots = qkv(q_len=q_len), {"geometry": [5, 9], "order": "axes(1, 0)", "mask": "causal", "storage": held}
+    slots["heads"] = {"2": {"order": "random(seed=1)"}}
+    found, exact, plain = (attended(target, given, slots) for target in ("triton", "reference", "torch"))
+    assert_within_budget(found, exact, plain)
+    control = attended("torch", given, {"mask": "causal", "storage": held})
+    assert (control - exact).abs().max() > 100 * (found - exact).abs().max()
+
+
 @pytest.mark.parametrize("storage", ROUNDED, ids=str)
 def test_weights_that_meet_all_keys_at_once_are_rounded_as_in_the_emulation(storage: dict[str, Any]) -> None:
     """A tile that holds all keys knows the largest score: few weights are so near to a half that they are rounded otherwise."""
