@@ -1,10 +1,11 @@
 """Linear attention on a CPU: the generated kernel beside dense SDPA and PyTorch's operators, interleaved in one process.
 
-    python benchmarks/linear.py FOLDER [--threads 1] [--rounds 5] [--longest 8192] [--inductor]
+    python benchmarks/linear.py FOLDER [--threads 1] [--rounds 5] [--longest 8192] [--inductor] [--fla]
 
 Writes `linear.json` and `linear.md` to FOLDER. Causal, 8 heads of 64, float32. Dense causal SDPA is the yardstick up to
 `--longest` tokens; beyond, only the kernel runs, whose time for a token should not change. `--inductor` adds the same operators
-compiled. Times are of the processor, not of the clock on the wall, so that other programs disturb them less.
+compiled, `--fla` FLA's chunks in PyTorch (`pip install --no-deps fla-core einops`). Times are of the processor, not of the clock
+on the wall, so that other programs disturb them less.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FADING = {**ELU, "state": "decay(2 ** (-8 * (h + 1) / heads))"}
 Run = Callable[[], Tensor]
 
 
-def runs(length: int, longest: int, *, inductor: bool) -> dict[str, Run]:
+def runs(length: int, longest: int, *, inductor: bool, fla: bool) -> dict[str, Run]:
     """Everybody's way at a length; the yardstick first, where it still runs."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(3))
@@ -45,12 +46,27 @@ def runs(length: int, longest: int, *, inductor: bool) -> dict[str, Run]:
     found = dense | ours | {"torch": attend(ELU, "torch"), "torch, decay": attend(FADING, "torch")}
     if inductor:
         found["inductor"] = torch.compile(attend(ELU, "torch"), dynamic=False)
+    if fla:
+        found["fla naive"] = naive(q, k, v)
+        torch.testing.assert_close(found["fla naive"](), ours["cpp"](), rtol=1e-3, atol=1e-4)
     return found
 
 
-def measure(length: int, rounds: int, longest: int, *, inductor: bool) -> dict[str, float]:
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Run:
+    """FLA's own form without Triton, which wants tokens before heads."""
+    from fla.ops.linear_attn.naive import naive_chunk_linear_attn  # type: ignore[import-not-found]
+
+    def run() -> Tensor:
+        q_, k_, v_ = (x.transpose(1, 2) for x in (F.elu(q) + 1, F.elu(k) + 1, v))
+        out = naive_chunk_linear_attn(q_, k_, v_, scale=1.0, normalize=True)
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    return run
+
+
+def measure(length: int, rounds: int, longest: int, *, inductor: bool, fla: bool) -> dict[str, float]:
     """Median milliseconds of interleaved rounds."""
-    ways = runs(length, longest, inductor=inductor)
+    ways = runs(length, longest, inductor=inductor, fla=fla)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
         run()
@@ -72,7 +88,7 @@ def milliseconds(run: Run, least: float = 0.03) -> float:
 def row(length: int, found: dict[str, float]) -> dict[str, object]:
     """What a table shows: how many times faster than the yardstick everybody is, and what a token costs the kernel."""
     dense = found.get("sdpa")
-    others = ("cpp", "cpp, decay", "torch", "torch, decay", "inductor")
+    others = ("cpp", "cpp, decay", "torch", "torch, decay", "inductor", "fla naive")
     ratios = {name: f"{dense / found[name]:.2f}x" if dense and name in found else "" for name in others}
     shown: dict[str, object] = {"tokens": length, "sdpa ms": f"{dense:.2f}" if dense else "", **ratios}
     return shown | {"must": f"{MUST[length]}x" if length in MUST else "", "cpp µs a token": f"{found['cpp'] / length * 1e3:.2f}"}
@@ -85,12 +101,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--longest", type=int, default=8192)
     parser.add_argument("--inductor", action="store_true")
+    parser.add_argument("--fla", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found: dict[int, dict[str, float]] = {}
     with torch.no_grad():
         for length in LENGTHS:
-            found[length] = measure(length, given.rounds, given.longest, inductor=given.inductor)
+            found[length] = measure(length, given.rounds, given.longest, inductor=given.inductor, fla=given.fla)
             print(length, row(length, found[length]), flush=True)
     given.folder.mkdir(parents=True, exist_ok=True)
     rows = [row(length, times) for length, times in found.items()]

@@ -58,10 +58,11 @@ class GrownLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return keys, values
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many more, where some are here: in front of a graph, which is then the same for each token."""
-        if (
-            not self.tokens or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):  # a graph that has it all makes room itself
+        """Make room for so many more, where some are here: in front of a graph, which is then the same for each token.
+
+        What is part of a graph itself leaves that to `update`.
+        """
+        if not self.tokens or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         if not self._has_room(self.tokens + tokens):
             self._grow(self.tokens + tokens, self.rooms)

@@ -20,6 +20,15 @@ def specialized_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from _cut(monkeypatch, specialized=True)
 
 
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the Triton kernels of attention and its gradients none runs, only those that tell them what to visit."""
+    from attn_compiler.runtime import triton_gradients, triton_kernels
+
+    for module in (triton_kernels, triton_gradients):
+        monkeypatch.setattr(module, "call", lambda *_: None)
+
+
 def _cut(monkeypatch: pytest.MonkeyPatch, *, specialized: bool) -> Iterator[None]:
     from attn_compiler.runtime import triton_gradients, triton_kernels, tuning
     from attn_compiler.targets.triton.blocks import Blocks

@@ -13,7 +13,7 @@ from torch import Tensor
 import attn_compiler as attn
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.runtime import triton_gradients, triton_kernels, triton_visits
+from attn_compiler.runtime import triton_visits
 from attn_compiler.runtime.ahead import MACHINES, Order, compile_ahead
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.kernels import spec_at
@@ -67,13 +67,6 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.int64]]:
 
     monkeypatch.setattr(Visits, "of_call", noted)
     return found
-
-
-@pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the kernel runs that cuts."""
-    for module in (triton_kernels, triton_gradients):
-        monkeypatch.setattr(module, "call", lambda *_: None)
 
 
 def results(name: str, target: str, tables: Mapping[str, Tensor] | None = None) -> list[Tensor]:

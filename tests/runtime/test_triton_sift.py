@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import attn_compiler as attn
-from attn_compiler.runtime import triton_gradients, triton_kernels, visits
+from attn_compiler.runtime import visits
 from attn_compiler.runtime.ahead import MACHINES, Order, compile_ahead
 from attn_compiler.runtime.kernel_source import shape_of
 from attn_compiler.runtime.kernels import spec_at
@@ -61,13 +61,6 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[tuple[NDArray[np.int64], NDArra
 
     monkeypatch.setattr(Visits, "of_call", noted)
     return found
-
-
-@pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the kernel runs that lists tiles."""
-    for module in (triton_kernels, triton_gradients):
-        monkeypatch.setattr(module, "call", lambda *_: None)
 
 
 def results(name: str, target: str, queries: int = LENGTH) -> list[Tensor]:

@@ -90,7 +90,9 @@ def test_a_compiled_graph_tells_it_too() -> None:
 
     compiled(drawn(1, 1, 8, 4).clamp(-2, 2))
     with pytest.warns(RuntimeWarning, match=BEYOND):
-        compiled(3 * drawn(1, 1, 8, 4))
+        found = compiled(3 * drawn(1, 1, 8, 4))
+    cut = by_hand((3 * drawn(1, 1, 8, 4)).clamp(-2, 2), 2.0, 127)
+    torch.testing.assert_close(found, attend(cut, cut, 3 * drawn(1, 1, 8, 4), target="torch"))
 
 
 def test_gradients_pass_as_if_nothing_was_rounded() -> None:
