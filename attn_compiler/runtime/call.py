@@ -8,10 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import DerivedTable, Variant, reads
 from attn_compiler.errors import ShapeError, TableError, did_you_mean
 from attn_compiler.targets.operands import Operands
+from attn_compiler.torch_private import statically_known_true
 
 Positions = int | Tensor | None
 
@@ -34,7 +36,7 @@ def operands_of(
         raise ShapeError(f"{q_len} queries cannot stand at the last of {k.shape[-2]} keys' positions: give `q_positions`, too")
     read = {**tables, **derived_tables(variant, k.shape[-2], q.device)}
     _check_tables(variant, read, q.device)
-    return Operands(
+    operands = Operands(
         q=q,
         k=k,
         v=v,
@@ -50,6 +52,8 @@ def operands_of(
         differentiated=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *read.values())),
         risky=_risky(tables) if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else frozenset(),
     )
+    _check_sizes(variant, operands)
+    return operands
 
 
 def _risky(tables: Mapping[str, Tensor]) -> frozenset[str]:
@@ -104,6 +108,27 @@ def _check_tables(variant: Variant, tables: Mapping[str, Tensor], device: torch.
         if 0 in stored.shape and stored.ndim:
             raise TableError(f'the table "{name}" is empty: {list(stored.shape)}')
         _check_dtype(name, stored.dtype, node.sort)
+
+
+def _check_sizes(variant: Variant, operands: Operands) -> None:
+    """A table that is read at a coordinate itself holds a number for each of its values, or one for all of them."""
+    first_query, first_key = operands.first_query, operands.k_positions
+    needed = {
+        e.b: (operands.q.shape[0], "rows"),
+        e.h: (operands.heads, "heads"),
+        e.layer: (operands.layers, "layers"),
+        e.q: (None if first_query is None else first_query + operands.q_len, "tokens"),
+        e.k: (None if isinstance(first_key, Tensor) else first_key + operands.k_len, "tokens"),
+    }
+    for node in reads(variant):
+        stored = operands.tables[str(node.value)]
+        for axis, (at, size) in enumerate(zip(node.args[len(node.args) - stored.ndim :], stored.shape, strict=True)):
+            count, what = needed.get(at, (None, ""))
+            if count is not None and statically_known_true(size > 1) and statically_known_true(size < count):
+                raise TableError(
+                    f'the table "{node.value}", {list(stored.shape)}, is read for each of {count} {what} at its axis {axis}: '
+                    f"that must be {count}, or 1 for what all have in common"
+                )
 
 
 def _check_dtype(name: str, dtype: torch.dtype, sort: Sort) -> None:

@@ -30,7 +30,7 @@ def random_case(seed: int) -> Case:
         "relative": torch.randn(heads, 9, generator=generator, dtype=torch.float64),
         "sinks": torch.randn(heads, generator=generator, dtype=torch.float64),
         "padding": torch.rand(batch, max(1, k_len), generator=generator) < 0.8,
-        "documents": torch.randint(0, 3, (batch, max(1, k_len)), generator=generator).sort(dim=-1).values,
+        "documents": torch.randint(0, 3, (batch, k_len + 3), generator=generator).sort(dim=-1).values,
         "prefixes": torch.randint(0, 6, (batch,), generator=generator),
     }
     variant = _random_variant(draw)
