@@ -6,8 +6,8 @@ Writes `onnx_decoding.md` to FOLDER. One layer of Mistral with 32 heads of 64 (8
 tiny, so that attention and its cache are what is measured. Both files compute the same; theirs joins the past and the new
 key, and hides what the window does not show.
 
-A second table is of a model that sees every token: our file with its cache in float32 beside our file with its cache in int8,
-which must take 1.4 times less behind 16384 tokens.
+A second table is of a model that sees every token: our file with its cache in float32 beside our files with their caches in
+int8, which must take 1.4 times less behind 16384 tokens, and in int4.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import MistralConfig, MistralForCausalLM
 import attn_compiler as attn
 from _tables import markdown, processor
 from attn_compiler.export.stepwise import stepwise
+from attn_compiler.targets.onnx.codes import TYPES, Codes
 
 WINDOW, KV_HEADS, DIM = 256, 8, 64
 
@@ -34,13 +35,13 @@ WINDOW, KV_HEADS, DIM = 256, 8, 64
 class Session:
     """A file in onnxruntime, given and giving tensors that stay in its memory."""
 
-    def __init__(self, path: Path, threads: int, past: int, *, codes: bool = False) -> None:
+    def __init__(self, path: Path, threads: int, past: int, held: str = "float32") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in feeds(past, codes=codes).items()}
+        self.feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in feeds(past, held=held).items()}
         self.best = float("inf")
 
     def run(self) -> np.ndarray:
@@ -50,15 +51,17 @@ class Session:
         return results[0].numpy()  # type: ignore[no-any-return]
 
 
-def feeds(past: int, tokens: int = 1, *, codes: bool = False) -> Mapping[str, np.ndarray]:
+def feeds(past: int, tokens: int = 1, *, held: str = "float32") -> Mapping[str, np.ndarray]:
     """A token behind so many others; the keys of a shorter past are the last ones of a longer one."""
     draw = np.random.default_rng(0)
     whole = {
         f"past_key_values.0.{side}": draw.standard_normal((1, KV_HEADS, 1 << 15, DIM), np.float32) for side in ("key", "value")
     }
     sides = {name: np.ascontiguousarray(x[:, :, -past:]) for name, x in whole.items()}
-    if codes:
-        sides = {name: np.clip(np.round(32 * x), -127, 127).astype(np.int8) for name, x in sides.items()}
+    if held != "float32":
+        codes = Codes(int(held.removeprefix("int")))
+        scale = torch.tensor(4.0 / codes.largest)
+        sides = {name: codes.encode(torch.from_numpy(x), scale).numpy() for name, x in sides.items()}
     return {"input_ids": np.full((1, tokens), 3), "position_ids": np.full((1, tokens), 1 << 15), **sides}
 
 
@@ -85,21 +88,21 @@ def written(folder: Path) -> tuple[Path, Path]:
     return theirs, ours
 
 
-def in_bytes(folder: Path, past: int, threads: int, rounds: int) -> dict[str, object]:
-    """A row where every token is seen: the cache as it comes, and in int8."""
+def in_codes(folder: Path, past: int, threads: int, rounds: int) -> dict[str, object]:
+    """A row where every token is seen: the cache as it comes, in int8 and in int4."""
     tokens = (torch.randint(0, 64, (1, 512), generator=torch.Generator().manual_seed(0)),)
-    rule = {"match": {}, "attn": {"storage": {"kv_cache": {"type": "int8", "per": "channel"}}}, "fallback": "error"}
-    sessions = []
-    for policy in ("exact", {"version": 1, "rules": [rule]}):
-        path = folder / f"{'codes' if policy != 'exact' else 'numbers'}.onnx"
-        attn.export_onnx(model(None), tokens, path, policy, decode=True)
-        sessions.append(Session(path, threads, past, codes=policy != "exact"))
+    sessions = {}
+    for held in ("float32", *TYPES):
+        rule = {"match": {}, "attn": {"storage": {"kv_cache": {"type": held, "per": "channel"}}}, "fallback": "error"}
+        policy = "exact" if held == "float32" else {"version": 1, "rules": [rule]}
+        attn.export_onnx(model(None), tokens, folder / f"{held}.onnx", policy, decode=True)
+        sessions[held] = Session(folder / f"{held}.onnx", threads, past, held)
     for _ in range(rounds):
-        for one in sessions:
+        for one in sessions.values():
             one.run()
-    numbers, codes = (one.best for one in sessions)
-    times = {"float32 us": f"{1e6 * numbers:.0f}", "int8 us": f"{1e6 * codes:.0f}"}
-    return {"past": past, **times, "processor time": f"{numbers / codes:.2f}x", "must": "1.4x"}
+    times = {f"{held} us": f"{1e6 * one.best:.0f}" for held, one in sessions.items()}
+    ratios = {held: f"{sessions['float32'].best / sessions[held].best:.2f}x" for held in TYPES}
+    return {"past": past, **times, **ratios, "must (int8)": "1.4x"}
 
 
 def main() -> None:
@@ -122,7 +125,7 @@ def main() -> None:
             times = {"whole cache us": f"{1e6 * theirs.best:.0f}", "ours us": f"{1e6 * ours.best:.0f}"}
             rows.append({"past": past, **times, "processor time": f"{theirs.best / ours.best:.1f}x", "apart": f"{apart:.0e}"})
             print(*rows[-1].values(), sep="  ", flush=True)
-        coded = [in_bytes(Path(folder), past, given.threads, given.rounds) for past in given.past]
+        coded = [in_codes(Path(folder), past, given.threads, given.rounds) for past in given.past]
         for row in coded:
             print(*row.values(), sep="  ", flush=True)
     title = f"onnxruntime {onnxruntime.__version__} on {processor()}, {given.threads} thread(s)"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from attn_compiler.export.called import EXPORTED, WITH_CACHE
@@ -15,6 +14,7 @@ from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import call, equal, is_tensor, shape, value
 from attn_compiler.planning.kept import Kept
 from attn_compiler.targets.exported import SCALES, Call
+from attn_compiler.targets.onnx.codes import codes_of
 from attn_compiler.targets.rows import without_cache
 
 _MOVES = ("transpose", "transpose_last", "transpose_all", "permute", "movedim")
@@ -42,10 +42,12 @@ def _fold(graph: fx.Graph, node: fx.Node, caches: Sequence[fx.Node], what: Call,
     q, _, _, *tables = call(node)["operands"]
     past, new = zip(*(call(x)["tensors"] for x in caches), strict=True)
     if scales:
-        what = replace(what, variant=without_cache(what.variant), tables=(*what.tables, *SCALES), codes=True)
+        codes = codes_of(what.variant)
+        what = replace(what, variant=without_cache(what.variant), tables=(*what.tables, *SCALES), codes=codes.bits)
         tables = [*tables, *scales]
         for x in (*past, *caches):
-            x.meta["val"] = x.meta["val"].to(torch.int8)
+            *sizes, dim = x.meta["val"].shape
+            x.meta["val"] = x.meta["val"].new_empty((*sizes, codes.width(dim)), dtype=codes.dtype)
     values = [node.meta["val"], *(x.meta["val"] for x in caches)]
     stand_in(graph, (node, *caches), WITH_CACHE, ([q, *new, *past, *tables], what.write()), values)
 

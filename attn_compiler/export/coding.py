@@ -1,4 +1,4 @@
-"""Caches that hold int8: what brings their codes back is fixed when a file is written, by what the model does with an example."""
+"""Caches that hold codes: what brings these back is fixed when a file is written, by what the model does with an example."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from attn_compiler.export.program import hold
 from attn_compiler.planning.kept import FAR
 from attn_compiler.runtime.exported import attend_eagerly, attend_with_cache
 from attn_compiler.targets.exported import SCALES, Call
+from attn_compiler.targets.onnx.codes import Codes, codes_of
 from attn_compiler.targets.rows import without_cache
-
-LARGEST = 127
 
 
 @dataclass(frozen=True)
 class Seen:
     """The scales of an attention's keys and values, each channel's own, and the relative error of its result with them."""
 
+    codes: Codes
     scales: tuple[Tensor, Tensor]
     error: float
 
     def __str__(self) -> str:
-        return f"holds its cache in int8, whose scales are those of the example: there its result differs by {self.error:.2g}"
+        whose = "whose scales are those of the example"
+        return f"holds its cache in {self.codes}, {whose}: there its result differs by {self.error:.2g}"
 
 
 def seen(module: fx.GraphModule, names: Iterable[str], inputs: Iterable[Tensor]) -> Mapping[str, Seen]:
@@ -62,7 +63,7 @@ def check_kept(found: Mapping[str, Seen], promised: Mapping[str, float]) -> None
     for name, most in promised.items():
         if not found[name].error <= most:
             raise ExportError(
-                f"{name}: with its cache in int8, whose scales are those of the example, its result differs by "
+                f"{name}: with its cache in {found[name].codes}, whose scales are those of the example, its result differs by "
                 f"{found[name].error:.3g}, beyond its `tolerance` of {most:g}: give another example, or leave its "
                 "`storage` out"
             )
@@ -72,7 +73,7 @@ def check_coded(wanted: Iterable[str], folded: Collection[str]) -> None:
     """Raise where a cache is wanted in codes that somebody else reads as numbers."""
     missing = next((name for name in wanted if name not in folded), None)
     if missing is not None:
-        raise ExportError(f"{missing}: its cache cannot be held in int8, since it is read elsewhere too: leave its `storage` out")
+        raise ExportError(f"{missing}: its cache cannot hold codes, since it is read elsewhere too: leave its `storage` out")
 
 
 class _Watching(Plain):
@@ -92,11 +93,11 @@ class _Watching(Plain):
 
 def _seen(call: Call, operands: list[Tensor]) -> Seen:
     q, k, v, *tables = operands
-    tiny = torch.finfo(k.dtype).tiny
-    scales = [(x.abs().amax((0, 2), keepdim=True) / LARGEST).clamp(min=tiny) for x in (k, v)]
+    tiny, codes = torch.finfo(k.dtype).tiny, codes_of(call.variant)
+    scales = [(x.abs().amax((0, 2), keepdim=True) / codes.largest).clamp(min=tiny) for x in (k, v)]
     plain = replace(call, variant=without_cache(call.variant))
-    held = replace(plain, tables=(*call.tables, *SCALES), held=(0, FAR), codes=True)
-    none = [x[:, :, :0].to(torch.int8) for x in (k, v)]
+    held = replace(plain, tables=(*call.tables, *SCALES), held=(0, FAR), codes=codes.bits)
+    none = [codes.encode(x, scale)[:, :, :0] for x, scale in zip((k, v), scales, strict=True)]
     exact = attend_eagerly(operands, plain.write())
     found, _, _ = attend_with_cache([q, k, v, *none, *tables, *scales], held.write())
-    return Seen((scales[0], scales[1]), float((found - exact).norm() / exact.norm().clamp(min=tiny)))
+    return Seen(codes, (scales[0], scales[1]), float((found - exact).norm() / exact.norm().clamp(min=tiny)))

@@ -31,7 +31,7 @@ class Decoder:
         self._wrap = onnxruntime.OrtValue.ortvalue_from_numpy
         self._past = {x.name: x for x in self._session.get_inputs() if x.name.startswith("past_key_values.")}
         # onnxruntime's GroupQueryAttention, which reads codes, takes several tokens behind others for one row alone.
-        self._one_by_one = any(x.type == "tensor(int8)" for x in self._past.values())
+        self._one_by_one = any(x.type in ("tensor(int8)", "tensor(uint8)") for x in self._past.values())
         self._padded = PADDING in [x.name for x in self._session.get_inputs()]
         self._outputs = [x.name for x in self._session.get_outputs()]
         if not self._past or "logits" not in self._outputs:
@@ -97,4 +97,10 @@ class Decoder:
 
 
 PADDING = "attention_mask"
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int8)": np.int8}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}

@@ -14,7 +14,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ExportError
 from attn_compiler.export.caches import fold
-from attn_compiler.export.coding import LARGEST, check_coded, check_kept, seen, with_scales
+from attn_compiler.export.coding import check_coded, check_kept, seen, with_scales
 from attn_compiler.export.decoder import PADDING
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
@@ -27,6 +27,7 @@ from attn_compiler.planning.policy import Policy
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.exported import OnnxTarget
 from attn_compiler.targets.held_past import is_state
+from attn_compiler.targets.onnx.codes import Codes
 
 _LENGTHS = (2, FAR)  # the shortest and the longest text that a policy is asked about
 _WHOLE = "and holds every token: its cache, or how long that is, is read elsewhere too"
@@ -71,7 +72,7 @@ def decoding(
     holding = _Holding(
         {called[x]: needs[name] for name, inputs in folded.items() for x in inputs if name in needs},
         {new: states[old] for new, old in zip(named.inputs, step.inputs, strict=True) if old in states},
-        frozenset(called[x] for name in coded for x in folded[name]),
+        {called[x]: one.codes for name, one in coded.items() for x in folded[name]},
     )
     wishes = {name: f"needs {need}" for name, need in needs.items()} | dict.fromkeys(linear, "is linear")
     wholes = [f"{name} {why}, {_WHOLE}" for name, why in wishes.items() if name not in (*remembered, *folded)]
@@ -91,12 +92,12 @@ class _Holding:
 
     held: Mapping[str, Kept]
     states: Mapping[str, Remembering]
-    codes: frozenset[str]
+    codes: Mapping[str, Codes]
 
     def words(self, inputs: Sequence[str]) -> Mapping[str, str]:
         """What each cache holds, in words."""
         found = {name: str(self.held.get(name, "every token")) for name in inputs if name.endswith(".key")}
-        found = {name: f"{what}, in int8" if name in self.codes else what for name, what in found.items()}
+        found = {name: f"{what}, in {self.codes[name]}" if name in self.codes else what for name, what in found.items()}
         return found | {name: str(one) for name, one in self.states.items() if name.endswith(".state")}
 
 
@@ -171,6 +172,6 @@ def _random(holding: _Holding, name: str, x: Tensor, rows: int, past: int, gener
         return (sums * past).to(torch.promote_types(x.dtype, torch.float32))
     length = min(past, holding.held[name].most) if name in holding.held else past
     shape = (rows, x.shape[1], length, x.shape[3])
-    if name in holding.codes:
-        return torch.randint(-LARGEST, LARGEST + 1, shape, generator=generator, dtype=torch.int8)
-    return torch.randn(shape, generator=generator).to(x.dtype)
+    drawn = torch.randn(shape, generator=generator).to(x.dtype)
+    codes = holding.codes.get(name)
+    return drawn if codes is None else codes.encode(drawn, drawn.new_tensor(3.0 / codes.largest))

@@ -15,6 +15,7 @@ from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
 from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, Call
+from attn_compiler.targets.onnx.codes import Codes
 from attn_compiler.targets.onnx.operators import not_coded
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.past import remembered
@@ -119,19 +120,15 @@ def attend_with_cache(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Te
     call = Call.read(what)
     assert call.held is not None
     scales = tables[-len(SCALES) :] if call.codes else []
-    new = [coded(x, scale) for x, scale in zip((k, v), scales, strict=True)] if call.codes else [k, v]
+    codes = Codes(call.codes)
+    new = [codes.encode(x, scale) for x, scale in zip((k, v), scales, strict=True)] if scales else [k, v]
     keys, values = held = [torch.cat([past, x], dim=2) for past, x in zip((past_k, past_v), new, strict=True)]
-    if call.codes:
-        keys, values = (x * scale for x, scale in zip(held, scales, strict=True))
+    if scales:
+        keys, values = (codes.decode(x, scale) for x, scale in zip(held, scales, strict=True))
     count = keys.shape[2]
     tables = [x[..., -count:] if name in call.along_keys else x for name, x in zip(call.tables, tables, strict=True)]
     out = attend_eagerly([q, keys, values, *tables], what)
     return out, _let_go(held[0], *call.held), _let_go(held[1], *call.held)
-
-
-def coded(x: Tensor, scale: Tensor) -> Tensor:
-    """The codes of keys or values; what is beyond the largest becomes the largest."""
-    return torch.round(x / scale).clamp(-128, 127).to(torch.int8)
 
 
 def attend_with_state(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +148,7 @@ def _let_go(x: Tensor, first: int, latest: int) -> Tensor:
 def _shapes(operands: Sequence[Tensor], what: str) -> tuple[Tensor, Tensor, Tensor]:
     """What is let go is not counted: nothing of the graph depends on it."""
     q, k, v, past_k, past_v, *_ = operands
-    held = [torch.cat([past, x.to(past.dtype)], dim=2) for past, x in ((past_k, k), (past_v, v))]
+    held = [torch.cat([past, x[..., : past.shape[3]].to(past.dtype)], dim=2) for past, x in ((past_k, k), (past_v, v))]
     return _shape([q, k, v], what), held[0], held[1]
 
 

@@ -40,7 +40,7 @@ class Call:
     layers: int
     held: tuple[int, int] | None = None  # with a cache: the first and the latest keys that the next call is given
     remembers: bool = False  # whether a state takes the place of the past: that of a linear attention
-    codes: bool = False  # whether the cache holds whole numbers of a byte, which its SCALES bring back
+    codes: int = 0  # the bits of what a cache holds in the place of numbers, which its SCALES bring back
 
     def write(self) -> str:
         """The call as text."""

@@ -18,11 +18,11 @@ def group_query(group: Group, shown: int) -> ir.Value:
     return _group_query(group, shown, group.scope.keys.count, [], {})[0]
 
 
-def with_codes(group: Group, shown: int, past: Sequence[ir.Value], scales: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
-    """The same behind a past in int8, and the codes of all tokens."""
+def with_codes(group: Group, shown: int, past: Sequence[ir.Value], scales: Sequence[ir.Value], bits: int) -> tuple[ir.Value, ...]:
+    """The same behind a past in codes, and the codes of all tokens."""
     nodes = group.scope.nodes
     keys = nodes.op("Add", nodes.size(past[0], 2), nodes.index(group.scope.queries.count))
-    how: Mapping[str, Attribute] = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+    how: Mapping[str, Attribute] = {"kv_cache_bit_width": bits, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
     return _group_query(group, shown, keys, [*past, *scales], how)
 
 

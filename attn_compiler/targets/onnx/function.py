@@ -93,7 +93,7 @@ def _coded(spec: Spec, nodes: Nodes, inputs: Inputs, past: Sequence[ir.Value]) -
     group = _group(spec, nodes, inputs, range(spec.heads), spec.call.variant)
     shown = latest(spec.call.variant.mask)
     assert shown is not None
-    return contrib.with_codes(group, shown, past, [inputs.tables[name] for name in SCALES])
+    return contrib.with_codes(group, shown, past, [inputs.tables[name] for name in SCALES], spec.call.codes)
 
 
 def _attention(spec: Spec, nodes: Nodes, inputs: Inputs, strategy: str, contents: Contents) -> ir.Value:

@@ -12,6 +12,7 @@ from attn_compiler.algebra.variant import SOFTMAX, Variant
 from attn_compiler.planning.site import Site
 from attn_compiler.targets.exported import Spec
 from attn_compiler.targets.linear import linear
+from attn_compiler.targets.onnx.codes import TYPES
 from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import is_causal, sides
 
@@ -86,14 +87,14 @@ def not_coded(site: Site, variant: Variant) -> str | None:
     """Why GroupQueryAttention does not read the cache that a variant wants held in few bits; None if it does."""
     held = {part.storage.kv_cache for part in variant.parts()}
     how = next(iter(held))
-    if len(held) > 1 or how is None or how != Held(how.numbers, Shared("channel")) or how.numbers.name != "int8":
-        return "onnxruntime's caches are `{type: int8, per: channel}`"
+    if len(held) > 1 or how is None or how != Held(how.numbers, Shared("channel")) or how.numbers.name not in TYPES:
+        return "onnxruntime's caches are `{type: int8, per: channel}`, or int4"
     if site.dtype != "float32" or site.head_dim != site.value_dim or site.head_dim % 8:
-        return "onnxruntime's caches in int8 are of float32, of keys and values of one size, a multiple of 8"
+        return "onnxruntime's caches in codes are of float32, of keys and values of one size, a multiple of 8"
     if len(variant.parts()) > 1 or variant.normalizer != SOFTMAX or variant.score != e.score or not variant.feature.is_identity:
-        return "onnxruntime attends to a cache in int8 by a softmax of scaled products, and nothing else"
+        return "onnxruntime attends to a cache in codes by a softmax of scaled products, and nothing else"
     if variant.scale.mentions(e.q, e.k, e.k_len) or latest(variant.mask) is None:
-        return "onnxruntime attends to a cache in int8 under a causal mask, with a window or none"
+        return "onnxruntime attends to a cache in codes under a causal mask, with a window or none"
     return None
 
 
