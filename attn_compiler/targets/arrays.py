@@ -108,7 +108,9 @@ class Arrays:
 
 def _least(a: Tensor, b: Tensor) -> Tensor:
     """Of equal numbers the first has the gradient, as everywhere else: a gate that is open stays as it is, min(log, 0)."""
-    return torch.where((b < a) | b.isnan(), b, a) if a.is_floating_point() else torch.minimum(a, b)
+    if not (a.is_floating_point() and torch.is_grad_enabled()):
+        return torch.minimum(a, b)  # the same number, in one pass
+    return torch.where((b < a) | b.isnan(), b, a)
 
 
 # What symbolic sizes can do and stay symbolic; whatever else is asked of them is computed as a tensor without axes.
