@@ -40,6 +40,8 @@ TABLES = {
     "gates": torch.zeros(1, HEADS, LENGTH, DIM),
     "beta": torch.zeros(1, HEADS, LENGTH),
     "output_gate": torch.zeros(1, HEADS, LENGTH, DIM),
+    "local_conv": torch.zeros(1, HEADS, DIM, 3),
+    "taps": torch.zeros(1, HEADS, DIM, 9),
     "hedgehog_q": torch.zeros(1, HEADS, DIM, DIM),
     "hedgehog_k": torch.zeros(1, HEADS, DIM, DIM),
 }

@@ -12,6 +12,7 @@ from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, s
 from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.made import Made
+from attn_compiler.algebra.output import Step, expressions_of, mapped
 from attn_compiler.algebra.storage import PLAIN, Storage
 
 
@@ -107,7 +108,7 @@ class Variant:
     order: Expr | None = None
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
     gates: Expr | None = None  # the running log of a gate for each feature, as `Gates` has it: products fade one by one
-    output: tuple[Expr, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
+    output: tuple[Step, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
     context: tuple[Context, ...] = ()  # what becomes of keys and values first
     unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
     made: tuple[Made, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
@@ -125,7 +126,8 @@ class Variant:
         """All expressions of this variant, its branches and its groups."""
         own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
-        own += (*(one for one in (self.order, self.delta, self.gates) if one is not None), *self.output)
+        own += tuple(one for one in (self.order, self.delta, self.gates) if one is not None)
+        own += tuple(e for step in self.output for e in expressions_of(step))
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:
@@ -145,7 +147,7 @@ class Variant:
             order=None if self.order is None else change(self.order),
             delta=None if self.delta is None else change(self.delta),
             gates=None if self.gates is None else change(self.gates),
-            output=tuple(map(change, self.output)),
+            output=tuple(mapped(step, change) for step in self.output),
             made=tuple(one.map(change) for one in self.made),
             mix=None if self.mix is None else self.mix.map(change),
             groups=tuple((heads, variant.map(change)) for heads, variant in self.groups),

@@ -11,11 +11,12 @@ from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Block, Feature
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.output import Local, Step
 from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 9
+_VERSION = 10
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -64,7 +65,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "order": None if variant.order is None else number(variant.order),
         "delta": None if variant.delta is None else number(variant.delta),
         "gates": None if variant.gates is None else number(variant.gates),
-        "output": [number(step) for step in variant.output],
+        "output": [_step(step, number) for step in variant.output],
         "context": [one.words() for one in variant.context],
         "unrotated": list(variant.unrotated),
     }
@@ -96,10 +97,24 @@ def _variant(written: Written, node: Node) -> Variant:
         order=None if written["order"] is None else node(written["order"]),
         delta=None if written["delta"] is None else node(written["delta"]),
         gates=None if written["gates"] is None else node(written["gates"]),
-        output=tuple(map(node, written["output"])),
+        output=tuple(_read_step(step, node) for step in written["output"]),
         context=tuple(map(Context.of, written["context"])),
         unrotated=tuple(written["unrotated"]),
     )
+
+
+def _step(step: Step, number: Number) -> object:
+    if isinstance(step, Expr):
+        return number(step)
+    bias = None if step.bias is None else number(step.bias)
+    return [list(step.sizes), number(step.weights), bias, list(step.grid), step.before, step.centered]
+
+
+def _read_step(written: Any, node: Node) -> Step:
+    if isinstance(written, int):
+        return node(written)
+    sizes, weights, bias, grid, before, centered = written
+    return Local(tuple(sizes), node(weights), None if bias is None else node(bias), tuple(grid), before, centered)
 
 
 def _block(written: list[Any], node: Node) -> Block:

@@ -29,7 +29,7 @@ from attn_compiler.algebra.expr import (
 from attn_compiler.algebra.feature import Block, Feature, norm, x
 from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.notation import notation
-from attn_compiler.algebra.output import mean_square
+from attn_compiler.algebra.output import Step, mean_square
 from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
 from attn_compiler.planning.classify import Named, classify, label
 from attn_compiler.planning.planner import facts_of
@@ -110,7 +110,7 @@ def _formula(variant: Variant, site: Site, heads: str = "") -> Formula:
     return Formula(says, tuple(parts), heads)
 
 
-def _mixed(mix: Mix, output: Sequence[Expr], site: Site, heads: str) -> Formula:
+def _mixed(mix: Mix, output: Sequence[Step], site: Site, heads: str) -> Formula:
     """The branches by their names, and below it what each of them is."""
     speaking = _Speaking(site)
     weighed = (_times(symbol(name, Sort.REAL), weight) for (name, _), weight in zip(mix.branches, mix.weights, strict=True))
@@ -129,10 +129,13 @@ def _made(one: Made, speaking: _Speaking) -> str:
     return f"{said}, summed up over the tokens" if one.running else said
 
 
-def _results(steps: Sequence[Expr], speaking: _Speaking) -> list[Part]:
+def _results(steps: Sequence[Step], speaking: _Speaking) -> list[Part]:
     """What becomes of a head's result, o, before it is the output."""
     said = {x: symbol("o", Sort.REAL), mean_square: symbol("mean(o²)", Sort.REAL)}
-    return [Part("result", speaking.says(speaking.by_index(step.substitute(said)))) for step in steps]
+    return [
+        Part("result", speaking.says(speaking.by_index(step.substitute(said))) if isinstance(step, Expr) else f"o + {step}")
+        for step in steps
+    ]
 
 
 def _times(value: Expr, weight: Expr) -> Expr:

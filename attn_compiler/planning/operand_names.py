@@ -56,7 +56,7 @@ def _made(variant: Variant, own: Mapping[str, object]) -> Iterator[Made]:
         rate, bias = (table(f"{name}_{part}", layer, h, sort=Sort.REAL) for part in ("rate", "bias"))
         opened = -exp(rate) * _softplus(x + bias - _NEAR_ONE)
         yield Made(name, table(f"{name}_x", layer, h, channel, sort=Sort.REAL), opened, running=True)
-    for step in variant.output:
+    for step in (one for one in variant.output if isinstance(one, Expr)):
         for name, node in _tables(step).items():
             if node.args[-1] == component:
                 yield Made(name, table(f"{name}_x", layer, h, channel, component, sort=Sort.REAL))

@@ -12,6 +12,7 @@ from attn_compiler.algebra.expr import Expr, Sort, const, h, kv, layer, score
 from attn_compiler.algebra.feature import component, feature, x
 from attn_compiler.algebra.made import channel
 from attn_compiler.algebra.notation import text
+from attn_compiler.algebra.output import Local, tap
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.errors import PolicyError
@@ -91,6 +92,7 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
         raise PolicyError(f'"{name}" cannot be a parameter of a model: its name is made of letters, digits and `_`')
     sizes = {layer: site.layers or 1, h: site.heads, kv: site.kv_heads, component: site.head_dim, feature: site.head_dim}
     sizes[channel] = site.input_width
+    sizes[tap] = next((step.taps for step in _convolutions(variant) if step.weights == node), 0)
     strange = [text(place) for place in node.args if place not in sizes]
     if strange or node.sort is not Sort.REAL:
         raise PolicyError(
@@ -103,13 +105,18 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
     return Parameter(name, shape, _neutral(node, variant), maps=feature in node.args)
 
 
+def _convolutions(variant: Variant) -> Iterator[Local]:
+    yield from (step for part in variant.parts() for step in part.output if isinstance(step, Local))
+
+
 def _neutral(node: Expr, variant: Variant) -> float:
     """0, unless that would leave nothing of a score, of a branch or of the result: then 1."""
     parts = variant.parts()
     mixed = [weight for part in parts if part.mix for weight in part.mix.weights]
     factors = [weight for weight in mixed if simplify(weight.substitute({node: const(0.0)})) == const(0.0)]
     scores = [s for s in (part.score for part in parts) if not simplify(s.substitute({node: const(0.0)})).mentions(score)]
-    steps = [step for part in parts for step in part.output if not simplify(step.substitute({node: const(0.0)})).mentions(x)]
+    steps = [step for part in parts for step in part.output if isinstance(step, Expr)]
+    steps = [step for step in steps if not simplify(step.substitute({node: const(0.0)})).mentions(x)]
     return 1.0 if any(e.mentions(node) for e in (*factors, *scores, *steps)) else 0.0
 
 

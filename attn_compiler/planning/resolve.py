@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from attn_compiler.algebra.context import Context
-from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, k_len, q, q_len, rebuild, score, true
+from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, q, q_len, rebuild, score
 from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
@@ -14,6 +13,7 @@ from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.operand_names import with_operands
+from attn_compiler.planning.outside import LOST, UNPADDED, UNPLACED, in_context, with_results
 from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
@@ -21,13 +21,6 @@ from attn_compiler.planning.site import Frame, Site
 from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import PerToken, Seen, with_phantoms
-
-_UNPLACED = "speaks of distances, and nobody knows where this site's queries stand among its keys"
-_UNPADDED = (
-    "counts positions from a row's first valid key, and the site's own mask is a run-time table, in which padding cannot be told "
-    "from the rest"
-)
-_LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
 
 
 @dataclass(frozen=True)
@@ -183,24 +176,19 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
     derived = tuple(dict.fromkeys(table for _, branch in branches for table in branch.derived))
     mask = simplify(either(*(branch.mask for _, branch in branches)))
     mixed = replace(base, mask=mask, mix=Mix(mix.how, tuple(branches), mix.weights), derived=derived)
-    mixed = mixed if slots.output is None else replace(mixed, output=slots.output)
+    finished = mixed if slots.output is None else with_results(mixed, slots.output, site)
+    if isinstance(finished, Refusal):
+        return finished
     gates = {name: x for name, x in (slots.operands or {}).items() if name == "gate"}
-    return with_operands(mixed, gates, site) if gates else mixed
+    return with_operands(finished, gates, site) if gates else finished
 
 
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     """The variant without groups and branches that slots make of another one."""
     laid = _laid(slots, base, site, replace_mask)
     if isinstance(laid, Variant) and (slots.context or laid.context):
-        laid = _in_context(laid, slots.context or laid.context)
+        laid = in_context(laid, slots.context or laid.context)
     return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)
-
-
-def _in_context(variant: Variant, context: tuple[Context, ...]) -> Variant | Refusal:
-    """Pooled keys stand nowhere, so nothing may ask where they stand."""
-    asks = variant.order is not None or any(x.mentions(q, k, k_len) for x in (variant.scale, variant.score))
-    said = "its context makes other keys of all that there are, and a mask, a score or an order asks where keys stand"
-    return Refusal("rule", said) if asks or variant.mask != true else replace(variant, context=context)
 
 
 def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
@@ -218,7 +206,7 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
         variant = replace(variant, scale=slots.scale)
     if slots.score is not None:
         if _is_lost(site, slots.score):
-            return Refusal("rule", f"its score {_LOST}")
+            return Refusal("rule", f"its score {LOST}")
         variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
     if slots.state is not None:
         variant = _with_state(slots.state, variant, site, made="gate" in (slots.operands or ()))
@@ -231,7 +219,9 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     if isinstance(variant, Refusal):
         return variant
     if slots.output is not None:
-        variant = replace(variant, output=slots.output)
+        variant = with_results(variant, slots.output, site)
+    if isinstance(variant, Refusal):
+        return variant
     if slots.mask is None:
         return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
     masked = _masked(slots.mask, variant, site, replace_mask)
@@ -248,9 +238,9 @@ def _stored(storage: Storage, order: PerToken | None, variant: Variant, site: Si
     if held.order is None or held.order == k:
         return replace(held, order=None)
     if site.frame is None or _is_lost(site, held.order):
-        return Refusal("rule", f"the `order` of its blocks {_LOST if site.frame else _UNPLACED}")
+        return Refusal("rule", f"the `order` of its blocks {LOST if site.frame else UNPLACED}")
     if _counts(_without_tables(held.order)) and not _padding_is_known(variant.mask, site):
-        return Refusal("rule", f"the `order` of its blocks {_UNPADDED}")
+        return Refusal("rule", f"the `order` of its blocks {UNPADDED}")
     return replace(held, order=_placed(held.order, site))
 
 
@@ -258,17 +248,17 @@ def _with_state(state: Expr | Delta | Gates, variant: Variant, site: Site, *, ma
     """What is left of a key at a query is a factor of the score; tables that are made of tokens go wherever these go."""
     if isinstance(state, Gates):
         if site.frame is None or _is_lost(site, state.log):
-            return Refusal("rule", f"its state {_UNPLACED if site.frame is None else _LOST}")
+            return Refusal("rule", f"its state {UNPLACED if site.frame is None else LOST}")
         return replace(variant, gates=_placed(state.log, site))
     if isinstance(state, Delta):
         faded = _with_state(state.left, variant, site, made=made)
         if site.frame is None or (not made and _is_lost(site, state.beta)):
-            return Refusal("rule", f"its state {_UNPLACED if site.frame is None else _LOST}")
+            return Refusal("rule", f"its state {UNPLACED if site.frame is None else LOST}")
         return replace(faded, delta=_placed(state.beta, site)) if isinstance(faded, Variant) else faded
     if site.frame is None and state.mentions(q, k):
-        return Refusal("rule", f"its state {_UNPLACED}")
+        return Refusal("rule", f"its state {UNPLACED}")
     if _is_lost(site, _without_tables(state) if made else state):
-        return Refusal("rule", f"its state {_LOST}")
+        return Refusal("rule", f"its state {LOST}")
     return replace(variant, score=_times(variant.score, _placed(state, site)))
 
 
@@ -306,13 +296,13 @@ def _is_causal(mask: Expr) -> bool:
 
 def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
-        return Refusal("rule", f"its mask {_UNPLACED}")
+        return Refusal("rule", f"its mask {UNPLACED}")
     if _is_lost(site, seen.keep, seen.phantoms, seen.times):
-        return Refusal("rule", f"its mask {_LOST}")
+        return Refusal("rule", f"its mask {LOST}")
     if replace_mask and site.frame and site.frame.slides:
         return Refusal("rule", "`replace_mask` may show any key, and this site's cache slides: its oldest keys are gone")
     if _counts_from_start(seen) and not _padding_is_known(variant.mask, site):
-        return Refusal("rule", f"its mask {_UNPADDED}")
+        return Refusal("rule", f"its mask {UNPADDED}")
     kept: Expr | Refusal = variant.mask
     if replace_mask:
         kept = _padding(variant.mask, site.frame or Frame())

@@ -9,6 +9,7 @@ from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.output import Local, Step
 from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import Delta, DerivedTable, EmptyRows, Gates, Normalizer
 from attn_compiler.errors import AttnError, LanguageError, PolicyError, did_you_mean
@@ -45,7 +46,7 @@ class Slots:
     geometry: Geometry | None = None
     order: PerToken | None = None
     storage: Storage | None = None
-    output: tuple[Expr, ...] | None = None
+    output: tuple[Step, ...] | None = None
     context: tuple[Context, ...] | None = None
     operands: Mapping[str, str] | None = field(default=None, hash=False)
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
@@ -189,9 +190,7 @@ def _with_word(slots: Slots, slot: str, found: object) -> Slots:
 def _with_outputs(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slots:
     """The steps that are taken with a result, one after the other."""
     found = [located(one, lambda text: parse_call(text, "outputs", words, scope)) for one in each(entry)]
-    steps = tuple(step for step in found if isinstance(step, Expr))
-    declared = tuple(found) if len(steps) < len(found) else ()
-    return replace(slots, later={**slots.later, "output": declared}) if declared else replace(slots, output=steps)
+    return replace(slots, output=tuple(step for step in found if isinstance(step, Expr | Local)))
 
 
 def _with_contexts(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slots:

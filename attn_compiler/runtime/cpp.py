@@ -25,6 +25,7 @@ from attn_compiler.runtime.compiler import why_not
 from attn_compiler.runtime.gather import BY_KERNEL
 from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
+from attn_compiler.targets import around
 from attn_compiler.targets.blocks import every_query_sees_itself
 from attn_compiler.targets.choice import FUSED, FUSED_WHOLE, form_of
 from attn_compiler.targets.cpp import coded, gradient
@@ -34,7 +35,7 @@ from attn_compiler.targets.held import lost
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
-CARRIED = ("storage", "order")
+CARRIED = ("storage", "order", *around.CARRIED)
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 FEW = 32  # queries up to which a call is so short that its cost counts
@@ -66,7 +67,7 @@ class CppTarget:
             return out.to(operands.q.dtype), None
         if not lse and linear.gathers(operands, variant):
             return attend_torch(operands, variant, way=Way(states=BY_KERNEL))
-        return attend_generated(operands, variant, self.name, lse=lse)
+        return around.around(operands, variant, lambda inner, one: attend_generated(inner, one, self.name, lse=lse))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if site.recalls:
@@ -233,4 +234,4 @@ def _objection(
     q_counted, k_counted = counted
     placed = [in_places(part, q_counted=q_counted, k_counted=k_counted) for part in variant.parts()]
     reasons = (refuse(part, dict(stored), of_storage) or (gradient.refuse(part) if differentiated else None) for part in placed)
-    return passed_over(variant, CARRIED) or next(filter(None, reasons), None)
+    return passed_over(variant, CARRIED) or around.refuse(variant) or next(filter(None, reasons), None)

@@ -14,6 +14,7 @@ from attn_compiler.algebra.variant import SOFTMAX, How, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
+from attn_compiler.targets import around
 from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, Call
 from attn_compiler.targets.onnx.codes import Codes
 from attn_compiler.targets.onnx.operators import not_coded
@@ -24,7 +25,7 @@ from attn_compiler.targets.tilings import Tilings
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
-CARRIED = ("feature", "seen", "mix")
+CARRIED = ("feature", "seen", "mix", *around.CARRIED)
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
@@ -47,7 +48,7 @@ class OnnxTarget:
         return "an exported attention has no log-sum-exp" if lse else None
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        return record(self.site, operands, variant), None
+        return around.around(operands, variant, lambda inner, one: (record(self.site, inner, one), None))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         reason = objection(site, without_cache(variant) if self.decodes else variant)
@@ -90,7 +91,10 @@ def uncarried(variant: Variant) -> str | None:
     """What of a variant has no spelling as standard operators here; None: nothing."""
     if any(part.mix is not None and part.mix.how is How.LSE for part in variant.parts()):
         return "its branches are mixed by log-sum-exp, which exported attentions do not have"
-    return passed_over(variant, CARRIED)
+    inner = any(branch.output or branch.context for part in variant.parts() if part.mix for _, branch in part.mix.branches)
+    if inner:
+        return "what becomes of the keys of a branch, or of its result, is no part of an exported attention"
+    return passed_over(variant, CARRIED) or around.refuse(variant)
 
 
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:

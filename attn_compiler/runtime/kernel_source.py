@@ -15,6 +15,7 @@ from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.triton_programs import gathered, programs
+from attn_compiler.targets.around import without
 from attn_compiler.targets.cpp import coded as cpp_coded
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.triton import coded as triton_coded
@@ -87,6 +88,9 @@ def shape_of(
         variant, Variant(), heads=heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len, head_dim=head_dim, values=values,
         layer=layer, layers=layers,
     )  # fmt: skip
+    if any(part.context for part in read.parts()):
+        raise ShapeError("its `context` makes other keys of these first: ask for the kernel of those, without it")
+    read = without(read)
     stored = _stored(read, dtype, tables or {})
     counted = True, True
     shape = Shape(

@@ -17,6 +17,7 @@ from attn_compiler.runtime.coded_rows import codes_objection, of_rows
 from attn_compiler.runtime.cpp import DTYPES, objection, of_unseeing
 from attn_compiler.runtime.gather import by_triton
 from attn_compiler.runtime.operator import CODES, attend_generated, dtype_name
+from attn_compiler.targets.around import around
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.held import lost
@@ -51,7 +52,7 @@ class TritonTarget:
             return attend_generated(*of_rows(operands, variant), CODES[self.name], lse=lse)
         if not lse and linear.gathers(operands, variant, ANY):
             return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype)))
-        return attend_generated(operands, variant, self.name, lse=lse)
+        return around(operands, variant, lambda inner, one: attend_generated(inner, one, self.name, lse=lse))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if site.device != "cuda":

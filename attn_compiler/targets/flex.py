@@ -13,6 +13,7 @@ from torch.nn.attention import flex_attention as flex
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, const
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant, passed_over
+from attn_compiler.targets.around import CARRIED, around
 from attn_compiler.targets.blocks import every_query_sees_itself
 from attn_compiler.targets.operands import PLACE, Operands
 from attn_compiler.targets.torch_target import Result, by_group
@@ -42,10 +43,10 @@ class FlexTarget:
         if operands.q_len == 0 or operands.k_len == 0:
             return "flex_attention takes at least one query and one key"
         reasons = (_objection(part, operands) for part in variant.parts())
-        return passed_over(variant) or next(filter(None, reasons), None)
+        return passed_over(variant, CARRIED) or next(filter(None, reasons), None)
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        return by_group(operands, variant, _attend)
+        return by_group(operands, variant, lambda part, one: around(part, one, _attend))
 
 
 def _objection(variant: Variant, operands: Operands) -> str | None:

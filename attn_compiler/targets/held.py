@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attn_compiler.algebra.expr import const, k_len, q_len
+from attn_compiler.algebra.output import Local
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import Kept
 from attn_compiler.planning.site import Site
@@ -17,7 +18,14 @@ def seen(variant: Variant, heads: int) -> Kept | None:
     parts = list(of_heads(variant, heads))
     within = [None if _asks_for_all(part) else reach(part.mask) for part in parts]
     known = [x for x in within if x is not None]
-    return None if len(known) < len(within) else Kept(max(x.prefix for x in known), max(0, *(x.farthest for x in known)))
+    first, behind = max((x.prefix for x in known), default=0), max(map(neighbors, parts))
+    apart = first and behind  # first tokens stand in front of the latest, so neighbors cannot be counted from the last one
+    return None if len(known) < len(within) or apart else Kept(first, max(behind, *(x.farthest for x in known)))
+
+
+def neighbors(part: Variant) -> int:
+    """How many tokens before a query have values that are added to its result, whether it attends to them or not."""
+    return max((step.behind for step in part.output if isinstance(step, Local)), default=0)
 
 
 def lost(site: Site, variant: Variant) -> str:

@@ -13,11 +13,12 @@ from attn_compiler.algebra import wire
 from attn_compiler.algebra.bounds import Interval
 from attn_compiler.algebra.expr import Expr
 from attn_compiler.algebra.feature import Feature
+from attn_compiler.algebra.output import expressions_of
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.variant import Variant, reads
 from attn_compiler.planning.site import Site
 from attn_compiler.targets import past
-from attn_compiler.targets.held import asks_how_many, seen
+from attn_compiler.targets.held import asks_how_many, neighbors, of_heads, seen
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.operands import PLACE, Operands, head_groups
 from attn_compiler.targets.past import continued, remembered
@@ -47,7 +48,8 @@ def objection(variant: Variant, heads: int) -> str | None:
 
 def latest(variant: Variant, heads: int) -> int:
     """How many of the latest tokens a query has to find beside itself, where there is no objection."""
-    return max(_latest(leaf, heads) for _, leaf in leaves(variant, heads))
+    beside = [neighbors(part) for part in of_heads(variant, heads)]
+    return max(*beside, *(_latest(leaf, heads) for _, leaf in leaves(variant, heads)))
 
 
 def is_state(variant: Variant) -> bool:
@@ -75,7 +77,8 @@ def _knows_no_places(variant: Variant) -> bool:
 def _beside_distances(part: Variant) -> tuple[Expr, ...]:
     """The expressions of a part that do not say how far tokens are apart."""
     found = linear(continued(part)) if part.mix is None else None
-    own = part.scale, part.normalizer.weight, part.normalizer.output, *part.feature.expressions(), *part.output
+    results = (e for step in part.output for e in expressions_of(step))
+    own = part.scale, part.normalizer.weight, part.normalizer.output, *part.feature.expressions(), *results
     if found is None:
         return own
     faded = () if found.fades is None else _steps(found.fades)

@@ -10,12 +10,16 @@ from attn_compiler.algebra import output as o
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.targets.arrays import Arrays, Value
+from attn_compiler.targets.local import near
 from attn_compiler.targets.operands import Operands
 
 
 def put_out(out: Tensor, operands: Operands, variant: Variant, real: torch.dtype) -> Tensor:
     """The output [batch, heads, queries, value dim], computed in `real`, from what the heads of a variant attended."""
     for step in variant.output:
+        if isinstance(step, o.Local):
+            out = out.to(real) + near(operands, variant, step, real)
+            continue
         arrays = _arrays(operands, out.shape[-1], real)
         known: dict[e.Expr, Value] = {o.x: out.to(real)}
         if step.mentions(o.mean_square):

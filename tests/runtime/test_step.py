@@ -19,6 +19,7 @@ TABLES = {
     "gate": torch.rand(2, 4, TOKENS, generator=torch.Generator().manual_seed(4)).sigmoid().log().cumsum(-1),
     "beta": torch.rand(2, 4, TOKENS, generator=torch.Generator().manual_seed(7)),
     "hedgehog_q": torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(5)),
+    "local_conv": torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(8)),
     "hedgehog_k": torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(6)),
 }
 ELU = {"mask": "causal", "feature": "elu_one"}
@@ -34,6 +35,8 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "gated delta, padding": {"feature": "cosine", "mask": "causal & valid(padding)", "state": "gated_delta"},
     "far keys": {"feature": "elu_one", "mask": "causal & ~window(12)", "state": "decay(0.1)"},
     "window": {"mask": "causal & window(7)"},
+    "values beside a state": {"feature": "elu_one", "mask": "causal & valid(padding)", "output": "local_conv(5)"},
+    "values behind a window": {"mask": "causal & window(3)", "output": "local_conv(5)"},
     "shared denominator": {
         "mix": {
             "how": "shared_denominator",
@@ -56,7 +59,7 @@ def operands(dtype: torch.dtype) -> list[Tensor]:
 
 
 def tables(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    read = ("hedgehog_q", "hedgehog_k") if name == "learned features" else ("padding", "gate", "beta")
+    read = ("hedgehog_q", "hedgehog_k") if name == "learned features" else ("padding", "gate", "beta", "local_conv")
     return {table: TABLES[table].to(dtype) if TABLES[table].dtype.is_floating_point else TABLES[table] for table in read}
 
 

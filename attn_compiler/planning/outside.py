@@ -1,0 +1,36 @@
+"""What a rule lets become of keys before an attention, and of results behind it; and why something has no place at a site."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.expr import k, k_len, q, true
+from attn_compiler.algebra.output import Local, Step
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.site import Site
+
+UNPLACED = "speaks of distances, and nobody knows where this site's queries stand among its keys"
+UNPADDED = (
+    "counts positions from a row's first valid key, and the site's own mask is a run-time table, in which padding cannot be told "
+    "from the rest"
+)
+LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
+
+
+def with_results(variant: Variant, steps: tuple[Step, ...], site: Site) -> Variant | Refusal:
+    """The variant that takes these steps with its result; neighbors are found by where a query stands."""
+    convolutions = [step for step in steps if isinstance(step, Local)]
+    if convolutions and site.frame is None:
+        return Refusal("rule", f"its `local_conv` {UNPLACED}")
+    if site.frame and any(step.grid for step in convolutions) and (site.frame.slides or site.frame.first_key is not None):
+        return Refusal("rule", f"its `local_conv` {LOST if site.frame.slides else UNPADDED}")
+    return replace(variant, output=steps)
+
+
+def in_context(variant: Variant, context: tuple[Context, ...]) -> Variant | Refusal:
+    """Pooled keys stand nowhere, so nothing may ask where they stand."""
+    asks = variant.order is not None or any(x.mentions(q, k, k_len) for x in (variant.scale, variant.score))
+    said = "its context makes other keys of all that there are, and a mask, a score or an order asks where keys stand"
+    return Refusal("rule", said) if asks or variant.mask != true else replace(variant, context=context)
