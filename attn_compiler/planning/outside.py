@@ -9,14 +9,8 @@ from attn_compiler.algebra.expr import k, k_len, q, true
 from attn_compiler.algebra.output import Local, Step
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.plan import Refusal
+from attn_compiler.planning.positions import LOST, UNPADDED, UNPLACED
 from attn_compiler.planning.site import Site
-
-UNPLACED = "speaks of distances, and nobody knows where this site's queries stand among its keys"
-UNPADDED = (
-    "counts positions from a row's first valid key, and the site's own mask is a run-time table, in which padding cannot be told "
-    "from the rest"
-)
-LOST = "speaks of positions, and this site's cache slides: its oldest keys are gone, so that only distances are known"
 
 
 def with_results(variant: Variant, steps: tuple[Step, ...], site: Site) -> Variant | Refusal:

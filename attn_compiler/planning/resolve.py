@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from attn_compiler.algebra.expr import Expr, Sort, const, either, every, i, k, q, q_len, rebuild, score
+from attn_compiler.algebra.expr import Expr, const, either, k, q, score
 from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.simplify import conjuncts, simplify
@@ -13,14 +13,25 @@ from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.operand_names import with_operands
-from attn_compiler.planning.outside import LOST, UNPADDED, UNPLACED, in_context, with_results
+from attn_compiler.planning.outside import in_context, with_results
 from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
-from attn_compiler.planning.site import Frame, Site
+from attn_compiler.planning.positions import (
+    LOST,
+    UNPADDED,
+    UNPLACED,
+    counts,
+    is_lost,
+    masked,
+    padding_is_known,
+    placed,
+    without_tables,
+)
+from attn_compiler.planning.site import Site
 from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
-from attn_compiler.planning.words import PerToken, Seen, with_phantoms
+from attn_compiler.planning.words import PerToken
 
 
 @dataclass(frozen=True)
@@ -205,9 +216,9 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
     if slots.scale is not None:
         variant = replace(variant, scale=slots.scale)
     if slots.score is not None:
-        if _is_lost(site, slots.score):
+        if is_lost(site, slots.score):
             return Refusal("rule", f"its score {LOST}")
-        variant = replace(variant, score=_placed(slots.score, site).substitute({score: variant.score}))
+        variant = replace(variant, score=placed(slots.score, site).substitute({score: variant.score}))
     if slots.state is not None:
         variant = _with_state(slots.state, variant, site, made="gate" in (slots.operands or ()))
     if isinstance(variant, Refusal):
@@ -224,10 +235,10 @@ def _laid(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Varian
         return variant
     if slots.mask is None:
         return variant if slots.empty_rows is None else replace(variant, empty_rows=slots.empty_rows)
-    masked = _masked(slots.mask, variant, site, replace_mask)
-    if isinstance(masked, Refusal):
-        return masked
-    return replace(masked, empty_rows=slots.empty_rows or EmptyRows.ZERO)
+    variant = masked(slots.mask, variant, site, replace_mask)
+    if isinstance(variant, Refusal):
+        return variant
+    return replace(variant, empty_rows=slots.empty_rows or EmptyRows.ZERO)
 
 
 def _stored(storage: Storage, order: PerToken | None, variant: Variant, site: Site) -> Variant | Refusal:
@@ -237,29 +248,29 @@ def _stored(storage: Storage, order: PerToken | None, variant: Variant, site: Si
     )
     if held.order is None or held.order == k:
         return replace(held, order=None)
-    if site.frame is None or _is_lost(site, held.order):
+    if site.frame is None or is_lost(site, held.order):
         return Refusal("rule", f"the `order` of its blocks {LOST if site.frame else UNPLACED}")
-    if _counts(_without_tables(held.order)) and not _padding_is_known(variant.mask, site):
+    if counts(without_tables(held.order)) and not padding_is_known(variant.mask, site):
         return Refusal("rule", f"the `order` of its blocks {UNPADDED}")
-    return replace(held, order=_placed(held.order, site))
+    return replace(held, order=placed(held.order, site))
 
 
 def _with_state(state: Expr | Delta | Gates, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
     """What is left of a key at a query is a factor of the score; tables that are made of tokens go wherever these go."""
     if isinstance(state, Gates):
-        if site.frame is None or _is_lost(site, state.log):
+        if site.frame is None or is_lost(site, state.log):
             return Refusal("rule", f"its state {UNPLACED if site.frame is None else LOST}")
-        return replace(variant, gates=_placed(state.log, site))
+        return replace(variant, gates=placed(state.log, site))
     if isinstance(state, Delta):
         faded = _with_state(state.left, variant, site, made=made)
-        if site.frame is None or (not made and _is_lost(site, state.beta)):
+        if site.frame is None or (not made and is_lost(site, state.beta)):
             return Refusal("rule", f"its state {UNPLACED if site.frame is None else LOST}")
-        return replace(faded, delta=_placed(state.beta, site)) if isinstance(faded, Variant) else faded
+        return replace(faded, delta=placed(state.beta, site)) if isinstance(faded, Variant) else faded
     if site.frame is None and state.mentions(q, k):
         return Refusal("rule", f"its state {UNPLACED}")
-    if _is_lost(site, _without_tables(state) if made else state):
+    if is_lost(site, without_tables(state) if made else state):
         return Refusal("rule", f"its state {LOST}")
-    return replace(variant, score=_times(variant.score, _placed(state, site)))
+    return replace(variant, score=_times(variant.score, placed(state, site)))
 
 
 def _linear(slots: Slots, variant: Variant) -> Variant | Refusal:
@@ -292,79 +303,6 @@ def _misfit(slots: Slots, site: Site) -> str:
 
 def _is_causal(mask: Expr) -> bool:
     return simplify(k <= q) in conjuncts(simplify(mask))
-
-
-def _masked(seen: Seen, variant: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
-    if site.frame is None and any(part.mentions(q) for part in (seen.keep, seen.phantoms, seen.times)):
-        return Refusal("rule", f"its mask {UNPLACED}")
-    if _is_lost(site, seen.keep, seen.phantoms, seen.times):
-        return Refusal("rule", f"its mask {LOST}")
-    if replace_mask and site.frame and site.frame.slides:
-        return Refusal("rule", "`replace_mask` may show any key, and this site's cache slides: its oldest keys are gone")
-    if _counts_from_start(seen) and not _padding_is_known(variant.mask, site):
-        return Refusal("rule", f"its mask {UNPADDED}")
-    kept: Expr | Refusal = variant.mask
-    if replace_mask:
-        kept = _padding(variant.mask, site.frame or Frame())
-    if isinstance(kept, Refusal):
-        return kept
-    keep, phantoms, times = (_placed(part, site) for part in (seen.keep, seen.phantoms, seen.times))
-    return with_phantoms(replace(variant, mask=simplify(kept & keep)), replace(seen, keep=keep, phantoms=phantoms, times=times))
-
-
-def _counts_from_start(seen: Seen) -> bool:
-    """Whether a mask means something else when all tokens move by one place, but for its tables."""
-    return any(_counts(_without_tables(part)) for part in (seen.keep, seen.phantoms, seen.times))
-
-
-def _is_lost(site: Site, *parts: Expr) -> bool:
-    """Whether something is read at a position, where only distances are known."""
-    return bool(site.frame and site.frame.slides) and any(map(_counts, parts))
-
-
-def _counts(part: Expr) -> bool:
-    """Whether it means something else when all tokens move by one place."""
-    return simplify(part.substitute({q: q + 1, k: k + 1})) != simplify(part)
-
-
-def _without_tables(e: Expr) -> Expr:
-    """`e` where every table is read at one place: tables stay addressed by place, whatever positions are counted from."""
-    return e.transform(lambda node: rebuild(node, tuple(const(0) for _ in node.args)) if node.op == "table" else node)
-
-
-def _padding_is_known(mask: Expr, site: Site) -> bool:
-    """Whether no table of a site's mask could hide padding among other things."""
-    if site.frame and site.frame.first_key is not None:
-        return True
-    return not any(
-        node.op == "table" and node.sort is Sort.BOOL and len(node.args) > 2 and node.mentions(k) for node in mask.walk()
-    )
-
-
-def _placed(e: Expr, site: Site) -> Expr:
-    """Let positions count from the row's first valid key; tables stay addressed by place."""
-    first = site.frame.first_key if site.frame else None
-    if first is None:
-        return e
-    shifted = {q: q - first, k: k - first}
-    done: dict[Expr, Expr] = {}
-    for node in e.walk():
-        args = tuple(done[a] for a in node.args)
-        done[node] = shifted.get(node, node) if node.op in ("symbol", "const", "table") else rebuild(node, args)
-    return done[e]
-
-
-def _padding(mask: Expr, frame: Frame) -> Expr | Refusal:
-    """The part of a site's mask that hides padding and unwritten cache slots, which a replaced mask keeps."""
-    kept: list[Expr] = []
-    for part in conjuncts(mask):
-        if not part.mentions(q, i):
-            kept.append(part)
-        elif part.tables():
-            return Refusal("rule", "the site's own mask is a run-time table, in which padding cannot be told from the rest")
-    if frame.position != i:
-        kept.append(k <= frame.position.substitute({i: q_len - 1}))
-    return every(*kept)
 
 
 def uses(policy: Policy, sites: Sequence[Site], took: Sequence[Sequence[int]]) -> Uses:
