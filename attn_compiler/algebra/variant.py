@@ -13,7 +13,7 @@ from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.output import Step, expressions_of, mapped
-from attn_compiler.algebra.storage import PLAIN, Storage
+from attn_compiler.algebra.storage import PLAIN, Held, Storage
 
 
 class EmptyRows(Enum):
@@ -116,6 +116,12 @@ class Variant:
     def held(self, storage: Storage, order: Expr | None = None) -> Variant:
         """The same variant of operands that are held so, its blocks cut in an order where there are any."""
         return replace(self, storage=storage, order=order if storage.shares_among_tokens else None)
+
+    def projected(self, how: Held | None) -> Variant:
+        """The same variant, in all of whose parts projections are held so."""
+        mix = self.mix and replace(self.mix, branches=tuple((name, one.projected(how)) for name, one in self.mix.branches))
+        groups = tuple((heads, one.projected(how)) for heads, one in self.groups)
+        return replace(self, storage=replace(self.storage, projections=how), mix=mix, groups=groups)
 
     def parts(self) -> tuple[Variant, ...]:
         """The variant of all heads that no group names, those of the groups, and the branches of each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
 
@@ -21,8 +21,10 @@ from attn_compiler.graph.weights import fingerprints
 from attn_compiler.planning.plan import Decision, NearMiss, Plan
 from attn_compiler.planning.planner import plan
 from attn_compiler.planning.policy import Policy
-from attn_compiler.planning.site import Site
+from attn_compiler.planning.site import Projections, Site
 from attn_compiler.runtime.targets import Target
+
+_AS_THEY_COME = Projections(missing="a file of this kind holds the layers of a model as they come")
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ def rewritten(
     given: Mapping[str, Tensor],
     target: Callable[[str], Target],
     seen: Callable[[Site], Site] = lambda site: site,
+    *,
+    rounds: bool = False,
 ) -> Rewritten:
-    """Rewrite a program's graph in place, each site by the `target` of its name; rules are asked about it as it is `seen`."""
+    """Rewrite a program's graph in place, each site by the `target` of its name; rules are asked about it as it is `seen`.
+
+    `rounds`: whether a file of this kind can hold a model's layers otherwise than they come.
+    """
 
     policy = policy.on(lambda: fingerprints(program.named_parameters()))
 
     def decide(sites: Sequence[Site], near_misses: Sequence[NearMiss]) -> Plan:
-        return plan([seen(site) for site in sites], policy, (target(""),), near_misses)
+        known = sites if rounds else [replace(site, projections=_AS_THEY_COME) for site in sites]
+        return plan([seen(site) for site in known], policy, (target(""),), near_misses)
 
     before = results(program)
     analysis = analyze(program.graph_module, None, decide)

@@ -58,7 +58,7 @@ def export_pt2(
     with torch.no_grad():
         with _plain_results(model):
             program = traced(model, args, kwargs or {}, dynamic_shapes)
-        result = spelled(rewritten(program, read, dict(tables or {}), PlainTarget))
+        result = spelled(rewritten(program, read, dict(tables or {}), PlainTarget, rounds=True))
         notes = tuple(_notes(program))
         trials = runs(program, result.module, args, kwargs or {}) if check else []
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from attn_compiler import torch_private as private
+from attn_compiler.algebra.storage import Held
 from attn_compiler.graph.bodies import Part, parts
 from attn_compiler.graph.capture import capture
 from attn_compiler.graph.describe import Described, describe, with_layers
 from attn_compiler.graph.match import match
+from attn_compiler.graph.projections import with_projections
 from attn_compiler.graph.rewrite import Replacement, rewrite
 from attn_compiler.graph.sideways import turn_softmaxes
 from attn_compiler.graph.supply import Supply
@@ -49,8 +51,8 @@ def analyze(gm: fx.GraphModule, example_inputs: Sequence[private.Traced] | None,
     homes: list[Part] = []
     near_misses: list[NearMiss] = []
     every = tuple(parts(captured))
-    for part in every:
-        described, missed = _described(part)
+    for number, part in enumerate(every):
+        described, missed = _described(part, number)
         found += described
         homes += [part] * len(described)
         near_misses += missed
@@ -58,7 +60,7 @@ def analyze(gm: fx.GraphModule, example_inputs: Sequence[private.Traced] | None,
     return Analysis(captured, sites, tuple(homes), planner([one.site for one in sites], near_misses), every)
 
 
-def _described(part: Part) -> tuple[list[Described], list[NearMiss]]:
+def _described(part: Part, number: int) -> tuple[Sequence[Described], list[NearMiss]]:
     """The attentions of one graph, and what looked like one."""
     matches = match(part.graph)
     described, missed = [], list(matches.near_misses)
@@ -68,7 +70,7 @@ def _described(part: Part) -> tuple[list[Described], list[NearMiss]]:
             missed.append(one)
         else:
             described.append(replace(one, site=replace(one.site, blocked=part.blocked or one.site.blocked)))
-    return described, missed
+    return with_projections(described, part.blocked, number), missed
 
 
 def compiling(decision: Decision) -> Target:
@@ -85,19 +87,22 @@ def carry_out(
     """Rewrite the captured graph as its plan says; the tensors that it reads besides its inputs, or None if nothing changed."""
     supply = Supply(analysis.graph, {**sources, **starts(analysis.plan.decisions, sources)}, given)
     wanted: dict[int, list[Replacement]] = defaultdict(list)
+    rounded: dict[int, dict[fx.Node, Held]] = defaultdict(dict)
     for one, home, decision in zip(analysis.described, analysis.homes, analysis.plan.decisions, strict=True):
         if decision.target is not None:
             own = supply.nodes(sorted(decision.variant.tables() - set(one.tables)))
             reached = {name: home.reach(node) for name, node in own.items()}
             wanted[id(home)].append(Replacement(one, decision.variant, target(decision), reached))
+        if decision.projections is not None:
+            rounded[id(home)] |= dict.fromkeys((*one.makers, *one.takers), decision.projections)
     unfused = {one.found.anchor for one in analysis.described if swallows(one.site.computes.score, one.site.risky)}
     touched: set[int] = set()
     for part in reversed(analysis.parts):  # the inner graphs first: the outer ones hold them
-        mine = wanted[id(part)]
+        mine, its = wanted[id(part)], rounded[id(part)]
         replaced = {one.described.found.anchor for one in mine}
         turned = not part.blocked and turn_softmaxes(part.graph.graph, replaced, unfused)
-        if mine or turned or id(part) in touched:
-            rewrite(part.graph, mine)
+        if mine or its or turned or id(part) in touched:
+            rewrite(part.graph, mine, its)
             part.put_back()
             touched |= {id(part), id(part.outer)}
     return tuple(supply.extra) if touched else None

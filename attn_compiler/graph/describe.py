@@ -41,6 +41,8 @@ class Described:
     block: fx.Node | None = None  # the input that q, k and v are projections of
     unrotated: tuple[Operand, Operand] | None = None  # q and k before a rotary embedding
     codes: tuple[fx.Node, fx.Node] | None = None  # what k and v are decoded from, and `site.computes` says how
+    makers: tuple[fx.Node, ...] = ()  # the products with weights that q, k and v come from
+    takers: tuple[fx.Node, ...] = ()  # and those that take the output
 
 
 def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> Described | NearMiss:

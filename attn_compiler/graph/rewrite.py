@@ -12,6 +12,7 @@ from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k, k_len, q_len
 from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.simplify import simplify
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import DerivedTable, Variant, with_tables_given
 from attn_compiler.graph.axes import rearranges
 from attn_compiler.graph.calls import Argument, call, is_tensor, shape
@@ -22,6 +23,7 @@ from attn_compiler.graph.layout import arranged, kv_groups, returned
 from attn_compiler.graph.placed import Placed, placed
 from attn_compiler.graph.recalled import Recalled, forget, recalled, recalls, trait_nodes
 from attn_compiler.graph.record import GraphSite
+from attn_compiler.graph.rounding import rounding
 from attn_compiler.graph.symbolic import sizes
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
@@ -44,14 +46,17 @@ class Replacement:
     given: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
-def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
-    """Replace sites in place; what nobody reads any more, masks above all, disappears."""
+def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement], rounded: Mapping[fx.Node, Held]) -> None:
+    """Replace sites in place, and products whose factors are held so; what nobody reads any more, masks above all, disappears."""
     remembered = [node for replacement in replacements for node in recalls(replacement.described.found)]
     for replacement in replacements:
         tell(gm.graph, replacement)
     for replacement in replacements:
         compute, inputs = computation(gm.graph, replacement)
         splice(gm.graph, replacement.described.found.out.node, _record(compute, inputs), inputs)
+    for node, how in rounded.items():
+        compute, inputs = rounding(node, how)
+        splice(gm.graph, node, _record(compute, inputs), inputs)
     forget(gm.graph, remembered)  # of sites that keep their code, it says at every call that the keys are gone
     drop_dead_code(gm)
     gm.graph.lint()

@@ -83,14 +83,15 @@ def _product(node: fx.Node, dims: Dims) -> tuple[Before, ...] | None:
     if found is None:
         return None
     for weight, tokens in ((found.right, found.left), (found.left, found.right)):
-        if _is_weight(weight.node):
+        if is_weight(weight.node):
             wanted = {found.out[dim] for dim in dims}
             kept = frozenset(dim for dim, label in enumerate(tokens.labels) if label in wanted)
             return (Before(tokens.node, kept, projected=True),)
     return None
 
 
-def _is_weight(node: fx.Node) -> bool:
+def is_weight(node: fx.Node) -> bool:
+    """Whether this is a parameter, laid out or cast otherwise."""
     while not is_parameter(node) and is_tensor(node) and (rearranges(node) or call(node).op == "cast"):
         node = source(node)
     return is_parameter(node)
@@ -136,7 +137,7 @@ def _item(node: fx.Node, read: Call, dims: Dims) -> tuple[Before, ...] | None:
     whole = read["self"]
     inner = call(whole)
     operand = inner.get("self", inner.get("input"))
-    if inner.op not in _SEVERAL or not is_tensor(operand):
+    if inner.op not in PARTS or not is_tensor(operand):
         return None
     return (Before(operand, _without(inner["dim"], operand, dims) if inner.op == "unbind" else dims),)
 
@@ -169,7 +170,7 @@ def _filled(node: fx.Node, read: Call, dims: Dims) -> tuple[Before, ...] | None:
     return tuple(found) or None
 
 
-_SEVERAL = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "native_layer_norm", "native_group_norm")
+PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "native_layer_norm", "native_group_norm")
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "convolution"), _first("input", projected=True)),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "_fused_rms_norm"), _first("input")),

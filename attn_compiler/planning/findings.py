@@ -79,14 +79,17 @@ class Finding:
             yield Row("because", because)
         yield from (Row("refused", f"{refusal.by}: {refusal.reason}") for refusal in first.refusals)
         yield from _formula("computes", written)
-        if first.target is not None:
-            yield from _formula("becomes", formulas(first.variant, site)) if not first.exact else ()
+        becomes = formulas(first.variant, site)
+        if first.target is not None and not first.exact and whole(becomes) != whole(written):
+            yield from _formula("becomes", becomes)
         yield Row("shape", shape(site))
         if site.frame is None:
             yield Row("positions", "nobody knows where its queries stand among its keys")
         elif site.frame.position != i:
             yield Row("positions", f"q = {notation(site.frame.position)}, from {site.frame.because}")
         yield Row("runs", _runs_as(first))
+        if first.projections is not None:
+            yield Row("rounds", f"{', '.join(site.projections.names)}: weights and what they meet held in {first.projections}")
         yield Row("costs", _costs(costs(first)))
         if first.caches:
             yield Row("cache", _caches(first.caches, site.k_hint))
@@ -107,8 +110,8 @@ def findings(decisions: Sequence[Decision]) -> tuple[Finding, ...]:
 def _alike(d: Decision) -> tuple[object, ...]:
     refusals = tuple((r.by, r.reason) for r in d.refusals)
     computes, becomes = (whole(formulas(variant, d.site)) for variant in (d.site.computes, d.variant))
-    form = d.site.form, d.form
-    return _template(d.site), shape(d.site), computes, becomes, d.rule, d.outcome, d.target, form, refusals, d.site.notes
+    form, rounds = (d.site.form, d.form), d.projections and (d.projections, d.site.projections.names)
+    return _template(d.site), shape(d.site), computes, becomes, d.rule, d.outcome, d.target, form, refusals, d.site.notes, rounds
 
 
 def _template(site: Site) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.planning.kept import Caches
 from attn_compiler.planning.site import Site
@@ -38,12 +39,13 @@ class Decision:
     site: Site
     rule: str  # "rule 2 (name)", or "no rule"
     variant: Variant
-    exact: bool  # whether what runs computes what the model does
+    exact: bool  # whether what runs computes what the model does, its projections included
     target: str | None
     form: str = ""  # how the target runs it
     refusals: tuple[Refusal, ...] = ()
     refused: bool = False  # the rule wanted something else, and could not have it
     error: float | None = None  # of what the rule asks for, as calibration measured it: the relative L2 of the site's output
+    projections: Held | None = None  # how the factors of its projections are held; None: as they come
     caches: Caches | None = None  # what it costs to generate with it; None where nothing is generated
 
     @property
@@ -51,7 +53,7 @@ class Decision:
         """What this means for the results of the model, in one word."""
         if self.refused:
             return "refused"
-        if self.target is None:
+        if self.target is None and self.projections is None:
             return "kept"
         return "exact" if self.exact else "approximate"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from attn_compiler.algebra.bounds import Interval, bounds
@@ -40,10 +41,21 @@ class Target(Protocol):
 def plan(sites: Sequence[Site], policy: Policy, targets: Sequence[Target], near_misses: Iterable[NearMiss] = ()) -> Plan:
     """Decide all sites of a graph. A refusal is fatal where the rule says so."""
     asked = [agreed(policy, site) for site in sites]
-    decided = [decide(site, one, targets) for site, one in zip(sites, asked, strict=True)]
+    decided = _sharing([decide(site, one, targets) for site, one in zip(sites, asked, strict=True)], asked)
     costs = policy.measured.sites if policy.measured and not policy.measured.foreign else {}
     decisions = tuple(replace(d, error=costs[d.site.name].whole.relative) if d.site.name in costs else d for d in decided)
     return Plan(decisions, tuple(near_misses), uses=uses(policy, sites, [one.rules for one in asked]))
+
+
+def _sharing(decided: Sequence[Decision], asked: Sequence[Asked]) -> Sequence[Decision]:
+    """The same, where no attention holds projections otherwise than another one that shares them."""
+    for at, one in enumerate(decided):
+        for other in decided if one.projections else ():
+            if other.projections != one.projections and other.site.projections.numbers & one.site.projections.numbers:
+                reason = f"it shares projections with {other.site.name}, which holds them otherwise"
+                left = _left(one.site, asked[at], (*one.refusals, Refusal(one.rule, reason)))
+                return _sharing([*decided[:at], left, *decided[at + 1 :]], asked)
+    return decided
 
 
 def agreed(policy: Policy, site: Site) -> Asked:
@@ -73,9 +85,11 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
     """What the first target that can carry the variant makes of a site, or its original code with the reasons."""
     if isinstance(asked.variant, Refusal):
         return _left(site, asked, (asked.variant,))
-    variant = settled(asked.variant, site)
+    projections = asked.variant.storage.projections
+    variant = settled(asked.variant.projected(None), site)
     exact = is_same(variant, site.computes, site)
     variant = (site.literal or site.computes) if exact else variant
+    decided = partial(Decision, site, asked.rule, projections=projections)
     blocked = [site.blocked] if site.blocked else list(site.notes) if exact and not site.literal else []
     refusals = [Refusal("rewrite", reason) for reason in blocked]
     for target in () if blocked else targets:
@@ -87,9 +101,9 @@ def decide(site: Site, asked: Asked, targets: Sequence[Target]) -> Decision:
             refusals.append(Refusal(target.name, carried.because))
             variant, exact = carried.instead, is_same(carried.instead, site.computes, site)
         if carried.gains or not exact:
-            return Decision(site, asked.rule, variant, exact, target.name, carried.form, tuple(refusals))
+            return decided(variant, exact and not projections, target.name, carried.form, tuple(refusals))
     if exact:
-        return Decision(site, asked.rule, variant, exact, None, site.form, tuple(refusals))
+        return decided(variant, not projections, None, site.form, tuple(refusals))
     return _left(site, asked, tuple(refusals))
 
 

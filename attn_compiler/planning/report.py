@@ -145,6 +145,7 @@ def _record(decision: Decision) -> dict[str, object]:
         "becomes": whole(formulas(decision.variant, site)) if decision.target else None,
         "target": decision.target,
         "form": decision.form,
+        "projections": decision.projections and {"names": list(site.projections.names), "held": str(decision.projections)},
         "notes": list(site.notes),
         "costs": asdict(costs(decision)),
         "caches": decision.caches and {"own": _holding(decision.caches.own), "decided": _holding(decision.caches.decided)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from attn_compiler.algebra.expr import Expr, const, either, k, q, score
@@ -135,6 +135,27 @@ def _misshapen(name: str, variant: Variant, policy: Policy, site: Site) -> str:
 
 def resolve(slots: Slots, site: Site, *, replace_mask: bool = False) -> Variant | Refusal:
     """The variant that `slots` make of `site`, or why they make none."""
+    found = _of_heads(slots, site, replace_mask)
+    return found if isinstance(found, Refusal) else _with_projections(found, site.heads)
+
+
+def _with_projections(variant: Variant, heads: int) -> Variant | Refusal:
+    """The same, whose heads and branches agree on their projections: these serve all of them."""
+    asked = set(_projections(variant, heads))
+    if len(asked) > 1:
+        return Refusal("rule", "its projections serve all heads and branches, and these want them held in several ways")
+    return variant.projected(asked.pop())
+
+
+def _projections(variant: Variant, heads: int) -> Iterator[Held | None]:
+    """How each head and each branch wants projections to be held."""
+    for _, inner in (*variant.groups, *(variant.mix.branches if variant.mix else ())):
+        yield from _projections(inner, heads)
+    if not variant.mix and len(frozenset().union(*(own.members(heads) for own, _ in variant.groups))) < heads:
+        yield variant.storage.projections
+
+
+def _of_heads(slots: Slots, site: Site, replace_mask: bool) -> Variant | Refusal:
     unsupported = slots.unsupported()
     if unsupported:
         return Refusal("rule", f"no target carries {', '.join(f'`{slot}`' for slot in unsupported)} yet")
@@ -286,8 +307,8 @@ def _times(value: Expr, factor: Expr) -> Expr:
 
 def _misfit(slots: Slots, site: Site) -> str:
     """Why a site has not what a rule speaks of; nothing if it has."""
-    if slots.storage and slots.storage.projections:
-        return "the projections, which it wants to hold otherwise, are layers of the model and no part of its attentions"
+    if slots.storage and slots.storage.projections and site.projections.missing:
+        return f"of the projections, which it wants to hold otherwise: {site.projections.missing}"
     asked, cached = slots.storage and slots.storage.kv_cache, site.computes.storage.kv_cache
     if asked and cached and asked != cached:
         return f"it wants the cache held in {asked}, and this model's cache is held in {cached}: make it with the same policy"

@@ -64,6 +64,15 @@ class TableShape:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """The products with weights in front of an attention and behind it, or why these are not known."""
+
+    names: tuple[str, ...] = ()
+    numbers: frozenset[tuple[int, int]] = frozenset()  # of graphs and products there, which attentions may share
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention in a graph. `computes` says all it does as a variant over (b, h, q, k); its tables are `tables`."""
 
@@ -97,6 +106,7 @@ class Site:
     notes: tuple[str, ...] = ()  # where computing `computes` would differ from the model
     literal: Variant | None = None  # where there are notes: what differs nowhere, with all that hides keys left in the scores
     tables: Mapping[str, TableShape] = field(default_factory=dict, hash=False)
+    projections: Projections = Projections(missing="they are layers of a model, of which this call knows nothing")
     idiom: str = ""
     where: str = ""  # file and line of the model's source
     # Questions about dynamic lengths: asking makes the answer a guard.

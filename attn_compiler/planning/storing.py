@@ -18,7 +18,7 @@ Wanted = TypeVar("Wanted", Numbers, Shared)
 
 # Of each operand, what shares a scale unless a policy says it. In p·v a sum runs over tokens: a scale of one is no factor.
 STORED: Mapping[str, Shared] = {
-    "qk": Shared("token"), "pv": Shared("channel"), "kv_cache": Shared("token"), "projections": Shared("channel"),
+    "qk": Shared("token"), "pv": Shared("channel"), "kv_cache": Shared("token"), "projections": Shared("token"),
 }  # fmt: skip
 
 
@@ -30,6 +30,9 @@ def read_storage(entry: Entry, words: Words, scope: Scope) -> Storage:
 
 def read_held(entry: Entry, operand: str, words: Words, scope: Scope) -> Held:
     """Read how one of the operands is held."""
+    if operand == "projections" and isinstance(entry.value, Mapping) and (more := entry.value.keys() - {"type", "outliers"}):
+        said = "projections have a scale for each token and each row of weights, made for what comes"
+        raise PolicyError(f"{entry.place}: {said}: leave `{min(more)}` out")
     held = _held(entry, STORED[operand], words, scope)
     if operand == "pv" and len(held.largest) > 1:
         raise PolicyError(f"{entry.place}: of p·v the `largest` number is that of v: give one")

@@ -77,7 +77,7 @@ def held_tensor(x: Tensor, how: Held, along: int = _CHANNELS, *, places: Tensor 
     real = given.detach().to(torch.float32)  # in which codes are found, whatever is computed in: they are part of the meaning
     mean = real.mean(dim=-2, keepdim=True) if how.smooth else None
     centered = real if mean is None else real - mean
-    apart = None if math.isinf(how.outliers) else real.abs().amax(dim=-2, keepdim=True) >= how.outliers
+    apart = kept_apart(real, how)
     stored = centered if apart is None else torch.where(apart, 0.0, centered)
     size = how.per.size if how.per else how.numbers.block if along == _TOKENS else 0
     back = _in_order(
@@ -86,6 +86,13 @@ def held_tensor(x: Tensor, how: Held, along: int = _CHANNELS, *, places: Tensor 
     back = (back if mean is None else back + mean).to(given.dtype)
     back = back if apart is None else torch.where(apart, given.detach(), back)
     return straight_through(given, back)
+
+
+def kept_apart(x: Tensor, how: Held) -> Tensor | None:
+    """Which channels are kept as they are, [..., 1, channels]; None where no number is an outlier."""
+    if math.isinf(how.outliers) or x.numel() == 0:
+        return None
+    return x.detach().to(torch.float32).abs().amax(dim=-2, keepdim=True) >= how.outliers
 
 
 def held_weights(weights: Tensor, numbers: Numbers, places: Tensor | None = None) -> Tensor:

@@ -248,8 +248,8 @@ def test_a_storage_is_part_of_what_is_decided() -> None:
     assert "q and k: held in int8, per token" in whole(formulas(decision.variant, decision.site))
 
 
-def test_the_projections_are_no_part_of_an_attention() -> None:
-    assert "no part of its attentions" in decided("  - attn: {storage: {projections: int8}}").refusals[0].reason
+def test_projections_that_nobody_knows_are_refused() -> None:
+    assert "of which this call knows nothing" in decided("  - attn: {storage: {projections: int8}}").refusals[0].reason
 
 
 def test_heads_that_share_their_keys_have_one_cache() -> None:
