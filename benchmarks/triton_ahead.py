@@ -28,6 +28,7 @@ from attn_compiler.targets.triton.states import TF32
 from attn_compiler.testing import variant_of
 
 VARIANT = "causal & window(1024)"
+BY_DISTANCE = {"mask": VARIANT, "score": "score + relative(bias, 1024)"}  # whose table wants gradients
 HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
 LINEAR = tuple((dim, dtype) for dim, dtype in product((64, 128, 256), ("bfloat16", TF32, "float32")))
 CONTROLS = {  # which must not be sound
@@ -58,8 +59,8 @@ Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidat
 to the first that is *sound*: no stack and no spill instruction, the machine's own matrix instruction (float32 has none), shared
 memory that fits, and warps that are divided where they were to be (`forward, specialized`): some do nothing but copy whole tiles
 (`tensors`), the others take over their registers. The last kernel of each machine, and of this form, is a control, which must not
-be sound. `states` and `gather` are linear attention with a decay, and have a control of their own; `tfloat32`
-is what calls in float16 are there.
+be sound. `diagonals` finds the gradients of a table that is read by distance. `states` and `gather` are linear attention with a
+decay, and have a control of their own; `tfloat32` is what calls in float16 are there.
 
 {table}"""
 
@@ -76,9 +77,9 @@ class Case:
     codes: str = ""
 
     def shape(self) -> Shape:
-        few = self.kind == "decode"
+        few, asked = self.kind == "decode", BY_DISTANCE if self.kind == "diagonals" else VARIANT
         shape = shape_of(
-            VARIANT, q_len=1 if few else 4096, k_len=4096, heads=8, kv_heads=2 if few else 8, head_dim=self.dim,
+            asked, q_len=1 if few else 4096, k_len=4096, heads=8, kv_heads=2 if few else 8, head_dim=self.dim,
             dtype=self.dtype, target="triton",
         )  # fmt: skip
         storage = variant_of({"storage": CODES[self.codes]}).storage if self.codes else PLAIN
@@ -92,7 +93,7 @@ class Case:
     def order(self, blocks: Blocks) -> Order:
         if self.kind in STATES:
             return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks)
-        return order(self.shape(), self.kind, blocks, self.machine)
+        return order(self.shape(), self.kind, blocks, self.machine, wanted=("bias",))
 
 
 def main() -> None:

@@ -146,7 +146,8 @@ def _compiled(order: Order) -> Compiled:
     types = _signature(order, names)
     rows = [name for name, dtype in order.held if dtype == "uint8"]  # which end in a float, so that only the first is aligned
     attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(1 if name in rows else 4)}
-    sizes = {**order.blocks.sizes(), "SPANS": 1, "TILES": TILES, "NUMBERS": SCANNED, **dict.fromkeys(ALIKE, 32)}
+    sizes = {**order.blocks.sizes(), "BLOCK": order.blocks.queries, **dict.fromkeys(ALIKE, 32)}
+    sizes |= {"SPANS": 1, "TILES": TILES, "NUMBERS": SCANNED}
     constants = {name: size for name, size in {**sizes, **dict(order.constants)}.items() if name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": order.blocks.warps, "num_stages": order.blocks.stages}
@@ -167,7 +168,7 @@ def _signature(order: Order, names: Sequence[str]) -> dict[str, Any]:
         **dict.fromkeys(("totals", "of_totals", "kept", "numbers", "peaks", "masses"), "*fp32"),
         **dict.fromkeys(("scales", "means", "others", "dots", "largest"), "*fp32"),
         **dict.fromkeys(("members", "starts", "owners"), "*i32"),
-        **dict.fromkeys((*order.blocks.sizes(), "SPANS", "TILES", "NUMBERS", *ALIKE), "constexpr"),
+        **dict.fromkeys((*order.blocks.sizes(), "BLOCK", "SPANS", "TILES", "NUMBERS", *ALIKE), "constexpr"),
         **dict.fromkeys(("spans", "clipped", "met", "listed", "limits"), "*i32"),
         **dict.fromkeys(("held", "mass"), "*fp32"),
         **dict.fromkeys(("at_query", "at_key"), ("*fp32", "i32", "i32", "i32", "i32")),

@@ -17,7 +17,7 @@ from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks, Kind, candidates
 from attn_compiler.targets.triton.coded import held, multiplied, with_scales
 from attn_compiler.targets.triton.decode import decoding
-from attn_compiler.targets.triton.gradient import by_key, by_query
+from attn_compiler.targets.triton.gradient import along_diagonals, by_key, by_query
 from attn_compiler.targets.triton.source import can_specialize, source
 
 
@@ -62,6 +62,8 @@ def text(shape: Shape, kind: Kind, blocks: Blocks, group: int, wanted: Collectio
     if kind == "decode":
         return decoding(spec, reach_of(variant.mask, k_counted=shape.k_counted))
     names = tuple(name for name, _ in spec.tables if name in wanted)
+    if kind == "diagonals":
+        return along_diagonals(spec, names)
     if kind == "backward_kv":
         return by_key(spec, visited(shape, members, variant, spec, (blocks.keys, blocks.queries), by_key=True).iteration, names)
     iteration = visited(shape, members, variant, spec, (blocks.queries, blocks.keys)).iteration

@@ -90,6 +90,19 @@ def add(table, at, x):
 
 
 @triton.jit
+def diagonals(x, BLOCK: tl.constexpr):
+    """By how much rows are ahead of columns on each diagonal of a square tile, and the sum of what stands there.
+
+    Once each row is turned by its number, a diagonal stands in a column, beside another one that came in from behind.
+    """
+    start = tl.arange(0, BLOCK)[None, :]
+    place = start + tl.arange(0, BLOCK)[:, None]
+    turned = tl.gather(x, place % BLOCK, 1)
+    near, far = tl.where(place < BLOCK, turned, 0.0), tl.where(place < BLOCK, 0.0, turned)
+    return -tl.join(start, start - BLOCK), tl.join(tl.sum(near, 0, keep_dims=True), tl.sum(far, 0, keep_dims=True))
+
+
+@triton.jit
 def rows(operand, b, h, tokens):
     """Where the rows of some tokens start."""
     pointer, of_batch, of_head, of_token = operand

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["forward", "backward_q", "backward_kv", "decode", "states", "scan", "gather"]  # the skeletons
-KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "decode")  # those that meet tiles by scores
+Kind = Literal["forward", "backward_q", "backward_kv", "diagonals", "decode", "states", "scan", "gather"]  # the skeletons
+KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "diagonals", "decode")  # those that meet tiles by scores
 STATES: tuple[Kind, ...] = ("states", "gather")  # those of linear attention
 
 
@@ -52,7 +52,7 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bo
     return usual + _HOPPER if machine == "sm_90" and kind == "forward" else usual
 
 
-# Kept in registers: queries · dim of the forward kernel and that of q, 2 · keys · dim of that of k and v.
+# Kept in registers: queries · dim of the forward kernel and that of q, 2 · keys · dim of that of k and v, a square of diagonals.
 _NARROW: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
     "backward_q": (Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
@@ -63,18 +63,21 @@ _NARROW: Mapping[Kind, tuple[Blocks, ...]] = {
         Blocks(32, 64, 4, 2),
         Blocks(32, 32, 4, 2),
     ),
+    "diagonals": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
     "decode": (Blocks(16, 64, 4, 3), Blocks(16, 128, 4, 3), Blocks(16, 32, 4, 3)),
 }
 _USUAL: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
     "backward_q": (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     "backward_kv": (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2)),
+    "diagonals": (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2)),
     "decode": (Blocks(16, 64, 4, 3), Blocks(16, 32, 4, 3), Blocks(16, 128, 8, 2)),
 }
 _WIDE: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1)),
     "backward_q": (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)),
     "backward_kv": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "diagonals": (Blocks(32, 32, 4, 2), Blocks(16, 16, 4, 1)),
     "decode": (Blocks(16, 32, 4, 3), Blocks(16, 16, 4, 3), Blocks(16, 16, 4, 2)),
 }
 _HOPPER = (Blocks(128, 64, 4, 2, specialized=True), Blocks(128, 128, 4, 2, specialized=True))
@@ -82,6 +85,7 @@ _AMD: Mapping[Kind, tuple[Blocks, ...]] = {
     "forward": (Blocks(128, 64, 4, 1), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)),
     "backward_q": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
     "backward_kv": (Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    "diagonals": (Blocks(64, 64, 4, 1), Blocks(32, 32, 4, 1)),
     "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 1)),
 }
 _LINEAR: Mapping[str, tuple[Blocks, ...]] = {

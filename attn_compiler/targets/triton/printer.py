@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from attn_compiler.algebra import expr as e
@@ -15,6 +15,7 @@ from attn_compiler.algebra.notation import notation
 from attn_compiler.targets.cpp.printer import Dialect, Leaves, Level, by_level, common, is_given, used
 from attn_compiler.targets.cpp.spec import FIRST_KEY, FIRST_QUERY, SIZES, Stored, is_narrow
 from attn_compiler.targets.operands import PLACE
+from attn_compiler.targets.triton.distance import DISTANCE, DISTANCES
 
 INSIDE = e.symbol("inside", Sort.BOOL)  # whether a column of a tile is a key, and not beyond the last one
 LEAVES: Leaves = {
@@ -23,6 +24,7 @@ LEAVES: Leaves = {
     **{leaf: (str(leaf.value), Level.TASK) for leaf in (FIRST_QUERY, FIRST_KEY)},
     e.dim: ("DIM", Level.TASK),
     e.i: ("i", Level.LANE),
+    DISTANCE: ("distance", Level.PAIR),
     PLACE: ("j", Level.ROW),
     e.q_norm: ("norm(queries)", Level.LANE),
     e.k_norm: ("norm(keys).T", Level.ROW),
@@ -65,8 +67,11 @@ class Printer:
         written = body.written(root, Level.PAIR)
         return [*body.statements, *_broken(f"{name} = {written}")]
 
-    def addition(self, read: Expr, value: Expr) -> list[str]:
-        """The statements that add `value` to the gradient of a table, where it was read: first along what shares a number."""
+    def addition(self, read: Expr, value: Expr, inside: str = "") -> list[str]:
+        """The statements that add `value` to the gradient of a table, where it was read: first along what shares a number.
+
+        What does not stand `inside` is left out.
+        """
         value = by_level(value, self.level)
         body = _Body(self, "real", Counter(used([read, value])))
         places = [body.text(x, Level.PAIR) for x in read.args]
@@ -74,7 +79,7 @@ class Printer:
         for x in read.args:
             level |= self.level(x)
         name, written = self.tables[str(read.value)][0], body.text(value, Level.PAIR)
-        written = f"tl.where(inside, {written}, 0.0)"
+        written = f"tl.where({inside}, {written}, 0.0)" if inside else written
         for axis in [axis for axis, part in enumerate(self.axes) if part in self.level(value) and part not in level]:
             written = f"tl.sum({written}, {axis}, keep_dims=True)"
         at = "".join(f"{place}, " for place in places).strip()
@@ -125,6 +130,10 @@ class Printer:
         names = (
             (stem, *(f"{stem}{n}" for n in range(len(self.taken)))) if known else (f"{stem}{n}" for n in range(len(self.taken)))
         )
+        return self.untaken(names)
+
+    def untaken(self, names: Iterable[str]) -> str:
+        """The first name that means nothing yet."""
         name = next(name for name in names if name not in self.taken)
         self.taken.add(name)
         return name
@@ -137,7 +146,7 @@ class Printer:
         """Whether an index may need more than 32 bits."""
         if node not in self._wide:
             stored = {x: _RANGES.get(self.tables[str(x.value)][1].dtype, ANY) for x in node.walk() if x.op == "table"}
-            self._wide[node] = node.sort is Sort.INDEX and not is_narrow(node, {**SIZES, **stored})
+            self._wide[node] = node.sort is Sort.INDEX and not is_narrow(node, {**SIZES, **DISTANCES, **stored})
         return self._wide[node]
 
 
