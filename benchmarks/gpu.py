@@ -22,6 +22,7 @@ from torch import Tensor
 
 from _gpu_checks import correctness, of_codes, sanitized
 from _gpu_clock import Clock, Run
+from _gpu_graphs import replayed
 from _gpu_models import timings as timings_of_models
 from _gpu_peers import Attention, UnsuitableError, attentions
 from _gpu_shapes import SHAPES, Shape, operands
@@ -51,6 +52,8 @@ Random calls against float64: {right} of {carried} are right. compute-sanitizer:
 
 Calls of codes: {coded}.
 
+CUDA graphs that are played again with other tables: {replayed}.
+
 ## Targets
 
 {targets}
@@ -74,7 +77,13 @@ def main() -> None:
     if options.check:
         raise SystemExit(bool(checked["wrong"]))
     found: dict[str, Any] = {"device": "an interpreter: these are no timings" if options.dry else torch.cuda.get_device_name()}
-    found |= {"checked": checked, "coded": of_codes(device), "ceilings": clocks[0].ceilings(), "left out": {}}
+    found |= {
+        "checked": checked,
+        "coded": of_codes(device),
+        "replayed": replayed(device),
+        "ceilings": clocks[0].ceilings(),
+        "left out": {},
+    }
     shapes = [shape.tiny() if options.dry else shape for shape in SHAPES if options.only in shape.name]
     found["attentions"] = list(timings(shapes, clocks[1], found))
     found["models"] = list(timings_of_models(clocks[2]))
@@ -174,10 +183,8 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in found["ceilings"].items()) or "none"
     checks = {name: found["checked"][name] for name in ("right", "carried")}
     said = ", ".join(f"{tool} {what}" for tool, what in found["sanitized"].items()) or "not asked"
-    coded = "; ".join(f"{name}: {what}" for name, what in found["coded"].items())
-    text = SAYS.format(
-        device=found["device"], coded=coded, ceilings=ceilings, left_out=left_out, sanitized=said, **checks, **tables
-    )
+    listed = {one: "; ".join(f"{name}: {what}" for name, what in found[one].items()) for one in ("coded", "replayed")}
+    text = SAYS.format(device=found["device"], ceilings=ceilings, left_out=left_out, sanitized=said, **checks, **tables, **listed)
     (folder / "gpu.md").write_text(text, encoding="utf-8")
 
 

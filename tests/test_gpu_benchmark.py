@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +41,7 @@ def test_every_step_runs_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.Monk
     assert {one["step"] for one in found["models"]} == {"forward", "training"}  # type: ignore[attr-defined]
     assert all(isinstance(float(one["ours"]), float) for one in found["models"])  # type: ignore[attr-defined]
     assert found["checked"]["wrong"] == []  # type: ignore[index]
+    assert {*found["replayed"].values()} == {"right"}  # type: ignore[attr-defined]
     assert {one["met"] for one in found["targets"]} == {"unmeasured"}  # type: ignore[attr-defined]
     assert "| window 1024, 4 kv heads |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
 
@@ -73,6 +74,21 @@ def test_codes_are_multiplied_without_a_gpu_too(gpu: ModuleType) -> None:
     assert len(rows) == len(shapes) >= 5
     assert all(isinstance(row["ours"], float) for row in rows)
     assert set(gpu.of_codes("cpu").values()) == {"right"}
+
+
+def test_a_graph_that_does_not_follow_its_tables_is_seen(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one would not whose host had looked at them: what it gave at first, it gives again."""
+    graphs = sys.modules["_gpu_graphs"]
+    monkeypatch.setattr(graphs, "CASES", {"documents": graphs.CASES["documents"]})
+
+    def captured(run: Callable[[], object]) -> Callable[[], object]:
+        first = run()
+        return lambda: first
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    assert graphs.replayed("cpu") == {"documents": "right"}
+    monkeypatch.setattr(graphs, "is_played_again", lambda _: True)
+    assert "AssertionError" in graphs.replayed("cpu")["documents"]
 
 
 def test_what_there_is_no_time_for_is_said(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attn_compiler as attn
 from attn_compiler.errors import ShapeError
@@ -116,6 +117,51 @@ def test_only_the_first_call_of_a_shape_puts_tables_on_the_device(monkeypatch: p
         copied.clear()
         run(fresh)
         assert not copied, name
+
+
+# What is asked for, its table, and another one of the same size: what they show is found out by kernels of their own.
+SHOWN: Mapping[str, tuple[object, str, Tensor, Tensor]] = {
+    "documents": ("causal & same(documents)", "documents", torch.arange(64) // 32, torch.arange(64) // 7),
+    "windows by head": ("causal & span(reaches, 0)", "reaches", torch.full((4,), 9.0), torch.full((4,), 40.0)),
+    "bitmaps": ("causal & blocks(shown, 16)", "shown", torch.eye(4).bool().repeat(4, 1, 1), torch.ones(4, 4, 4).bool()),
+    "a bias": ({"mask": "causal", "score": "score + relative(bias, 64)"}, "bias", torch.ones(4, 127), torch.zeros(4, 127)),
+}
+
+
+@pytest.mark.parametrize("queries", [64, 1])
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_launched_follows_from_no_table(name: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a graph that is played again is right for all of them: kernels and sizes stay, tables are read where they lie."""
+    launched: list[object] = []
+    read: set[int] = set()
+
+    def call(_: Tensor, kernel: Any, grid: tuple[int, ...], arguments: object, options: object) -> None:
+        launched.append((kernel, grid, tree_map_only(Tensor, lambda x: (x.dtype, x.shape, x.stride()), arguments), options))
+        read.update(x.data_ptr() for x in tree_leaves(arguments) if isinstance(x, Tensor))
+
+    for module in (triton_kernels, triton_gradients, triton_decode, triton_visits):
+        monkeypatch.setattr(module, "call", call)
+    asked, table, *contents = SHOWN[name]
+    held = contents[0].clone().requires_grad_(table == "bias" and queries > 1)
+    q, k, v, _ = (x.requires_grad_(queries > 1) for x in operands(queries))
+    trained = [x for x in (q, k, v, held) if x.requires_grad and queries > 1]
+    before: list[object] = []
+    for new in (contents[0], *contents):  # the first call of a shape makes its kernels
+        launched.clear()
+        read.clear()
+        held.data.copy_(new)
+        with Seen() as seen:
+            out = attn.attend(q, k, v, asked, tables={table: held}, target="triton")  # type: ignore[arg-type]
+            assert isinstance(out, Tensor)
+            if trained:
+                torch.autograd.grad(out, trained, torch.empty_like(out))
+        assert held.data_ptr() in read
+        if before:
+            assert launched == before
+            assert not seen.names & set(WAITS)
+        before = list(launched)
+    # Before each kernel its mask is cut to what tables show; a bias is no mask, and its gradient takes a kernel more.
+    assert len(before) == ((4 if table == "bias" else 6) if trained else 2)
 
 
 def test_gradients_of_a_sink_in_the_log_sum_exp_of_queries_that_see_nothing_are_refused() -> None:
