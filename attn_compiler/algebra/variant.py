@@ -37,6 +37,7 @@ class Normalizer:
     name: str
     weight: Expr
     output: Expr
+    ridge: Expr | None = None  # with it, weights are those of a ridge regression around each query (`targets/regressed.py`)
 
     @property
     def tracks_peak(self) -> bool:
@@ -50,7 +51,14 @@ class Normalizer:
     @property
     def total(self) -> Expr | None:
         """What `acc` is divided by, whose log (plus `peak`, where weights follow it) is the log-sum-exp; None for no division."""
-        return self.output.args[1] if self.output.op == "div" and self.output.args[0] == acc else None
+        divides = self.ridge is None and self.output.op == "div" and self.output.args[0] == acc
+        return self.output.args[1] if divides else None
+
+    def expressions(self) -> tuple[Expr, ...]:
+        return (self.weight, self.output) if self.ridge is None else (self.weight, self.output, self.ridge)
+
+    def map(self, change: Callable[[Expr], Expr]) -> Normalizer:
+        return Normalizer(self.name, *map(change, self.expressions()))
 
 
 SOFTMAX = Normalizer("softmax", weight=exp(score - peak), output=acc / mass)
@@ -130,7 +138,7 @@ class Variant:
 
     def expressions(self) -> tuple[Expr, ...]:
         """All expressions of this variant, its branches and its groups."""
-        own = (self.mask, self.scale, self.score, self.normalizer.weight, self.normalizer.output, *self.feature.expressions())
+        own = (self.mask, self.scale, self.score, *self.normalizer.expressions(), *self.feature.expressions())
         mixed = () if self.mix is None else self.mix.expressions()
         own += tuple(one for one in (self.order, self.delta, self.gates) if one is not None)
         own += tuple(e for step in self.output for e in expressions_of(step))
@@ -142,13 +150,12 @@ class Variant:
 
     def map(self, change: Callable[[Expr], Expr]) -> Variant:
         """The same variant with `change` applied to each of its expressions."""
-        normalizer = self.normalizer
         return replace(
             self,
             mask=change(self.mask),
             scale=change(self.scale),
             score=change(self.score),
-            normalizer=replace(normalizer, weight=change(normalizer.weight), output=change(normalizer.output)),
+            normalizer=self.normalizer.map(change),
             feature=self.feature.map(change),
             order=None if self.order is None else change(self.order),
             delta=None if self.delta is None else change(self.delta),
@@ -205,6 +212,8 @@ def passed_over(variant: Variant, carried: Collection[str] = ()) -> str | None:
     slot = next((slot for slot in wanted if slot not in carried), None)
     if slot is None and "seen" not in carried and any(part.normalizer.counts for part in parts):
         return "it does not count the keys that a query sees, which the normalizer asks for"
+    if slot is None and "ridge" not in carried and any(part.normalizer.ridge is not None for part in parts):
+        return "it adds weights up, and solves no system of equations for each query, which the normalizer asks for"
     return None if slot is None else f"it does not carry `{slot}`"
 
 

@@ -56,7 +56,7 @@ def _written(variant: Variant, number: Number) -> Written:
         "empty rows": variant.empty_rows.value,
         "scale": number(variant.scale),
         "score": number(variant.score),
-        "normalizer": [normalizer.name, number(normalizer.weight), number(normalizer.output)],
+        "normalizer": [normalizer.name, *map(number, normalizer.expressions())],
         "feature": [variant.feature.name, *(_blocks(side, number) for side in (variant.feature.of_q, variant.feature.of_k))],
         "mix": None if mix is None else _written_mix(mix, number),
         "groups": [[str(heads), _written(of_group, number)] for heads, of_group in variant.groups],
@@ -81,14 +81,14 @@ def _written_mix(mix: Mix, number: Number) -> list[object]:
 
 
 def _variant(written: Written, node: Node) -> Variant:
-    normalizer, weight, output = written["normalizer"]
+    normalizer, *ways = written["normalizer"]
     name, *sides = written["feature"]
     return Variant(
         mask=node(written["mask"]),
         empty_rows=EmptyRows(written["empty rows"]),
         scale=node(written["scale"]),
         score=node(written["score"]),
-        normalizer=Normalizer(normalizer, node(weight), node(output)),
+        normalizer=Normalizer(normalizer, *map(node, ways)),
         feature=Feature(name, *(tuple(_block(block, node) for block in side) for side in sides)),
         mix=None if written["mix"] is None else _mix(written["mix"], node),
         groups=tuple((IntegerSet.parse(heads), _variant(of_group, node)) for heads, of_group in written["groups"]),

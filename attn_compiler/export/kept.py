@@ -24,7 +24,7 @@ def kept(variant: Variant, heads: int) -> Kept | None:
 
 def _bears(part: Variant, held: Kept) -> bool:
     mixed = () if part.mix is None else part.mix.weights
-    scores = (part.scale, part.score, part.normalizer.weight, part.normalizer.output, *mixed)
+    scores = (part.scale, part.score, *part.normalizer.expressions(), *mixed)
     if held.first > MOST_PINNED or any(node.mentions(q, k) and held.first for node in scores):
         return False
     if any(node.mentions(k_len) for node in (part.mask, *scores)):

@@ -52,6 +52,11 @@ def summed(q_len: int, k_len: int, heads: int, features: int, head_dim: int, val
     return Cost(flops=2 * heads * (q_len + k_len) * features * value_dim, bytes=numbers * bits_of(dtype) // 8)
 
 
+def solved(pairs: int, queries: int, heads: int, dim: int) -> int:
+    """What regressions cost beside attention: dim x dim numbers of each pair, and a system of equations of each query."""
+    return heads * (2 * pairs * dim * (dim + 2) + queries * 2 * dim**3 // 3)
+
+
 def bits_of(dtype: str) -> int:
     """How many bits a number of this type takes."""
     found = re.search(r"\d+", dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from attn_compiler.algebra.expr import Expr, i, layer, layers
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.planning.cost import Cost, summed
+from attn_compiler.planning.cost import Cost, solved, summed
 from attn_compiler.planning.formula import Formula, formulas, whole
 from attn_compiler.planning.kept import Caches, Holding
 from attn_compiler.planning.plan import Decision
@@ -214,7 +214,11 @@ def _cost(site: Site, variant: Variant, form: str) -> tuple[Cost, float]:
         return summed(site.q_hint, site.k_hint, site.heads, features, site.head_dim, site.value_dim, site.dtype), 0.0
     visited = visits(site, variant)
     saved = visited.cost(site.heads, site.head_dim, site.value_dim, site.dtype)
-    return (saved.scheduled, visited.density) if form.startswith(SKIPPING) else (saved.dense, 1.0)
+    cost, density = (saved.scheduled, visited.density) if form.startswith(SKIPPING) else (saved.dense, 1.0)
+    if any(part.normalizer.ridge is not None for part in variant.parts()):
+        solving = solved(round(density * site.q_hint * site.k_hint), site.q_hint, site.heads, site.head_dim)
+        cost = replace(cost, flops=cost.flops + solving)
+    return cost, density
 
 
 def visits(site: Site, variant: Variant) -> Schedule:

@@ -53,7 +53,9 @@ class TorchTarget:
         held = any(part.storage not in (PLAIN, site.computes.storage) for part in variant.parts())
         emulated = ", of operands rounded as they would be held" if held else ""
         gains = site.kept is not None or _RANK[slowest] > _RANK[site.form]
-        return Carried(" and ".join(dict.fromkeys(forms)) + emulated, gains)
+        solved = any(part.normalizer.ridge is not None for part in variant.parts())
+        solving = f", and {site.head_dim} equations solved for each query" if solved else ""
+        return Carried(" and ".join(dict.fromkeys(forms)) + solving + emulated, gains and not solved)
 
 
 def _from_states(site: Site) -> str:

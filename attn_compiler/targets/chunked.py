@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.planning.site import UNKNOWN_LENGTH
-from attn_compiler.targets.explicit import per_kv_head
 from attn_compiler.targets.fading import Logs, fading
 from attn_compiler.targets.gathered import Count, Gather
 from attn_compiler.targets.linear import NEAR
+from attn_compiler.targets.products import per_kv_head
 from attn_compiler.torch_private import likely
 
 MOST_CHUNKS = 128  # with a decay, every chunk meets the states of all before it

@@ -12,8 +12,8 @@ from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
-from attn_compiler.targets.explicit import per_kv_head
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.products import per_kv_head
 
 
 def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:

@@ -16,6 +16,8 @@ from attn_compiler.algebra.feature import component
 from attn_compiler.algebra.variant import EmptyRows, Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays, Value
+from attn_compiler.targets.products import per_kv_head
+from attn_compiler.targets.regressed import regressed
 from attn_compiler.targets.rounded import held_weights, sorted_keys
 
 
@@ -73,6 +75,9 @@ def gather(
     scores = torch.where(visible, scores, peak)
     weights = arrays.tensor(arrays.read(variant.normalizer.weight, {e.score: scores, e.peak: peak}), Sort.REAL)
     weights = torch.where(visible, weights, 0.0).expand(shape)
+    if variant.normalizer.ridge is not None:
+        ridge = arrays.tensor(arrays.read(variant.normalizer.ridge, {e.peak: peak}), Sort.REAL)
+        weights = regressed(weights, q, k, ridge)
     mass = torch.where(sees, weights.sum(dim=-1, keepdim=True), 1.0)
     if variant.storage.pv:
         weights = held_weights(weights, variant.storage.pv.numbers, sorted_keys(arrays, variant.order))
@@ -109,16 +114,6 @@ def empty_row(v: Tensor, heads: int, rule: EmptyRows) -> Tensor:
     if rule is EmptyRows.ZERO or not _has_keys(v):
         return v.new_zeros(())
     return v.mean(dim=-2, keepdim=True).repeat_interleave(heads // v.shape[-3], dim=-3)
-
-
-def per_kv_head(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`, where several heads of `left` share one of `right`, which is not repeated."""
-    heads, rows = left.shape[-3], left.shape[-2]
-    kv_heads = right.shape[-3]
-    if heads == kv_heads:
-        return left @ right
-    folded = left.reshape(*left.shape[:-3], kv_heads, heads // kv_heads * rows, left.shape[-1])
-    return (folded @ right).reshape(*left.shape[:-3], heads, rows, right.shape[-1])
 
 
 def _scores(q: Tensor, k: Tensor, variant: Variant, arrays: Arrays) -> Tensor:

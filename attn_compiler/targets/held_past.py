@@ -78,7 +78,7 @@ def _beside_distances(part: Variant) -> tuple[Expr, ...]:
     """The expressions of a part that do not say how far tokens are apart."""
     found = linear(continued(part)) if part.mix is None else None
     results = (e for step in part.output for e in expressions_of(step))
-    own = part.scale, part.normalizer.weight, part.normalizer.output, *part.feature.expressions(), *results
+    own = part.scale, *part.normalizer.expressions(), *part.feature.expressions(), *results
     if found is None:
         return own
     faded = () if found.fades is None else _steps(found.fades)

@@ -17,11 +17,11 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.corrected import by_chunks, corrected
-from attn_compiler.targets.explicit import per_kv_head
 from attn_compiler.targets.fading import fading, log_before, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.products import per_kv_head
 
 
 def objection(variant: Variant) -> str | None:

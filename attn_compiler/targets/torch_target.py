@@ -36,7 +36,7 @@ from attn_compiler.targets.rounded import held
 from attn_compiler.torch_private import likely, statically_known_true
 
 __all__ = ["Result", "attend_densely", "attend_torch", "by_group", "refuse"]
-CARRIED = ("feature", "mix", "seen", "storage", "order", "delta", "gates", "output", "context", "unrotated")
+CARRIED = ("feature", "mix", "seen", "storage", "order", "delta", "gates", "output", "context", "unrotated", "ridge")
 
 
 def refuse(variant: Variant, *, lse: bool = False) -> str | None:

@@ -61,9 +61,7 @@ def assert_peak_law(case: Case) -> None:
     """Check that shifting `peak` changes nothing: only then may a kernel find it tile by tile."""
 
     def shifted(one: Variant) -> Variant:
-        change = {e.peak: e.peak + 1.0}
-        weight, output = one.normalizer.weight.substitute(change), one.normalizer.output.substitute(change)
-        return replace(one, normalizer=replace(one.normalizer, weight=weight, output=output))
+        return replace(one, normalizer=one.normalizer.map(lambda x: x.substitute({e.peak: e.peak + 1.0})))
 
     variant = case.variant
     moved = replace(shifted(variant), groups=tuple((heads, shifted(of_group)) for heads, of_group in variant.groups))
