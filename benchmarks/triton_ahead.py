@@ -59,8 +59,8 @@ Triton {version}, `{variant}`; no GPU was there, and nothing was timed. Candidat
 to the first that is *sound*: no stack and no spill instruction, the machine's own matrix instruction (float32 has none), shared
 memory that fits, and warps that are divided where they were to be (`forward, specialized`): some do nothing but copy whole tiles
 (`tensors`), the others take over their registers. The last kernel of each machine, and of this form, is a control, which must not
-be sound. `diagonals` finds the gradients of a table that is read by distance. `states` and `gather` are linear attention with a
-decay, and have a control of their own; `tfloat32` is what calls in float16 are there.
+be sound. `diagonals` finds the gradients of a table that is read by distance. `states`, `gather` and, behind the state of earlier
+tokens, `step` are linear attention with a decay, and have a control of their own; `tfloat32` is what calls in float16 are there.
 
 {table}"""
 

@@ -101,7 +101,7 @@ def attend(
             target = reader
         else:
             operands = operands.decoded()
-    return _attended(_carried(operands, meaning, return_lse, target), return_lse)
+    return _attended(carried(operands, meaning, return_lse, target), return_lse)
 
 
 def _codes(k: Tensor | Codes, v: Tensor | Codes) -> tuple[Codes, Codes] | None:
@@ -149,7 +149,8 @@ def reference(
     )  # fmt: skip
 
 
-def _carried(operands: Operands, variant: Variant, lse: bool, target: str) -> Result:
+def carried(operands: Operands, variant: Variant, lse: bool, target: str) -> Result:
+    """Attend on the target of that name, which may refuse the call."""
     if target == "reference":
         return attend_reference(operands, variant, lse=lse)
     known: Mapping[str, Attends] = {**TARGETS, **OPT_IN}

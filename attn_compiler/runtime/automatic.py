@@ -18,9 +18,9 @@ from attn_compiler.torch_private import likely
 
 
 def automatic(operands: Operands, variant: Variant, *, lse: bool = False) -> Attends:
-    """The first target that has nothing against the call and pays there; in an exported program, PyTorch's own operators."""
+    """The first target that has nothing against the call and pays there; exported, or behind a state, PyTorch's own operators."""
     plain = TARGETS["torch"]
-    if torch.compiler.is_exporting():
+    if operands.past or torch.compiler.is_exporting():
         return plain
     shapes = tuple(tuple(int(likely(size, UNKNOWN_LENGTH)) for size in x.shape) for x in (operands.q, operands.k, operands.v))
     first = operands.first_query if operands.counts_from_zero() else None

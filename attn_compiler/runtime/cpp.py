@@ -36,6 +36,7 @@ from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 CARRIED = ("storage", "order", *around.CARRIED)
+EMPTY = "its kernels begin with an empty state"
 DTYPES = ("float32", "bfloat16", "float16")
 WORTH = 1.05  # how many times faster than PyTorch's own operator a kernel has to be
 FEW = 32  # queries up to which a call is so short that its cost counts
@@ -51,6 +52,8 @@ class CppTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q = operands.q
+        if operands.past:
+            return EMPTY
         if not lse and (states.can_run(operands, variant) or linear.gathers(operands, variant)):
             return _machine(q.device.type, dtype_name(q.dtype))
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
@@ -71,7 +74,7 @@ class CppTarget:
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if site.recalls:
-            return Refusal("cpp", "its kernels begin with an empty state")
+            return Refusal("cpp", EMPTY)
         missed = lost(site, variant)
         if missed:
             return Refusal("cpp", missed)

@@ -2,7 +2,7 @@
 
 With weight = left * (q · k), where `left` is what a decay leaves of a key, the gradient of a weight is above · v + of_mass. So
 each gradient gathers by weights that are products again: with [above, of_mass] and [v, 1] in the places of q and k, and with
-queries in the places of keys, which then are met from the other side.
+queries in the places of keys, which then are met from the other side. A state of earlier tokens is one more product.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.errors import ShapeError
 from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.states import gather as run
 from attn_compiler.runtime.triton_states import gather as run_on_triton
-from attn_compiler.targets.fading import Logs
+from attn_compiler.targets.fading import Logs, fading
 from attn_compiler.targets.gathered import Count, Gather
+from attn_compiler.targets.past import Earlier
+from attn_compiler.targets.products import per_kv_head
 from attn_compiler.targets.triton.states import TF32
 
 CPP = "cpp"  # who gathers; else it is Triton, and this is the dtype that its products are as exact as
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "gather(Tensor q, Tensor k, Tensor v, Tensor[] logs, SymInt offset, bool reverse, str by) -> (Tensor, Tensor)"
+    "gather(Tensor q, Tensor k, Tensor v, Tensor[] logs, SymInt offset, bool reverse, str by, "
+    "Tensor? past=None, Tensor? before=None) -> (Tensor, Tensor)"
 )
 
 
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None, *, by: str) -> tuple[Tensor, Tensor]:
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None, past: Earlier | None = None, *, by: str
+) -> tuple[Tensor, Tensor]:
     if by == "bfloat16":
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-    acc, mass = torch.ops.attn_compiler.gather(q, k, v, list(logs or ()), k.shape[2] if offset is None else offset, False, by)
+    last, state = k.shape[2] if offset is None else offset, (None, None) if past is None else past
+    acc, mass = torch.ops.attn_compiler.gather(q, k, v, list(logs or ()), last, False, by, *state)
     return acc, mass[..., None]
 
 
@@ -43,21 +50,30 @@ BY_KERNEL = Gather(partial(_by_kernel, by=CPP), dynamic=True)
 def by_triton(dtype: torch.dtype) -> Gather:
     """Gather on Triton, where operands of a dtype may be multiplied no less exactly than such numbers are."""
     by = {torch.float16: TF32, torch.bfloat16: "bfloat16"}.get(dtype, "float32")
-    return Gather(partial(_by_kernel, by=by), dynamic=True)
+    run = partial(_by_kernel, by=by)
+    return Gather(run, dynamic=True, few=True, behind=run)  # its tiles of queries meet late keys one by one, however few
 
 
 def _gather(
-    q: Tensor, k: Tensor, v: Tensor, logs: Sequence[Tensor], offset: int, reverse: bool, by: str
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, logs: Sequence[Tensor], offset: int, reverse: bool, by: str,
+    past: Tensor | None = None, before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if past is not None and (reverse or by == CPP):
+        raise ShapeError("a state of earlier tokens is met by Triton's kernels, forwards")
     out, mass = _empty(q, k, v, by)
-    if not (out.numel() and k.numel() and q.numel()):
+    if not (out.numel() and q.numel() and (k.numel() or past is not None)):
         return out.zero_(), mass.zero_()
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_in_rows, (q, k, v))
     given = (logs[0], logs[1]) if logs else None
-    told = Call(q, k, v, out, mass, given, None, offset, reverse)
+    state = None if past is None else Earlier(_in_rows(past.float()), before)
+    told = Call(q, k, v, out, mass, given, None, offset, reverse, state)
     # Backwards the kernel counts queries from the last one: so do their masses.
     run(told) if by == CPP else run_on_triton(told, by)
     return out, mass.flip(-1) if reverse else mass
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
@@ -69,12 +85,14 @@ def _empty(q: Tensor, k: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, logs, ctx.offset, ctx.reverse, ctx.by = inputs
-    ctx.save_for_backward(q, k, v, *logs)
+    q, k, v, logs, ctx.offset, ctx.reverse, ctx.by, *state = inputs
+    ctx.count, state = len(logs), [x for x in state if x is not None]
+    ctx.save_for_backward(q, k, v, *logs, *state)
 
 
 def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ...]:
-    q, k, v, *logs = ctx.saved_tensors
+    q, k, v, *others = ctx.saved_tensors
+    logs, state = others[: ctx.count], others[ctx.count :]
     gather = torch.ops.attn_compiler.gather
     above, of_mass = above.to(q.dtype), of_mass.to(q.dtype)
     from_query, from_key = _beside(above, of_mass[..., None], ctx.by), _beside(v, v.new_ones((*v.shape[:-1], 1)), ctx.by)
@@ -82,10 +100,28 @@ def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ..
     of_q = gather(from_query, from_key, k, *here)[0]
     of_k = gather(from_key, from_query, q, *there)[0]
     of_v = gather(k, q, above, *there)[0]
+    of_state: list[Tensor | None] = [None, None]
+    if state:
+        met, *of_state = _of_state(torch.cat([above, of_mass[..., None]], dim=-1), q, logs, *state)
+        of_q = of_q + met
     of_logs: list[Tensor | None] = [None for _ in logs]
     if any(ctx.needs_input_grad[3] or ()):  # a weight times its gradient is what both its logs ask for
         of_logs = [_along(q, of_q, ctx.reverse), _along(k, of_k, not ctx.reverse)]
-    return _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None, None
+    found = _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None, None, *of_state
+    return found[: len(ctx.needs_input_grad)]  # what stands for nothing at the end of a call is left out
+
+
+def _of_state(
+    above: Tensor, q: Tensor, logs: Sequence[Tensor], past: Tensor, before: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of q, of a state and of the log at its last token that what was gathered from it asks for."""
+    above, shared = above.to(past.dtype), q.to(past.dtype).repeat_interleave(above.shape[1] // q.shape[1], dim=1)
+    left = None if before is None else fading(logs[0], before, past)[..., None]
+    of_q = per_kv_head(above, past.mT)
+    if left is not None:
+        of_q, shared = of_q * left, shared * left
+    of_past = _summed(shared.mT @ above, past)
+    return of_q, of_past, None if before is None else _along(q, of_q, negative=True).sum(dim=-1, keepdim=True)
 
 
 def _beside(x: Tensor, one: Tensor, by: str) -> Tensor:
@@ -108,5 +144,5 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
 
 for _device in ("CPU", "CUDA"):
     _library.impl("gather", _gather, _device)  # type: ignore[no-untyped-call]
-torch.library.register_fake("attn_compiler::gather", lambda q, k, v, logs, offset, reverse, by: _empty(q, k, v, by), lib=_library)
+torch.library.register_fake("attn_compiler::gather", lambda q, k, v, _0, _1, _2, by, *_: _empty(q, k, v, by), lib=_library)
 torch.library.register_autograd("attn_compiler::gather", _differentiate, setup_context=_remember, lib=_library)

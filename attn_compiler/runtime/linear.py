@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +23,39 @@ from attn_compiler.targets.cpp.states import serves
 from attn_compiler.targets.gathered import Gather, offset_of, pays
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import continued
 from attn_compiler.targets.torch_target import refuse
 from attn_compiler.torch_private import likely
 
 WORTH = 1.05  # how many times faster than PyTorch's operators the kernel has to be
 
 
-def gathers(operands: Operands, variant: Variant, widest: float = WIDEST) -> bool:
-    """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators.
+class Takes(NamedTuple):
+    """Which calls a kernel is for: how many features it takes, and whether few tokens, and those behind a state, are worth it."""
 
-    `widest` is how many features a kernel takes.
-    """
-    return any(_gathers(operands, part, widest) for part in variant.parts() if part.mix is None) and refuse(variant) is None
+    widest: float
+    few: bool
 
 
-def _gathers(operands: Operands, variant: Variant, widest: float) -> bool:
-    found, dim = linear(variant), operands.q.shape[-1]
+OF_CPP = Takes(WIDEST, few=False)
+
+
+def gathers(operands: Operands, variant: Variant, takes: Takes = OF_CPP) -> bool:
+    """Whether some part of a call is linear, and saves work by the kernel's states; the others are PyTorch's operators."""
+    return any(_gathers(operands, part, takes) for part in variant.parts() if part.mix is None) and refuse(variant) is None
+
+
+def _gathers(operands: Operands, variant: Variant, takes: Takes) -> bool:
+    found, dim = linear(continued(variant) if operands.past else variant), operands.q.shape[-1]
     features = variant.feature.width(dim)
-    if found is None or variant.gates is not None or features > widest or (variant.dropout and operands.training):
+    if found is None or variant.gates is not None or features > takes.widest or (variant.dropout and operands.training):
         return False
     if operands.differentiated and not _differentiable(found):
         return False
     if found.behind is not None and offset_of(operands, found) is None:
         return False
     q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
-    return pays(found, q_len, k_len, features, operands.v.shape[-1])
+    return takes.few or pays(found, q_len, k_len, features, operands.v.shape[-1])
 
 
 def carried(site: Site, variant: Variant) -> Carried | None:
@@ -62,9 +71,9 @@ def carried(site: Site, variant: Variant) -> Carried | None:
     return Carried(form(variant, gathered), gains=True)
 
 
-def by_states(site: Site, variant: Variant, widest: float = WIDEST) -> Sequence[Variant]:
+def by_states(site: Site, variant: Variant, takes: Takes = OF_CPP) -> Sequence[Variant]:
     """The parts of a variant that a kernel gathers by states at a site."""
-    found = [part for part in _parts(variant) if _suits(site, part, widest)]
+    found = [part for part in _parts(variant) if _suits(site, part, takes)]
     return found if refuse(variant) is None else ()
 
 
@@ -78,16 +87,20 @@ def _parts(variant: Variant) -> Sequence[Variant]:
     return [part for part in variant.parts() if part.mix is None and (part is not variant or not part.groups)]
 
 
-def _suits(site: Site, variant: Variant, widest: float) -> bool:
+def _suits(site: Site, variant: Variant, takes: Takes) -> bool:
     found = linear(variant)
     features = variant.feature.width(site.head_dim)
-    if found is None or variant.gates is not None or site.frame is None or features > widest:
+    if found is None or variant.gates is not None or features > takes.widest or not (_counted(site) or site.recalls):
         return False
     if site.phase is Phase.TRAIN and (variant.dropout or not _differentiable(found)):
         return False
-    first = simplify(site.frame.position - i)
-    counted = not first.mentions(i, b) and not first.tables()
-    return counted and pays(found, site.q_hint, site.k_hint, features, site.value_dim)
+    return takes.few or pays(found, site.q_hint, site.k_hint, features, site.value_dim)
+
+
+def _counted(site: Site) -> bool:
+    """Whether queries follow each other from a position on that is known; behind states they are the last of the keys."""
+    first = None if site.frame is None else simplify(site.frame.position - i)
+    return first is not None and not first.mentions(i, b) and not first.tables()
 
 
 def _differentiable(found: Linear) -> bool:

@@ -21,6 +21,7 @@ from attn_compiler.targets.fading import Logs, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import Earlier
 from attn_compiler.torch_private import likely
 
 SHORTEST = 512  # queries of a segment: the keys before them are added up twice
@@ -128,6 +129,7 @@ class Call:
     shown: Tensor | None
     offset: int
     reverse: bool = False
+    past: Earlier | None = None  # what queries meet before the keys
 
     @property
     def ahead(self) -> int:

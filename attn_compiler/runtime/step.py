@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.errors import ShapeError
-from attn_compiler.runtime.attend import in_one_piece
-from attn_compiler.runtime.automatic import automatic
+from attn_compiler.errors import ShapeError, did_you_mean
+from attn_compiler.runtime.attend import carried, in_one_piece
 from attn_compiler.runtime.call import check_shapes, operands_of
 from attn_compiler.runtime.reading import VariantLike, read_variant
 from attn_compiler.runtime.targets import TARGETS
 from attn_compiler.targets.held_past import joined, latest, objection, states
 from attn_compiler.targets.operands import Operands
+
+Target = Literal["auto", "cpp", "torch", "triton"]
 
 
 class Past(NamedTuple):
@@ -43,16 +44,18 @@ def step(
     values: Mapping[str, int | float] | None = None,
     layer: int = 0,
     layers: int = 1,
+    target: Target = "auto",
 ) -> tuple[Tensor, Past]:
     """Attend with new tokens, whose `past` is what an earlier step returned; the result, and the past of the tokens behind them.
 
     `position` is that of the first new token, where tables are read by tokens. All that `attend` gives at once, steps of any
     lengths give one after the other. The past takes the place of a cache: a state for each linear part (of a branch, of a
     group of heads), and as many of the latest keys as a window shows, however many tokens there were. Differentiable.
+    States are met on PyTorch's operators, or by the kernels of the `target` triton; it, too, joins tokens to them by operators.
     """
     held = None if past is None else (past.states, past.k, past.v)
     out, states, held_k, held_v = _step(
-        q, k, v, variant, held, position=position, tables=tables, values=values, layer=layer, layers=layers
+        q, k, v, variant, held, position=position, tables=tables, values=values, layer=layer, layers=layers, target=target
     )
     return out, Past(states, held_k, held_v)
 
@@ -70,8 +73,11 @@ def _step(
     values: Mapping[str, int | float] | None = None,
     layer: int = 0,
     layers: int = 1,
+    target: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
     check_shapes(q, k, v)
+    if target not in ("auto", *TARGETS):
+        raise ShapeError(f'no target "{target}" takes steps{did_you_mean(target, ("auto", *TARGETS))}')
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"a step attends with as many queries as new keys; found {q.shape[2]} queries and {k.shape[2]} keys")
     read = variant if isinstance(variant, Variant) else read_variant(
@@ -86,8 +92,7 @@ def _step(
     first = position - before.k.shape[2]
     operands = replace(operands_of(q, k, v, read, tables or {}, position, first, layer, layers, False), past=before.states)
     then = _past(operands, read, before.states)
-    target = TARGETS["torch"] if before.states else automatic(operands, read)
-    out, _ = target.attend(operands, read)
+    out, _ = carried(operands, read, False, target)
     return out, *then
 
 

@@ -21,15 +21,19 @@ from attn_compiler.targets.around import around
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.held import lost
+from attn_compiler.targets.held_past import states, unremembered
 from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.past import continued
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
+from attn_compiler.targets.torch_target import refuse as refuse_torch
 from attn_compiler.targets.triton.coded import needs_e4m3
 from attn_compiler.targets.triton.coded import objection as of_storage
 
 WIDEST = 256  # numbers of a head, up to which a tile fits
 LEAST_E4M3 = (8, 9)
 PLAIN = Variant()
-ANY = math.inf  # how many features are added up, since these are cut into pieces
+TAKES = linear.Takes(math.inf, few=True)  # features are cut into pieces, and few tokens meet one by one
+UNTRAINED = "beside states its kernels know no gradient of a decay's rate"
 
 
 class TritonTarget:
@@ -39,8 +43,10 @@ class TritonTarget:
 
     def refuse(self, operands: Operands, variant: Variant, *, lse: bool = False) -> str | None:
         q, v = operands.q, operands.v
-        if not lse and linear.gathers(operands, variant, ANY):
+        if not lse and linear.gathers(operands, variant, TAKES):
             return _machine(q.device.type, dtype_name(q.dtype))
+        if operands.past:
+            return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else UNTRAINED)
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]), variant)
@@ -50,15 +56,17 @@ class TritonTarget:
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         if operands.codes and not codes_objection(operands, variant):
             return attend_generated(*of_rows(operands, variant), CODES[self.name], lse=lse)
-        if not lse and linear.gathers(operands, variant, ANY):
+        if not lse and linear.gathers(operands, variant, TAKES):
             return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype)))
         return around(operands, variant, lambda inner, one: attend_generated(inner, one, self.name, lse=lse))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         if site.device != "cuda":
             return Refusal(self.name, f"its kernels are for GPUs; found {site.device}")
-        missed = "its kernels begin with an empty state" if site.recalls else lost(site, variant)
-        gathered, dim = linear.by_states(site, variant, ANY), max(site.head_dim, site.value_dim)
+        if site.recalls:
+            return self._behind_states(site, continued(variant))
+        missed = lost(site, variant)
+        gathered, dim = linear.by_states(site, variant, TAKES), max(site.head_dim, site.value_dim)
         if gathered and not missed and not _machine(site.device, site.dtype):
             return Carried(linear.form(variant, gathered), gains=False)
         reason = missed or _machine(site.device, site.dtype, dim, variant)
@@ -66,6 +74,14 @@ class TritonTarget:
         reason = reason or objection(variant, (counted, counted), {}, site.phase is Phase.TRAIN, of_storage)
         read = ", which reads the codes of the cache" if site.computes.storage.kv_cache and site.q_hint <= MOST_QUERIES else ""
         return Refusal(self.name, reason) if reason else Carried(f"a generated kernel{read}", gains=False)
+
+    def _behind_states(self, site: Site, variant: Variant) -> Carried | Refusal:
+        """How a site is carried where states stand for keys that are gone."""
+        gathered = linear.by_states(site, variant, TAKES)
+        reason = refuse_torch(variant) or unremembered(site, variant) or _machine(site.device, site.dtype)
+        reason = reason or (None if len(gathered) >= len(states(variant, site.heads)) else UNTRAINED)
+        form = f"{linear.form(variant, gathered)}, which begin with those of the cache"
+        return Refusal(self.name, reason) if reason else Carried(form, gains=True)
 
 
 def _machine(device: str, dtype: str, dim: int = 0, variant: Variant = PLAIN) -> str | None:

@@ -55,7 +55,7 @@ def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
 
 def text(shape: Shape, kind: Kind, blocks: Blocks, group: int, wanted: Collection[str] = ()) -> str:
     """The kernel."""
-    if kind in states.KERNELS:
+    if kind in states.FILES:
         return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=bool(shape.names))
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_of(shape, kind, variant)

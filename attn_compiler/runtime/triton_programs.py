@@ -16,7 +16,6 @@ from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.triton_launch import sizes
 from attn_compiler.runtime.triton_orders import cuts
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
-from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import head_groups
 from attn_compiler.targets.triton.blocks import Blocks, candidates
@@ -45,8 +44,7 @@ def gathered(shape: Shape) -> Linear | None:
     """What makes a call linear whose keys are added up to states."""
     if shape.variant.groups or passed_over(shape.variant, ("feature", "seen", "output")):
         return None
-    found, features = linear(shape.variant), shape.variant.feature.width(shape.dim)
-    return found if found is not None and pays(found, shape.q_len, shape.k_len, features, shape.value_dim) else None
+    return linear(shape.variant)
 
 
 def _of_states(shape: Shape, found: Linear) -> str:

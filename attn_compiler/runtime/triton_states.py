@@ -17,6 +17,7 @@ from attn_compiler.runtime.triton_orders import text
 from attn_compiler.runtime.tuning import chosen
 from attn_compiler.targets.cpp.spec import Stored
 from attn_compiler.targets.cpp.states import GATHERED
+from attn_compiler.targets.past import Earlier
 from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks, Kind
 
@@ -24,13 +25,18 @@ from attn_compiler.targets.triton.blocks import Blocks, Kind
 def gather(told: Call, dtype: str) -> None:
     """Fill `out` and `mass` with the sums of a call, whose operands are multiplied as numbers of `dtype`."""
     shape = likely(told, dtype)
-    cut = {kind: blocks_of(kind, shape, told.q.device) for kind in ("states", "gather")}
-    run = Run(told, shape, cut["gather"].queries)
+    blocks = blocks_of(_meeting(told), shape, told.q.device)
+    run = Run(told, shape, blocks.queries)
     if run.count:
-        run.add_up(cut["states"])
+        run.add_up(blocks_of("states", shape, told.q.device))
     if run.count > 1:
         run.scan()
-    run.meet(cut["gather"])
+    run.meet(blocks)
+
+
+def _meeting(told: Call) -> Kind:
+    """The kernel in which queries meet states."""
+    return "gather" if told.past is None else "step"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +80,17 @@ class Run:
         """Let queries meet the states, and the keys behind them."""
         told, (q_len, k_len) = self.told, (self.told.q.shape[2], self.told.k.shape[2])
         operands = [self._operand(x) for x in (told.q, told.k, told.v, told.out)]
-        given = (*operands, told.mass, self.held, *self._logs, self._sharing, q_len, k_len, told.ahead, self.count)
+        given = (*operands, told.mass, self.held, *self._logs, *self._past, self._sharing, q_len, k_len, told.ahead, self.count)
         _, of_value = states.widths(told.k.shape[3], told.v.shape[3], blocks.width)
         grid = -(-q_len // blocks.queries) * -(-told.v.shape[3] // of_value), told.out.shape[1]
-        self._start("gather", blocks, grid, given, blocks.sizes())
+        self._start(_meeting(told), blocks, grid, given, blocks.sizes())
 
     def _start(
         self, kernel: Kind, blocks: Blocks, grid: tuple[int, int], given: tuple[object, ...], sizes: Mapping[str, int]
     ) -> None:
         loaded = load(text(self.shape, kernel, blocks, 0))
         options = {**sizes, "num_warps": blocks.warps, "num_stages": blocks.stages}
-        call(self.told.q, getattr(loaded, kernel), (*grid, self.told.out.shape[0]), given, options)
+        call(self.told.q, getattr(loaded, states.FILES[kernel]), (*grid, self.told.out.shape[0]), given, options)
 
     def _operand(self, x: Tensor) -> tuple[object, ...]:
         """A pointer and strides, from the last token on where tokens are counted from there."""
@@ -96,21 +102,28 @@ class Run:
     @cached_property
     def _logs(self) -> tuple[tuple[object, ...] | None, ...]:
         """The running logs as floats, and how far behind each of them stands what rounding left of it."""
-        if not self.told.logs:
+        return tuple(map(self._halves, self.told.logs)) if self.told.logs else (None, None)
+
+    def _halves(self, log: Tensor) -> tuple[object, ...]:
+        high = log.float()
+        low = torch.where(high.isinf(), 0.0, log - high)
+        halves = torch.stack((high, low.float())) * (-1.0 if self.told.reverse else 1.0)
+        return (*self._operand(halves[0]), high.numel())
+
+    @property
+    def _past(self) -> tuple[tuple[object, ...] | None, ...]:
+        """The state of earlier tokens, and the running log at the last of them."""
+        past = self.told.past
+        if past is None:
             return None, None
-        found = []
-        for log in self.told.logs:
-            high = log.float()
-            low = torch.where(high.isinf(), 0.0, log - high)
-            halves = torch.stack((high, low.float())) * (-1.0 if self.told.reverse else 1.0)
-            found.append((*self._operand(halves[0]), high.numel()))
-        return tuple(found)
+        return operand(past.sums), None if past.log is None else self._halves(past.log)
 
     @property
     def _sharing(self) -> tuple[int, ...]:
-        """How many heads share one of q, of k, of v, and a state."""
-        told = self.told
-        return tuple(told.out.shape[1] // x.shape[1] for x in (told.q, told.k, told.v, self.held))
+        """How many heads share one of q, of k, of v, a state, and one of the past."""
+        told, past = self.told, self.told.past
+        shared = (told.q, told.k, told.v, self.held, told.out if past is None else past.sums)
+        return tuple(told.out.shape[1] // x.shape[1] for x in shared)
 
 
 def likely(told: Call, dtype: str) -> Shape:
@@ -127,7 +140,8 @@ def likely(told: Call, dtype: str) -> Shape:
 
 def order(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks) -> Order:
     """A kernel of a call with a decay, as `ahead` takes it."""
-    return Order(states.source(kind, dim, dim, dtype, states.SEGMENT, blocks.width, fades=True), dtype, (), machine, blocks)
+    text = states.source(kind, dim, dim, dtype, states.SEGMENT, blocks.width, fades=True)
+    return Order(text, dtype, (), machine, blocks)
 
 
 @lru_cache(maxsize=128)
@@ -146,6 +160,10 @@ def _attempt(kind: Kind, shape: Shape, device: torch.device, blocks: Blocks) -> 
     q, k = drawn(shape.heads, shape.q_len, shape.dim), drawn(shape.kv_heads, shape.k_len, shape.dim)
     v, out = drawn(shape.kv_heads, shape.k_len, shape.value_dim), drawn(shape.heads, shape.q_len, shape.value_dim).float()
     logs = [torch.zeros(1, shape.heads, x.shape[2], dtype=torch.float64, device=device) for x in (q, k)]
-    told = Call(q, k, v, out, out[..., 0].clone(), (logs[0], logs[1]) if shape.names else None, None, shape.k_len - shape.q_len)
+    sums, fades = torch.zeros(1, shape.kv_heads, shape.dim, shape.value_dim + 1, device=device), bool(shape.names)
+    past = Earlier(sums, logs[1][..., :1] if fades else None) if kind == "step" else None
+    told = Call(
+        q, k, v, out, out[..., 0].clone(), (logs[0], logs[1]) if fades else None, None, shape.k_len - shape.q_len, past=past
+    )
     run = Run(told, shape, blocks.queries)
     return partial(run.add_up if kind == "states" else run.meet, blocks)

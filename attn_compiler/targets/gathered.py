@@ -16,7 +16,7 @@ from attn_compiler.targets.explicit import Sums
 from attn_compiler.targets.fading import Logs, logs_of, shown_of
 from attn_compiler.targets.linear import NEAR, Linear, linear
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.past import with_past
+from attn_compiler.targets.past import Earlier, earlier, with_past
 from attn_compiler.torch_private import likely, statically_known_true
 
 Count = int | torch.SymInt
@@ -26,11 +26,26 @@ Count = int | torch.SymInt
 class Gather:
     """One way to gather by states: from q, k, v and logs, the sums of weight * v and those of weights, [..., queries, 1].
 
-    Query i gathers from keys up to i + offset, or from all of them: None. `dynamic`: whether offsets may be symbols.
+    Query i gathers from keys up to i + offset, or from all of them: None. `dynamic`: whether offsets may be symbols, `few`:
+    whether few tokens are no more work than their scores. `behind` gathers from a state as well.
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None], tuple[Tensor, Tensor]]
     dynamic: bool
+    few: bool = False
+    behind: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None, Earlier], tuple[Tensor, Tensor]] | None = None
+
+    def sums(
+        self, q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None, past: Earlier | None
+    ) -> tuple[Tensor, Tensor]:
+        """What is gathered from the keys of a call and from its past."""
+        if past is None:
+            return self.run(q, k, v, logs, offset)
+        if self.behind is not None:
+            return self.behind(q, k, v, logs, offset, past)
+        acc, mass = self.run(q, k, v, logs, offset)
+        of_past = past.met(q, logs)
+        return acc + of_past[0], mass + of_past[1]
 
 
 def gatherable(operands: Operands, variant: Variant, gather: Gather) -> Linear | None:
@@ -41,7 +56,7 @@ def gatherable(operands: Operands, variant: Variant, gather: Gather) -> Linear |
     if found.behind is not None and not isinstance(offset_of(operands, found), Count if gather.dynamic else int):
         return None
     q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
-    return found if pays(found, q_len, k_len, operands.q.shape[-1], operands.v.shape[-1]) else None
+    return found if gather.few or pays(found, q_len, k_len, operands.q.shape[-1], operands.v.shape[-1]) else None
 
 
 def pays(found: Linear, q_len: int, k_len: int, features: int, value_dim: int) -> bool:
@@ -62,13 +77,11 @@ def gather_by_states(operands: Operands, variant: Variant, found: Linear, arrays
     if exists is not None:
         k, v = (torch.where(exists, x, 0.0) for x in (k, v))
     offset = offset_of(operands, found)
-    acc, mass = gather.run(q, k, v, logs_of(operands, found, arrays), offset)
+    acc, mass = gather.sums(q, k, v, logs_of(operands, found, arrays), offset, earlier(operands, found, arrays))
     ones = k.new_ones((*k.shape[:-1], 1)) if exists is None else exists.to(k.dtype).expand(*k.shape[:-1], 1)
     counted = torch.cat([v, ones], dim=-1) if variant.normalizer.counts else ones
     seen = counted.sum(dim=-2, keepdim=True) if offset is None else _running(counted, offset, operands.q_len)
-    seen = seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1)
-    if operands.past:
-        acc, mass, seen = with_past(operands, found, arrays, q, (acc, mass, seen))
+    seen = with_past(operands, seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1))
     sees = (seen[..., -1:] > 0).expand(*acc.shape[:-1], 1)
     mass = torch.where(sees, mass, 1.0)
     sums = Sums(acc, mass, torch.zeros_like(mass), sees)

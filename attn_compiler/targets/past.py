@@ -7,6 +7,7 @@ the last token; the row below them holds the sums of [v, 1], which no decay touc
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.corrected import by_chunks, corrected
-from attn_compiler.targets.fading import fading, log_before, logs_of, shown_of
+from attn_compiler.targets.fading import Logs, fading, log_before, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
@@ -78,15 +79,31 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
     return torch.cat([past[..., :-1, :] * left, past[..., -1:, :]], dim=-2) + added
 
 
-def with_past(
-    operands: Operands, found: Linear, arrays: Arrays, q: Tensor, sums: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of weight * v, of weights and of what is seen, once the mapped and scaled queries have met their past."""
-    acc, mass, seen = sums
+class Earlier(NamedTuple):
+    """What queries gather from of a state, and the running log at the last of its tokens."""
+
+    sums: Tensor  # [batch, heads, features, value dim + 1]
+    log: Tensor | None  # [batch, heads, 1]
+
+    def met(self, q: Tensor, logs: Logs | None) -> tuple[Tensor, Tensor]:
+        """What mapped and scaled queries gather: the sums of weight * v, and those of weights, [..., queries, 1]."""
+        if logs is not None and self.log is not None:
+            q = q * fading(logs[0], self.log, q)[..., None]
+        added = per_kv_head(q, self.sums)
+        return added[..., :-1], added[..., -1:]
+
+
+def earlier(operands: Operands, found: Linear, arrays: Arrays) -> Earlier | None:
+    """The past of a call; None where it has none."""
+    if not operands.past:
+        return None
     (past,) = operands.past
-    logs = logs_of(operands, found, arrays)
-    reached = q if logs is None else q * fading(logs[0], log_before(operands, found, arrays), q)[..., None]
-    added = per_kv_head(reached, past[..., :-1, :])
-    count = past[..., -1:, -seen.shape[-1] :]
-    count = count.repeat_interleave(seen.shape[1] // count.shape[1], dim=1)
-    return acc + added[..., :-1], mass + added[..., -1:], seen + count
+    return Earlier(past[..., :-1, :], None if found.fades is None else log_before(operands, found, arrays))
+
+
+def with_past(operands: Operands, seen: Tensor) -> Tensor:
+    """Sums of what is seen, [batch, heads, queries, …], once the past has been counted, too."""
+    if not operands.past:
+        return seen
+    count = operands.past[0][..., -1:, -seen.shape[-1] :]
+    return seen + count.repeat_interleave(seen.shape[1] // count.shape[1], dim=1)

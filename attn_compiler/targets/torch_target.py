@@ -182,7 +182,7 @@ def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: 
     if operands.past:
         found = linear(continued(variant))
         few = likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR or not (found and isinstance(offset_of(operands, found), int))
-        states = BY_SCORES if few else states
+        states = BY_SCORES if few and not states.few else states
     else:
         found = gatherable(operands, variant, states)
     if found is None:

@@ -35,7 +35,8 @@ def attend(q, k, v, at_query=None, at_key=None):
     held = q.new_empty((BATCH, heads, count, DIM.value * (VALUE_DIM.value + 1)), dtype=torch.float32)
     of_q, of_k, of_v, of_out = ((x, *x.stride()[:3]) for x in (q, k, v, out))
     logs = (halves(at_query), halves(at_key)) if FADES else (None, None)
-    sharing = (1, HEADS // KV_HEADS, HEADS // KV_HEADS, HEADS // heads)
+    past = (None, None)  # a state of tokens before the first key, and the log at the last of them
+    sharing = (1, HEADS // KV_HEADS, HEADS // KV_HEADS, HEADS // heads, 1)
     pieces, values = triton.cdiv(DIM.value, WIDTH.value), triton.cdiv(VALUE_DIM.value, VALUE_WIDTH.value)
     options = {"num_warps": WARPS, "num_stages": STAGES}
     if count:
@@ -43,7 +44,7 @@ def attend(q, k, v, at_query=None, at_key=None):
     if count > 1:
         scan[triton.cdiv(held.shape[3], SCANNED), heads, BATCH](held, logs[1], sharing, count, SCANNED)
     gather[triton.cdiv(Q_LEN, BLOCK_Q) * values, HEADS, BATCH](
-        of_q, of_k, of_v, of_out, mass, held, *logs, sharing, Q_LEN, K_LEN, OFFSET, count, BLOCK_Q, BLOCK_K, **options
+        of_q, of_k, of_v, of_out, mass, held, *logs, *past, sharing, Q_LEN, K_LEN, OFFSET, count, BLOCK_Q, BLOCK_K, **options
     )
     return out, mass
 

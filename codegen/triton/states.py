@@ -18,7 +18,7 @@ def states(k, v, held, at_key, sharing, count, BLOCK_K: tl.constexpr):
     """Operands are a pointer and the strides of batch, heads and tokens; behind a log, so far away is what rounding left of it.
 
     `held` has room for `count` states of each head: DIM rows of VALUE_DIM sums of key * value, then DIM sums of keys.
-    `sharing` says how many heads share one of q, of k, of v, and a state.
+    `sharing` says how many heads share one of q, of k, of v, a state, and one of the past.
     """
     pieces, values_wide = tl.cdiv(DIM, WIDTH), tl.cdiv(VALUE_DIM, VALUE_WIDTH)
     segment, at = tl.program_id(0) // (pieces * values_wide), tl.program_id(0) % (pieces * values_wide)

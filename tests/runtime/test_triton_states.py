@@ -23,6 +23,7 @@ from attn_compiler.runtime.gather import CPP
 from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.triton import TritonTarget
 from attn_compiler.targets import gathered
+from attn_compiler.targets.held_past import summed
 from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import Case, assert_all_within_budget, assert_case, assert_within_budget, drawn_case, variant_of
@@ -295,14 +296,30 @@ def test_a_cache_that_let_go_of_keys_is_refused_where_these_are_needed(monkeypat
     decays, near = variant_of({"mask": "causal", "state": "decay(0.1)"}), variant_of({"mask": "causal & window(20)"})
     kept, recalls = site_of(0, kept=Kept(0, 32)), site_of(0, kept=Kept(0, 0), recalls=1)
     assert isinstance(TritonTarget().carry(kept, near), Carried)
-    found = TritonTarget().carry(kept, decays), TritonTarget().carry(recalls, decays)
+    found = TritonTarget().carry(kept, decays), TritonTarget().carry(recalls, near)
     reasons = [one.reason if isinstance(one, Refusal) else "" for one in found]
     assert "this model's cache holds the latest 32 tokens, and this needs every token" in reasons[0]
-    assert reasons[1] == "its kernels begin with an empty state"
+    assert reasons[1].startswith("this model's cache holds 1 states and ")
+
+
+def test_a_plan_says_where_states_of_a_cache_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_machine", lambda *_: None)
+    bare = site_of(0, q_len=1, q_hint=1, computes=Variant(), frame=None, kept=Kept(0, 0), recalls=1)
+
+    def beside_its_states(state: str, site: Site = bare) -> Carried | Refusal:
+        variant = variant_of({"state": state})
+        return TritonTarget().carry(replace(site, summed=summed(variant, site)), variant)
+
+    found = beside_its_states("decay(0.1)")
+    form = "a generated kernel that adds keys up to states, which begin with those of the cache"
+    assert found == Carried(form, gains=True)
+    trained = beside_its_states("decay(slopes)", replace(bare, phase=Phase.TRAIN, tables={"slopes": None}))
+    assert isinstance(trained, Refusal)
+    assert trained.reason == "beside states its kernels know no gradient of a decay's rate"
 
 
 def test_what_states_cannot_carry_is_refused(runs: list[Call]) -> None:
-    """The rate of a decay is trained by PyTorch's operators; few tokens are not worth a state."""
+    """The rate of a decay is trained by PyTorch's operators."""
     slots = {"feature": "silu", "mask": "causal", "state": "decay(slopes)"}
     with pytest.raises(ShapeError, match="the target triton: it does not carry `feature`"):
         attend(*drawn(), slots, tables={"slopes": torch.ones(4, requires_grad=True)}, target="triton")

@@ -51,9 +51,7 @@ def test_lines_are_short_and_no_hole_is_left(dtype: str) -> None:
     assert ('"tf32"' in "\n".join(lines)) == (dtype == "float16")
 
 
-def test_few_tokens_and_mixes_have_no_kernel_to_print() -> None:
-    with pytest.raises(ShapeError, match="the target triton: it does not carry `feature`"):
-        source(LINEAR, tokens=16)
+def test_mixes_and_delta_rules_have_no_kernel_to_print() -> None:
     near = {"mask": "causal & window(8)"}
     with pytest.raises(ShapeError, match="the target triton: it does not carry"):
         source(LINEAR | {"state": "delta"})

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["forward", "backward_q", "backward_kv", "diagonals", "decode", "states", "scan", "gather"]  # the skeletons
+Kind = Literal["forward", "backward_q", "backward_kv", "diagonals", "decode", "states", "scan", "gather", "step"]  # the skeletons
 KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "diagonals", "decode")  # those that meet tiles by scores
-STATES: tuple[Kind, ...] = ("states", "gather")  # those of linear attention
+STATES: tuple[Kind, ...] = ("states", "gather", "step")  # those of linear attention
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bo
     The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes. Products of `codes` need
     more registers: those of whole numbers, and of them as floats.
     """
+    if kind == "step":
+        return _STEP
     if kind in STATES:
         return _LINEAR["float32" if dtype == "float32" else "amd" if machine.startswith("gfx") else "narrow"]
     if dtype == "float32" or dim > 128:
@@ -93,3 +95,4 @@ _LINEAR: Mapping[str, tuple[Blocks, ...]] = {
     "float32": (Blocks(32, 32, 4, 2, width=32), Blocks(16, 16, 4, 1, width=32)),
     "amd": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1, width=32)),
 }
+_STEP = (Blocks(16, 32, 4, 2, width=32), Blocks(64, 32, 4, 2, width=32))  # behind a state queries are few, mostly one

@@ -12,11 +12,12 @@ TF32 = "tfloat32"  # float32, multiplied as exactly as float16 is: features and 
 
 SCANNED = 512  # numbers of a state that one program takes from segment to segment
 KERNELS = ("states", "scan", "gather")  # in the order in which they run
+FILES = {**{name: name for name in KERNELS}, "step": "gather"}  # `step` is `gather` behind a state
 
 
 @lru_cache(maxsize=256)
 def source(kernel: str, dim: int, value_dim: int, dtype: str, segment: int, width: int, *, fades: bool) -> str:
-    """The kernel `states`, `scan` or `gather`, which reads running logs if a decay `fades` what is added up."""
+    """One of the kernels, which reads running logs if a decay `fades` what is added up; `step` gathers from a past, too."""
     precision = '"tf32"' if dtype == TF32 else '"ieee"'
     lines = [
         f"DIM, VALUE_DIM = {constants(dim, value_dim)}  # numbers of a query or a key, and of a value",
@@ -24,7 +25,7 @@ def source(kernel: str, dim: int, value_dim: int, dtype: str, segment: int, widt
         f"SEGMENT = {constants(segment)}  # keys between two states",
         f"PRECISION = {constants(precision)}  # of products of float32",
     ]
-    return written(f"{kernel}.py", {"constants": lines}, {"FADES": fades})
+    return written(f"{FILES[kernel]}.py", {"constants": lines}, {"FADES": fades, "BEHIND": kernel == "step"})
 
 
 def widths(dim: int, value_dim: int, width: int) -> tuple[int, int]:
