@@ -64,9 +64,14 @@ def within(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 def _within(x: Tensor, largest: float) -> Tensor:
     if x.numel() and not bool(x.abs().amax() <= largest):
-        text = f"numbers beyond the `largest` of {largest:g} that a policy fixes were cut off: measure it on such inputs"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warn_of_cut(largest)
     return x.clamp(-largest, largest)
+
+
+def warn_of_cut(largest: float) -> None:
+    """Say that numbers were beyond what a policy fixes."""
+    text = f"numbers beyond the `largest` of {largest:g} that a policy fixes were cut off: measure it on such inputs"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]

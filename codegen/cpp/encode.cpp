@@ -14,6 +14,8 @@ struct Encoding {  // every field has eight bytes; strides are those of batch, h
   int64_t other_heads;
   int64_t biased;         // whether codes are held without a sign
   int64_t parallel;
+  double fixed;           // the largest number that codes are made for, what is beyond being cut off; or 0: what comes
+  int64_t* cut;           // set where that happened
 };
 
 constexpr float LEAST = 7.8886090522101181e-31f;  // 2^-100
@@ -53,11 +55,14 @@ INLINE vf nearest(vf x) {
 }
 
 // Writes the codes of a row, of NaN zero. Returns what comes back, before it is scaled, times another row.
-template <bool FINITE> INLINE float encode_row(const Row& row, const Row& inverse, const Row& other, int bias, uint8_t* codes) {
+template <bool WITHIN> INLINE float encode_row(const Row& row, const Row& inverse, const Row& other, int bias, uint8_t* codes) {
   vf dot = {};
   UNROLLED for (int n = 0; n < PARTS; n++) {
     vf number = row.part_of[n] * inverse.part_of[n];
-    if (!FINITE) number = number == number ? number : vf{};
+    if (!WITHIN) {
+      number = number == number ? number : vf{};
+      number = number > LARGEST ? splat<vf>(LARGEST) : number < -LARGEST ? splat<vf>(-LARGEST) : number;
+    }
     const vf code = nearest(number);
     const bytes found = __builtin_convertvector(convert<vi>(code) ^ bias, bytes);
     memcpy(codes + n * LANES, &found, std::min(LANES, DIM - n * LANES));
@@ -80,9 +85,9 @@ struct Head {
   Row mean, other;
   const Stored* row(int64_t j) const { return x + j * call.stride[2]; }
   int64_t place(int64_t n) const { return places ? places[n * call.place_stride[2]] : n; }
-  template <bool FINITE> INLINE_METHOD void encode(int64_t j, const Row& inverse, float scale) const {
+  template <bool WITHIN> INLINE_METHOD void encode(int64_t j, const Row& inverse, float scale) const {
     const int64_t at = number * call.tokens + j;
-    const float dot = encode_row<FINITE>(row_at(row(j), mean), inverse, other, call.biased ? 128 : 0, call.codes + at * DIM);
+    const float dot = encode_row<WITHIN>(row_at(row(j), mean), inverse, other, call.biased ? 128 : 0, call.codes + at * DIM);
     if (call.others) call.dots[at] = dot * scale;
   }
 };
@@ -120,6 +125,13 @@ static void encode_channels(const Head& head) {
   }
 }
 
+// The number that the scale of a group is made for; not of NaN, which nothing cuts off.
+static float made_for(const Encoding& call, float largest) {
+  if (!call.fixed) return finite(largest);
+  if (!(largest <= (float)call.fixed)) __atomic_store_n(call.cut, 1, __ATOMIC_RELAXED);
+  return largest == largest ? (float)call.fixed : largest;
+}
+
 static void encode_tokens(const Head& head) {
   const Encoding& call = head.call;
   for (int64_t start = 0; start < call.tokens; start += call.group) {
@@ -128,11 +140,12 @@ static void encode_tokens(const Head& head) {
     for (int64_t n = start; n < stop; n++) enlarge(largest, row_at(head.row(head.place(n)), head.mean));
     vf size = splat<vf>(LEAST);
     UNROLLED for (int n = 0; n < PARTS; n++) size = larger(size, largest.part_of[n]);
-    const float all = finite(largest_of(size)), scale = all / LARGEST;
+    const float all = made_for(call, largest_of(size)), scale = all / LARGEST;
+    const bool within = !call.fixed && scale == scale;
     UNROLLED for (int n = 0; n < PARTS; n++) inverse.part_of[n] = splat<vf>(LARGEST / all);
     for (int64_t n = start; n < stop; n++) {
       const int64_t j = head.place(n);
-      if (scale == scale) head.encode<true>(j, inverse, scale);
+      if (within) head.encode<true>(j, inverse, scale);
       else head.encode<false>(j, inverse, scale);
       call.scales[head.number * call.tokens + j] = scale;
     }

@@ -58,7 +58,7 @@ def _against(operand: str, how: Held) -> str | None:
     numbers = how.numbers
     if numbers.scaling is not Scaling.REAL or numbers.spacing != 1.0 or numbers.largest > BYTE:
         return f"its kernels multiply whole numbers of a byte, not {numbers.name}"
-    return against_scales(operand, how)
+    return None if how.largest else against_scales(operand, how)
 
 
 def against_scales(operand: str, how: Held) -> str | None:
