@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from attn_compiler.errors import ShapeError
+from attn_compiler.graph.calls import call
 from attn_compiler.graph.describe import Described
 from attn_compiler.graph.projections import between
 from attn_compiler.graph.record import Operand
@@ -20,11 +21,11 @@ def beside(graph: fx.Graph, one: Described) -> tuple[Described, Sequence[tuple[f
     copies: dict[fx.Node, fx.Node] = {}
     nodes = between((*one.makers, found.out.node), frozenset(ends))
     at = nodes[-1]
+    if not {*one.makers} <= {*nodes} or any(call(node).writes and node.args[0] not in nodes for node in nodes):
+        raise ShapeError(f"{found.name}: what its projections cost is measured without a cache that is written in place")
     for node in nodes:
         with graph.inserting_after(at):
             at = copies[node] = graph.node_copy(node, lambda x: copies.get(x, x))
-    if not copies.keys() >= {*one.makers}:
-        raise ShapeError(f"{found.name}: what its projections cost is measured without a cache that is written in place")
 
     def copied(operand: Operand) -> Operand:
         return replace(operand, node=copies.get(operand.node, operand.node))
