@@ -306,6 +306,8 @@ def test_an_exported_program_is_rounded_once() -> None:
     model, x = made(Attention), inputs()
     program = torch.export.export(model, (x,))
     policy = attn.load_policy(POLICY)
+    refused = rewritten(torch.export.export(model, (x,)), policy, {}, lambda _: TARGETS["torch"])
+    assert "a file of this kind holds the layers of a model as they come" in refused.plan.decisions[0].refusals[0].reason
     once = rewritten(program, policy, {}, lambda _: TARGETS["torch"], rounds=True)
     wanted = by_hand(model, "q", "k", "v", "o")(x)
     assert off(once.module(x), wanted) < CLOSE
