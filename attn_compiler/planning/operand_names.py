@@ -16,6 +16,7 @@ from attn_compiler.planning.yaml_text import Entry
 
 RECORDED = {"q": ("q", "q_unrotated"), "k": ("k", "k_unrotated"), "v": ("v",), "gate": ("x",)}
 _NEAR_ONE = 4.0  # what gates start from: exp(-softplus(-4)) is 0.98
+_SLOWLY = 16.0  # what GLA divides the log of a sigmoid by
 
 
 def read_operands(entry: Entry) -> Mapping[str, str]:
@@ -36,8 +37,10 @@ def with_operands(variant: Variant, chosen: Mapping[str, str], site: Site) -> Va
         return Refusal(
             "rule", "nobody knows the input of the block that this site's q, k and v are projected from, token by token"
         )
-    if variant.gates is not None:
-        return Refusal("rule", "how a gate for each feature follows from the input of a block, nobody has said: give its table")
+    if variant.gates is not None and variant.feature.width(site.head_dim) != site.head_dim:
+        return Refusal(
+            "rule", "its gates follow from the input of the block number by number of a head, and its features are more or fewer"
+        )
     if site.q_len != site.k_len and not site.recalls:
         return Refusal(
             "rule",
@@ -56,6 +59,10 @@ def _made(variant: Variant, own: Mapping[str, object]) -> Iterator[Made]:
         rate, bias = (table(f"{name}_{part}", layer, h, sort=Sort.REAL) for part in ("rate", "bias"))
         opened = -exp(rate) * _softplus(x + bias - _NEAR_ONE)
         yield Made(name, table(f"{name}_x", layer, h, channel, sort=Sort.REAL), opened, running=True)
+    for name in _tables(variant.gates) if variant.gates is not None else ():
+        bias = table(f"{name}_bias", layer, h, component, sort=Sort.REAL)
+        opened = -_softplus(-(x + bias)) / _SLOWLY
+        yield Made(name, table(f"{name}_x", layer, h, channel, component, sort=Sort.REAL), opened, running=True)
     for step in (one for one in variant.output if isinstance(one, Expr)):
         for name, node in _tables(step).items():
             if node.args[-1] == component:

@@ -279,7 +279,7 @@ def _stored(storage: Storage, order: PerToken | None, variant: Variant, site: Si
 def _with_state(state: Expr | Delta | Gates, variant: Variant, site: Site, *, made: bool) -> Variant | Refusal:
     """What is left of a key at a query is a factor of the score; tables that are made of tokens go wherever these go."""
     if isinstance(state, Gates):
-        if site.frame is None or is_lost(site, state.log):
+        if site.frame is None or (not made and is_lost(site, state.log)):
             return Refusal("rule", f"its state {UNPLACED if site.frame is None else LOST}")
         return replace(variant, gates=placed(state.log, site))
     if isinstance(state, Delta):

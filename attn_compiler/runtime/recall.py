@@ -15,7 +15,7 @@ _library.define(  # type: ignore[no-untyped-call]
     "recall(Tensor here, Tensor new, Tensor[] past, SymInt before, int latest, str summed, str[] names, Tensor[] traits)"
     " -> Tensor"
 )
-_library.define("trait(Tensor new, str name, int heads) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("trait(Tensor new, str name, int heads, bool wide) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def recall(
@@ -38,7 +38,7 @@ def recall(
 
 def trait(new: Tensor, of: Trait, heads: int) -> Tensor:
     """What the attention of these new keys asks of their tokens."""
-    return torch.ops.attn_compiler.trait(new, of.name, heads)  # type: ignore[no-any-return]
+    return torch.ops.attn_compiler.trait(new, of.name, heads, of.wide)  # type: ignore[no-any-return]
 
 
 def _missing(*_: object) -> Tensor:
@@ -62,8 +62,8 @@ def _places(
     return here.new_empty((batch, heads, before + tokens, dim))
 
 
-def _rows(new: Tensor, name: str, heads: int) -> Tensor:
-    return empty(Trait(name), new, heads)
+def _rows(new: Tensor, name: str, heads: int, wide: bool) -> Tensor:
+    return empty(Trait(name, wide=wide), new, heads)
 
 
 for _name, _shape in (("recall", _places), ("trait", _rows)):

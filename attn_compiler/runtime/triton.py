@@ -33,7 +33,6 @@ WIDEST = 256  # numbers of a head, up to which a tile fits
 LEAST_E4M3 = (8, 9)
 PLAIN = Variant()
 TAKES = linear.Takes(math.inf, few=True)  # features are cut into pieces, and few tokens meet one by one
-UNTRAINED = "beside states its kernels know no gradient of a decay's rate"
 
 
 class TritonTarget:
@@ -46,7 +45,7 @@ class TritonTarget:
         if not lse and linear.gathers(operands, variant, TAKES):
             return _machine(q.device.type, dtype_name(q.dtype))
         if operands.past:
-            return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else UNTRAINED)
+            return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else _unmet(variant))
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]), variant)
@@ -79,9 +78,15 @@ class TritonTarget:
         """How a site is carried where states stand for keys that are gone."""
         gathered = linear.by_states(site, variant, TAKES)
         reason = refuse_torch(variant) or unremembered(site, variant) or _machine(site.device, site.dtype)
-        reason = reason or (None if len(gathered) >= len(states(variant, site.heads)) else UNTRAINED)
+        reason = reason or (None if len(gathered) >= len(states(variant, site.heads)) else _unmet(variant))
         form = f"{linear.form(variant, gathered)}, which begin with those of the cache"
         return Refusal(self.name, reason) if reason else Carried(form, gains=True)
+
+
+def _unmet(variant: Variant) -> str:
+    """Why states of linear parts are not met."""
+    asked = "gate for each feature" if any(part.gates is not None for part in variant.parts()) else "gradient of a decay's rate"
+    return f"beside states its kernels know no {asked}"
 
 
 def _machine(device: str, dtype: str, dim: int = 0, variant: Variant = PLAIN) -> str | None:

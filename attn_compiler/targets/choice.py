@@ -74,7 +74,6 @@ def _alone(variant: Variant) -> Iterator[Variant]:
 def form_of(site: Site, variant: Variant) -> Form:
     """How a variant runs at a site."""
     found = linear(variant)
-    found = None if found and variant.gates is not None and found.behind != 0 else found
     if found and site.frame and states_pay(found, site.q_hint, site.k_hint, variant.feature.width(site.head_dim), site.value_dim):
         return "states, to which keys are added up chunk by chunk"
     if _in_blocks(site, variant):

@@ -10,60 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.expr import Sort
-from attn_compiler.algebra.feature import component
-from attn_compiler.algebra.variant import Variant
-from attn_compiler.targets.arrays import Arrays
-from attn_compiler.targets.explicit import Sums
-from attn_compiler.targets.fading import fading, shown_of
-from attn_compiler.targets.gathered import pays
-from attn_compiler.targets.linear import NEAR, linear
-from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.fading import Logs, fading, left_of
+from attn_compiler.targets.gathered import Count, Gather
+from attn_compiler.targets.linear import NEAR
 
 _FEW = 8  # tokens that meet one by one
 
 
-def gather_faded(operands: Operands, variant: Variant, arrays: Arrays) -> Sums | None:
-    """The sums of a causal variant with gates, of mapped operands in `arrays.real`; None where scores are to be made."""
-    found, first = linear(variant), operands.first_query
-    dropped = variant.dropout and operands.training
-    if found is None or found.behind != 0 or dropped or variant.normalizer.counts or not isinstance(operands.k_positions, int):
-        return None
-    q, k, v, q_len, k_len = operands.q, operands.k, operands.v, operands.q_len, operands.k_len
-    if not (isinstance(first, int) and isinstance(q_len, int) and isinstance(k_len, int)):
-        return None
-    earlier = first - operands.k_positions
-    if earlier < 0 or not pays(found, q_len, k_len, q.shape[-1], v.shape[-1]):
-        return None
-    tokens = earlier + q_len
-    q = q * arrays.tensor(arrays.read(variant.scale), Sort.REAL)
+def _gathered(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count | None) -> tuple[Tensor, Tensor]:
+    assert logs is not None
+    assert offset is not None
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    exists = shown_of(operands, found, arrays)
-    shown = torch.ones_like(k[..., :1], dtype=torch.bool) if exists is None else exists[..., None]
-    k, v = torch.where(shown, k, 0.0), torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    q = F.pad(q, (0, 0, earlier, 0))
-    k, v, shown = (F.pad(x, (0, 0, 0, tokens - k_len)) for x in (k, v, shown))  # a pad of less than none cuts
-    out = _by_chunks(q, k, torch.where(shown, v, 0.0), _logs(operands, variant, tokens))[:, :, earlier:]
-    sees = shown.cumsum(dim=2)[:, :, earlier:] > 0
-    mass = torch.where(sees, out[..., -1:], 1.0)
-    return Sums(out[..., :-1], mass, torch.zeros_like(mass), sees)
+    v = torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)  # what gathers in the last column is the sum of weights
+    counted = all(isinstance(n, int) for n in (q.shape[2], k.shape[2], offset))
+    out = _from_places(q, k, v, logs, int(offset)) if counted and q.shape[2] > _FEW else _by_scores(q, k, v, logs, offset)
+    return out[..., :-1], out[..., -1:]
 
 
-def _logs(operands: Operands, variant: Variant, tokens: int) -> Tensor:
-    """The running logs of so many tokens from the first key on, [batch, heads, tokens, features] in float64."""
-    assert variant.gates is not None
-    assert isinstance(operands.k_positions, int)
-    device, features = operands.q.device, operands.q.shape[-1]
-    at = {
-        **operands.numbers(),
-        **operands.head_coordinates(trailing=2),
-        e.b: torch.arange(operands.q.shape[0], device=device)[:, None, None, None],
-        e.k: torch.arange(tokens, device=device)[:, None] + operands.k_positions,
-        component: torch.arange(features, device=device),
-    }
-    arrays = Arrays(at, operands.tables, torch.float64, device)
-    return arrays.tensor(arrays.read(variant.gates), Sort.REAL).expand(*operands.q.shape[:2], tokens, features)
+BY_FEATURE = Gather(_gathered, dynamic=False, counted=True)
+
+
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, logs: Logs, offset: Count) -> Tensor:
+    left = fading(logs[0][:, :, :, None], logs[1][:, :, None], q)
+    latest: Tensor = torch.arange(q.shape[2], device=q.device).add(offset)
+    seen = torch.arange(k.shape[2], device=q.device) <= latest[:, None]
+    return torch.where(seen, (q[:, :, :, None] * k[:, :, None] * left).sum(dim=-1), 0.0) @ v
+
+
+def _from_places(q: Tensor, k: Tensor, v: Tensor, logs: Logs, offset: int) -> Tensor:
+    """What queries gather that stand where the latest key stands which they see, and are faded since then."""
+    tokens = q.shape[2] + offset
+    if tokens <= 0 or not k.shape[2]:
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    rest = tokens - k.shape[2]  # a pad of less than none cuts
+    k, v = (F.pad(x, (0, 0, 0, rest)) for x in (k, v))
+    log = torch.cat([logs[1], logs[1][:, :, -1:].expand(-1, -1, max(rest, 0), -1)], dim=2)[:, :, :tokens]
+    q, now = (F.pad(x, (0, 0, offset, 0)) for x in (q, logs[0]))
+    out = _by_chunks(q * left_of(now, log, q), k, v, log)[:, :, max(offset, 0) :]
+    return F.pad(out, (0, 0, max(-offset, 0), 0))
 
 
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ class Gather:
     """One way to gather by states: from q, k, v and logs, the sums of weight * v and those of weights, [..., queries, 1].
 
     Query i gathers from keys up to i + offset, or from all of them: None. `dynamic`: whether offsets may be symbols, `few`:
-    whether few tokens are no more work than their scores. `behind` gathers from a state as well.
+    whether few tokens are no more work than their scores, `counted`: whether lengths must be known. `behind` gathers from a
+    state as well.
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None], tuple[Tensor, Tensor]]
     dynamic: bool
     few: bool = False
+    counted: bool = False
     behind: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None, Earlier], tuple[Tensor, Tensor]] | None = None
 
     def sums(
@@ -54,6 +56,8 @@ def gatherable(operands: Operands, variant: Variant, gather: Gather) -> Linear |
     if found is None or (variant.dropout and operands.training):
         return None
     if found.behind is not None and not isinstance(offset_of(operands, found), Count if gather.dynamic else int):
+        return None
+    if gather.counted and not (isinstance(operands.q_len, int) and isinstance(operands.k_len, int)):
         return None
     q_len, k_len = (likely(size, UNKNOWN_LENGTH) for size in (operands.q_len, operands.k_len))
     return found if gather.few or pays(found, q_len, k_len, operands.q.shape[-1], operands.v.shape[-1]) else None

@@ -58,7 +58,9 @@ def _holding(variant: Variant, site: Site) -> Holding:
 def _trait(one: Trait, site: Site) -> int:
     """Bytes of what is held of a token beside its key and value."""
     count, bits = one.heads(site.heads), bits_of(site.dtype)
-    return (count * max(FEWEST, bits) if count else site.kv_heads * site.head_dim * bits) // 8
+    return (
+        count * (site.head_dim if one.wide else 1) * max(FEWEST, bits) if count else site.kv_heads * site.head_dim * bits
+    ) // 8
 
 
 def _state(members: Sequence[int], leaf: Variant, site: Site) -> int:

@@ -23,7 +23,8 @@ class Linear:
     """What a query and a key say by themselves of the weight between them, besides the product of their features.
 
     A query sees keys that stand at least `behind` it (None: all of them) and that are `shown`. `fades`, an expression over the
-    key, is the running log of a decay: a weight is multiplied with exp(fades at the query - fades at the key).
+    key, is the running log of a decay: a weight is multiplied with exp(fades at the query - fades at the key), or each of its
+    terms is, where that follows from the `component` of the features as well.
     """
 
     behind: int | None
@@ -46,8 +47,9 @@ def _linear(variant: Variant) -> Linear | None:
     shown = every(*(part for part in parts if not part.mentions(e.q, e.i)))
     between = every(*(part for part in parts if part.mentions(e.q, e.i)))
     behind = None if between == e.true else _behind(between)
-    fades = None if variant.score == e.score else _fades(variant.score)
-    if (between != e.true and behind is None) or (variant.score != e.score and (fades is None or behind is None)):
+    faded = variant.score != e.score or variant.gates is not None
+    fades = variant.gates if variant.score == e.score else _fades(variant.score) if variant.gates is None else None
+    if (between != e.true and behind is None) or (faded and (fades is None or behind is None)):
         return None
     if fades is not None and behind is not None and behind < 0:
         return None

@@ -18,7 +18,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.corrected import by_chunks, corrected
-from attn_compiler.targets.fading import Logs, fading, log_before, logs_of, shown_of
+from attn_compiler.targets.fading import Logs, left_of, log_before, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
@@ -30,8 +30,6 @@ def objection(variant: Variant) -> str | None:
     found = linear(variant)
     if found is None:
         return "it is not linear, so it needs every key that it sees"
-    if variant.gates is not None:
-        return "its features fade each by itself, and states fade as a whole"
     if variant.storage != PLAIN:
         return "its operands are held in few bits, and a state is added up of numbers"
     return (
@@ -57,7 +55,7 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
     mapped, _ = corrected(*featured(replace(operands, past=() if past is None else (past,)), variant, real), by_chunks)
     k, v, arrays = mapped.k.to(real), mapped.v.to(real), operands.arrays(real)
     v = torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)
-    logs = logs_of(operands, found, arrays)
+    logs = logs_of(mapped, found, arrays)
     if logs:
         k, v = (x.repeat_interleave(operands.q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     shown = shown_of(operands, found, arrays)
@@ -66,7 +64,7 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
         k, v = torch.where(shown, k, 0.0), torch.where(shown, v, 0.0)
     count = v.sum(dim=-2, keepdim=True)
     if logs:
-        k = k * fading(logs[1][..., -1:], logs[1], k)[..., None]
+        k = k * left_of(logs[1][:, :, -1:], logs[1], k)
     added = torch.cat([k.mT @ v, count], dim=-2)
     if past is None:
         return added
@@ -75,20 +73,20 @@ def remembered(operands: Operands, variant: Variant, past: Tensor | None) -> Ten
         raise ShapeError(f"expected a `past` of {expected}, as an earlier step with this variant returned it; found {given}")
     if logs is None:
         return past + added
-    left = fading(logs[1][..., -1:], log_before(operands, found, arrays), k)[..., None]
-    return torch.cat([past[..., :-1, :] * left, past[..., -1:, :]], dim=-2) + added
+    left = left_of(logs[1][:, :, -1:], log_before(mapped, found, arrays), k)
+    return torch.cat([past[..., :-1, :] * left.mT, past[..., -1:, :]], dim=-2) + added
 
 
 class Earlier(NamedTuple):
     """What queries gather from of a state, and the running log at the last of its tokens."""
 
     sums: Tensor  # [batch, heads, features, value dim + 1]
-    log: Tensor | None  # [batch, heads, 1]
+    log: Tensor | None  # [batch, heads, 1], or [batch, heads, 1, features]
 
     def met(self, q: Tensor, logs: Logs | None) -> tuple[Tensor, Tensor]:
         """What mapped and scaled queries gather: the sums of weight * v, and those of weights, [..., queries, 1]."""
         if logs is not None and self.log is not None:
-            q = q * fading(logs[0], self.log, q)[..., None]
+            q = q * left_of(logs[0], self.log, q)
         added = per_kv_head(q, self.sums)
         return added[..., :-1], added[..., -1:]
 

@@ -20,7 +20,7 @@ from attn_compiler.targets.contexts import in_context
 from attn_compiler.targets.corrected import Solve, at_once, by_chunks, corrected
 from attn_compiler.targets.corrected import refuse as refuse_delta
 from attn_compiler.targets.explicit import Sums, finish, gather, log_sum_exp
-from attn_compiler.targets.faded import gather_faded
+from attn_compiler.targets.faded import BY_FEATURE
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable, offset_of
@@ -176,13 +176,11 @@ def _shown(variant: Variant, layout: Layout) -> Variant:
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
-    if variant.gates is not None:
-        operands = replace(operands, q=operands.q.to(real), k=operands.k.to(real), v=operands.v.to(real))
-        return gather_faded(operands, variant, operands.arrays(real))
+    states = states if variant.gates is None else BY_FEATURE
     if operands.past:
         found = linear(continued(variant))
         few = likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR or not (found and isinstance(offset_of(operands, found), int))
-        states = BY_SCORES if few and not states.few else states
+        states = BY_SCORES if few and variant.gates is None and not states.few else states
     else:
         found = gatherable(operands, variant, states)
     if found is None:

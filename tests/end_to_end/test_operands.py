@@ -111,6 +111,22 @@ def infinitevl(of: Attention, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
     return out * F.silu(torch.einsum("btc,hcd->bhtd", x, p["output_gate_x"]))
 
 
+def gla(of: Attention, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    """One of its layers, token by token."""
+    x = of.norm(x)
+    q, k, v = of.operands(x)
+    q, k = of.rotated(q), of.rotated(k)
+    k, v = (y.repeat_interleave(HEADS // KV_HEADS, dim=1) for y in (k, v))
+    opened = torch.einsum("btc,hcd->bhtd", x, p["gate_x"]) + p["gate_bias"][:, None]
+    state, rows = x.new_zeros(2, HEADS, DIM, DIM), []
+    for t in range(TOKENS):
+        state = opened[:, :, t].sigmoid().pow(1 / 16)[..., None] * state + k[:, :, t, :, None] * v[:, :, t, None]
+        rows.append((q[:, :, t, None] @ state)[:, :, 0] / math.sqrt(DIM))
+    out = torch.stack(rows, dim=2)
+    out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return out * F.silu(torch.einsum("btc,hcd->bhtd", x, p["output_gate_x"]))
+
+
 def slots_of(name: str) -> dict[str, object]:
     """What a ready policy asks of a linear layer, its window shortened."""
     from yaml import safe_load
@@ -119,7 +135,7 @@ def slots_of(name: str) -> dict[str, object]:
     return safe_load(text)["rules"][-1]["attn"]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("name", "formula"), [("lizard", lizard), ("infinitevl", infinitevl)])
+@pytest.mark.parametrize(("name", "formula"), [("lizard", lizard), ("infinitevl", infinitevl), ("gla", gla)])
 def test_a_ready_policy_reads_the_input_of_the_block(name: str, formula: object) -> None:
     of, x = model()
     adapted, parameters = with_parameters(of, x, slots_of(name))
@@ -147,9 +163,10 @@ def test_linear_attention_by_itself_may_work_before_the_rotary_embedding() -> No
         assert_within_budget(found, formula(of.double(), x.double()), plain)
 
 
-def test_gates_are_trained_through_the_input_of_the_block() -> None:
+@pytest.mark.parametrize("name", ["infinitevl", "gla"])
+def test_gates_are_trained_through_the_input_of_the_block(name: str) -> None:
     of, x = model()
-    adapted, _ = with_parameters(of, x, slots_of("infinitevl"))
+    adapted, _ = with_parameters(of, x, slots_of(name))
     adapted(x).square().sum().backward()
     assert all(value.grad is not None and value.grad.abs().max() > 0 for value in adapted.learned.values())
 
@@ -165,10 +182,11 @@ def test_what_no_graph_proves_is_refused(operands: Mapping[str, str], said: str)
         with_parameters(of, x, slots)
 
 
-def test_how_a_gate_for_each_feature_follows_from_the_input_of_the_block_nobody_has_said() -> None:
+def test_gates_of_more_features_than_a_head_has_numbers_follow_from_no_input() -> None:
     of, x = model()
-    with pytest.raises(RefusedError, match="nobody has said: give its table"):
-        with_parameters(of, x, {"mask": "causal", "state": "gate(vector)", "operands": {"gate": "x"}})
+    slots = {"mask": "causal", "feature": "hedgehog", "state": "gate(vector)", "operands": {"gate": "x"}}
+    with pytest.raises(RefusedError, match="number by number of a head, and its features are more or fewer"):
+        with_parameters(of, x, slots)
 
 
 def test_a_gate_for_each_feature_is_a_table_of_the_policy() -> None:

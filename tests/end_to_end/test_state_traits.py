@@ -26,6 +26,14 @@ UNROTATED = {"feature": "elu_one", "operands": BEFORE_ROTATION}
 GATED = {"feature": "elu_one", "state": "gate(scalar)", "operands": {"gate": "x"}}
 NEAR = {"mask": f"causal & window({WINDOW})"}
 BY_HEAD = {"heads": {"0:2": NEAR, "rest": GATED}}
+FAR_GLA = {
+    "mix": {
+        "how": "sum",
+        "weights": {"near": 0.5, "far": 0.5},
+        "branches": {"near": NEAR, "far": {"mask": f"causal & ~window({WINDOW})", "state": "gate(vector)"}},
+    },
+    "operands": {"gate": "x"},
+}
 
 
 def ready(name: str) -> dict[str, object]:
@@ -78,10 +86,12 @@ def in_parallel(model: nn.Module, policy: Mapping[str, object], tokens: Tensor, 
         (ready("lizard"), PADDING, LENGTH, [(2, 2, WINDOW - 1, 8), (2, HEADS, WINDOW - 1)]),
         (ready("lizard"), 0, 4, [(2, 2, WINDOW - 1, 8), (2, HEADS, WINDOW - 1)]),
         (ready("infinitevl"), PADDING, LENGTH, []),
+        (ready("gla"), PADDING, LENGTH, []),
+        (FAR_GLA, 0, LENGTH, [(2, HEADS, WINDOW - 1, 8)]),
         (UNROTATED, PADDING, LENGTH, []),
         (BY_HEAD, 0, LENGTH, [(2, HEADS, WINDOW - 1)]),
     ],
-    ids=["lizard", "a prompt shorter than its window", "infinitevl", "unrotated", "heads"],
+    ids=["lizard", "a prompt shorter than its window", "infinitevl", "gla", "gla behind a window", "unrotated", "heads"],
 )
 def test_what_is_generated_is_what_the_parallel_form_gives(
     slots: Mapping[str, object], padding: int, length: int, held: list[tuple[int, ...]], tmp_path: Path
@@ -103,7 +113,7 @@ def test_what_is_generated_is_what_the_parallel_form_gives(
     assert_within_budget(torch.stack(found.logits, dim=1), exact, plain)
 
 
-@pytest.mark.parametrize(("name", "cuts"), [("lizard", (4, 7, 69)), ("infinitevl", (1, 2, 70))])
+@pytest.mark.parametrize(("name", "cuts"), [("lizard", (4, 7, 69)), ("infinitevl", (1, 2, 70)), ("gla", (1, 4, 70))])
 def test_pieces_of_a_prompt_go_on_where_the_last_one_ended(name: str, cuts: tuple[int, ...], tmp_path: Path) -> None:
     model, (tokens, valid) = llama(), prompt(0, sum(cuts))
     asked = trained(model, ready(name), tmp_path)

@@ -12,8 +12,9 @@ from torch import Tensor
 import attn_compiler as attn
 from attn_compiler.algebra import wire
 from attn_compiler.errors import ShapeError
-from attn_compiler.targets import faded
-from attn_compiler.testing import Case, assert_case, assert_within_budget, drawn_case, variant_of
+from attn_compiler.runtime.step import Past
+from attn_compiler.targets import faded, gathered
+from attn_compiler.testing import Case, assert_all_within_budget, assert_case, assert_within_budget, drawn_case, variant_of
 
 TOKENS, HEADS, DIM = 150, 4, 8
 GENERATOR = torch.Generator().manual_seed(4)
@@ -95,7 +96,7 @@ def test_chunks_and_their_gradients_are_those_of_the_meaning(
     name: str, q_len: int, k_len: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    monkeypatch.setattr(faded, "pays", lambda *_: True)
+    monkeypatch.setattr(gathered, "pays", lambda *_: True)
     by_chunks = faded._by_chunks
     monkeypatch.setattr(faded, "_by_chunks", lambda *given: ran.append(1) or by_chunks(*given))
     assert_case(case_of(name, q_len, k_len, kv_heads), torch.float32, "torch")
@@ -104,7 +105,7 @@ def test_chunks_and_their_gradients_are_those_of_the_meaning(
 
 @pytest.mark.parametrize("name", LATER)
 def test_where_no_states_serve_scores_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faded, "pays", lambda *_: True)
+    monkeypatch.setattr(gathered, "pays", lambda *_: True)
     assert_case(case_of(name, 40, 70, 2), torch.float32, "torch")
 
 
@@ -119,7 +120,7 @@ def test_gates_of_several_features_are_not_those_of_one() -> None:
 
 
 def test_what_is_dropped_is_no_sum_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faded, "pays", lambda *_: True)
+    monkeypatch.setattr(gathered, "pays", lambda *_: True)
     case, found = case_of("gla", 70, 70, 2), []
     variant = replace(case.variant, dropout=0.5)
     for seed in (0, 1):
@@ -166,7 +167,42 @@ def test_who_does_not_carry_them_says_so(target: str) -> None:
         attn.attend(case.q.float(), case.k.float(), case.v.float(), VARIANTS["gla"], tables=case.tables, target=target)  # type: ignore[arg-type]
 
 
-def test_a_step_says_that_no_state_fades_so() -> None:
-    case = case_of("gla", 1, 1, 4)
-    with pytest.raises(ShapeError, match="its features fade each by itself"):
-        attn.step(case.q.float(), case.k.float(), case.v.float(), VARIANTS["gla"], tables=case.tables)
+def by_steps(given: tuple[Tensor, ...], name: str, cuts: tuple[int, ...]) -> tuple[Tensor, Past]:
+    """All tokens, of which so many are given at a time; and what is held in the end."""
+    parts, past, first, slots = [], None, 0, {**VARIANTS, **LATER}[name]
+    for cut in cuts:
+        new = (x[:, :, first : first + cut] for x in given)
+        out, past = attn.step(*new, slots, past, position=first, tables=TABLES)
+        parts.append(out)
+        first += cut
+    assert past is not None
+    return torch.cat(parts, dim=2), past
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("cuts", [(1,) * 6, (70, 1, 1), (5, 66, 3, 12, 1)])
+def test_steps_are_the_recurrence(name: str, cuts: tuple[int, ...]) -> None:
+    case = case_of(name, sum(cuts), sum(cuts), 2)
+    plain = attn.attend(*(x.float() for x in (case.q, case.k, case.v)), case.variant, tables=case.tables, target="torch")
+    found, past = by_steps(tuple(x.float() for x in (case.q, case.k, case.v)), name, cuts)
+    assert isinstance(plain, Tensor)
+    assert_within_budget(found, recurrent(case, name), plain, name)
+    assert [tuple(x.shape) for x in (*past.states, past.k)] == [(2, HEADS, DIM + 1, DIM + 1), (2, 2, 0, DIM)]
+
+
+@pytest.mark.parametrize("name", [name for name in LATER if name not in ("near", "heads")])
+@pytest.mark.parametrize("cuts", [(30, 1, 1, 1), (5, 66, 3, 12, 1)])
+def test_a_state_beside_other_things_is_what_all_tokens_at_once_give(name: str, cuts: tuple[int, ...]) -> None:
+    case = case_of(name, sum(cuts), sum(cuts), 2)
+    leaves = tuple(x.detach().float().requires_grad_() for x in (case.q, case.k, case.v))
+    wide = tuple(x.detach().double().requires_grad_() for x in leaves)
+
+    def with_gradients(out: object, of: tuple[Tensor, ...]) -> list[Tensor]:
+        assert isinstance(out, Tensor)
+        return [out.detach(), *torch.autograd.grad((out * out.detach().sin()).sum(), of)]
+
+    exact = with_gradients(attn.reference(*wide, case.variant, tables=case.tables), wide)
+    found = with_gradients(by_steps(leaves, name, cuts)[0], leaves)
+    assert_all_within_budget(
+        found, exact, lambda: with_gradients(attn.attend(*leaves, case.variant, tables=case.tables, target="torch"), leaves)
+    )
