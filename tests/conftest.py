@@ -1,4 +1,4 @@
-"""What holds for every test: the same random numbers each time, no compiled code left over from another test."""
+"""What holds for every test: the same random numbers each time, no compiled code left over, and no clock."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Read when transformers, torch and Triton are first imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -16,7 +16,7 @@ from attn_compiler.algebra.expr import Expr, Sort, b, const, every, false, k, ma
 from attn_compiler.algebra.simplify import simplify
 
 any_formula = st.sampled_from(list(Sort)).flatmap(formulas)
-few = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+few = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 TILE = {q: Interval(64, 127), k: Interval(0, 63)}
 x, y = symbol("x", Sort.REAL), symbol("y", Sort.REAL)
 

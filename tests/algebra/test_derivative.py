@@ -81,7 +81,7 @@ def _automatic(e: Expr, leaf: Expr, place: Place) -> float:
 
 @pytest.mark.parametrize("leaf", [x, y], ids=str)
 @pytest.mark.parametrize("e", SMOOTH, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(place=places)
 def test_the_derivative_is_that_of_autograd(e: Expr, leaf: Expr, place: Place) -> None:
     if place.env[x] in (place.env[y], 0.5):  # a kink, where both sides are right
@@ -92,7 +92,7 @@ def test_the_derivative_is_that_of_autograd(e: Expr, leaf: Expr, place: Place) -
     assert abs(value - _automatic(e, leaf, place)) <= 2 * error + 4 * sys.float_info.epsilon * max(parts)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(formulas(Sort.REAL, 3), places)
 def test_a_formula_without_the_leaf_has_no_slope(e: Expr, place: Place) -> None:
     assert derivative(e, peak) == const(0.0)

@@ -19,7 +19,7 @@ from attn_compiler.algebra.notation import text
 from attn_compiler.errors import TableError
 
 any_formula = st.sampled_from(list(Sort)).flatmap(formulas)
-few = settings(max_examples=200, deadline=None)
+few = settings(max_examples=200)
 ROWS: Mapping[str, Table] = {"row": [[1, 2, 3], [4, 5, 6]], "one": [7], "number": lambda *at: sum(at)}
 
 

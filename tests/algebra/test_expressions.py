@@ -17,7 +17,7 @@ from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.errors import AlgebraError, LanguageError
 
 any_formula = st.sampled_from(list(Sort)).flatmap(lambda sort: formulas(sort, 3))
-few = settings(max_examples=200, deadline=None)
+few = settings(max_examples=200)
 x = symbol("x", Sort.REAL)
 
 
@@ -124,20 +124,20 @@ def _python(text: str, length: int) -> set[int]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(_slices, min_size=1, max_size=3).map(", ".join), st.integers(1, 12))
 def test_a_set_of_integers_selects_what_python_slices_select(text: str, length: int) -> None:
     assert IntegerSet.parse(text).members(length) == _python(text, length)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(_slices, st.integers(-9, 9).map(str)), min_size=1, max_size=3).map(", ".join))
 def test_a_set_of_integers_is_written_as_it_is_read(text: str) -> None:
     once = IntegerSet.parse(text)
     assert IntegerSet.parse(str(once)) == once
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(_slices, min_size=1, max_size=3).map(", ".join), st.integers(12, 20))
 def test_the_condition_to_be_a_member_holds_for_members(text: str, length: int) -> None:
     chosen = IntegerSet.parse(text)

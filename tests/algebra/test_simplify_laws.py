@@ -12,7 +12,7 @@ from attn_compiler.algebra.expr import Expr, Sort, apply
 from attn_compiler.algebra.simplify import simplify
 
 any_formula = st.sampled_from(list(Sort)).flatmap(formulas)
-few = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+few = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 @few

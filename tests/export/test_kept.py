@@ -56,7 +56,7 @@ def holds(mask: Expr, at: int, key: int) -> bool:
 
 
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 4), st.integers(0, 40))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_mask_says_the_same_of_each_key_in_its_new_place(window: int, sinks: int, step: int, at: int) -> None:
     shown = f"window({window})" + (f" & dilated({step})" if step > 1 else "")
     mask = variant_of(f"causal & ({shown} | sinks({sinks}))" if sinks else f"causal & {shown}").mask

@@ -184,7 +184,7 @@ def _steps() -> list[Callable[[Tensor, int], Tensor]]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, len(_steps()) - 1), st.integers(0, 5)), max_size=6), st.sampled_from(_SIZES), st.booleans()
 )

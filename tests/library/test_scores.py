@@ -117,7 +117,7 @@ def test_a_normalizer_is_its_formula_whatever_the_peak(text: str, scores: list[f
 def test_every_word_for_scores_is_tested_here() -> None:
     tested = {"alibi", "buckets", "softcap", "decay", "relative", "add_keys", "scale_keys", "gaussian", "cosine"}
     assert set(library.words()["scores"]) == tested
-    assert set(library.words()["normalizers"]) == {text.partition("(")[0] for text in NORMALIZERS} | {"linear"}
+    assert set(library.words()["normalizers"]) == {text.partition("(")[0] for text in NORMALIZERS} | {"linear", "local_linear"}
 
 
 def test_alibi_adds_to_a_capped_score() -> None:

@@ -13,7 +13,7 @@ from attn_compiler.planning.extents import Extent, extent
 from attn_compiler.planning.table_values import TableValues
 
 any_formula = st.sampled_from(list(Sort)).flatmap(formulas)
-few = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+few = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 def boxes(place: Place, slack: dict[Expr, tuple[int, int]], shifts: list[int]) -> dict[Expr, Extent]:

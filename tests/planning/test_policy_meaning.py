@@ -37,14 +37,14 @@ def groups(found: Asked) -> dict[str, Variant]:
     return {str(heads): group for heads, group in found.variant.groups}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.lists(st.sampled_from(ATOMS), min_size=2, max_size=4, unique=True), st.sampled_from("&|"))
 def test_the_order_of_the_operands_of_a_mask_does_not_count(data: st.DataObject, atoms: list[str], sign: str) -> None:
     shuffled = data.draw(st.permutations(atoms))
     assert digest({"mask": f" {sign} ".join(atoms)}) == digest({"mask": f"{sign}".join(f"({atom})" for atom in shuffled)})
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(("zero", "mean", "unmasked")), st.floats(0.01, 4), st.sampled_from(("softmax", "softmax_one")))
 def test_the_order_of_keys_does_not_count(data: st.DataObject, empty_rows: str, scale: float, normalizer: str) -> None:
     attn = {
@@ -56,7 +56,7 @@ def test_the_order_of_keys_does_not_count(data: st.DataObject, empty_rows: str, 
     assert digest(attn) == digest(shuffled)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from(ATOMS), min_size=1, max_size=3, unique=True),
     st.lists(st.sampled_from(ATOMS), min_size=1, max_size=3),

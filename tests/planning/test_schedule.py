@@ -98,7 +98,7 @@ masks = st.recursive(
 
 
 @given(masks, st.integers(0, 10), st.integers(0, 10), st.integers(1, 4), st.integers(1, 4), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_visible_pair_is_lost_and_full_tiles_are_all_visible(
     mask: Expr, queries: int, keys: int, tall: int, wide: int, given_tables: bool
 ) -> None:
@@ -111,7 +111,7 @@ def test_no_visible_pair_is_lost_and_full_tiles_are_all_visible(
 
 
 @given(masks, st.permutations(list(range(9))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_schedule_in_another_order_is_sound_too(mask: Expr, order: list[int]) -> None:
     picture = painted(schedule(Variant(mask=mask), 9, 9, tile=(2, 2), tables=TABLES, order=order))
     for row in (0, 1):

@@ -53,7 +53,7 @@ def test_what_serves_several_serves_each() -> None:
 
 
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 40))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_query_sees_what_is_let_go(window: int, sinks: int, step: int, chunk: int, at: int) -> None:
     near = f"window({window}) & dilated({step})" if step > 1 else f"window({window})"
     mask = variant_of(f"causal & ({near} | sinks({sinks})) & (window({chunk}) | window(7))" if sinks else f"causal & {near}").mask
