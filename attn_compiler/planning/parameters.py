@@ -110,10 +110,11 @@ def _convolutions(variant: Variant) -> Iterator[Local]:
 
 
 def _neutral(node: Expr, variant: Variant) -> float:
-    """0, unless that would leave nothing of a score, of a branch or of the result: then 1."""
+    """0, unless that would leave nothing of products, of a score, of a branch or of the result: then 1."""
     parts = variant.parts()
     mixed = [weight for part in parts if part.mix for weight in part.mix.weights]
     factors = [weight for weight in mixed if simplify(weight.substitute({node: const(0.0)})) == const(0.0)]
+    factors += [part.scale for part in parts if simplify(part.scale.substitute({node: const(0.0)})) == const(0.0)]
     scores = [s for s in (part.score for part in parts) if not simplify(s.substitute({node: const(0.0)})).mentions(score)]
     steps = [step for part in parts for step in part.output if isinstance(step, Expr)]
     steps = [step for step in steps if not simplify(step.substitute({node: const(0.0)})).mentions(x)]

@@ -22,6 +22,10 @@ def _smooth(kind: str) -> dict[str, object]:
     return {"type": kind, "smooth": True}
 
 
+def _apart(kind: str) -> dict[str, object]:
+    return {"type": kind, "outliers": 6.0}
+
+
 STORAGES: Mapping[str, Mapping[str, object]] = {
     "16 bits, all": {"qk": "bf16", "pv": "bf16"},
     "q·k int8": {"qk": "int8"},
@@ -40,6 +44,11 @@ STORAGES: Mapping[str, Mapping[str, object]] = {
     "cache int4": {"kv_cache": "int4"},
     "cache int4, smoothed": {"kv_cache": _smooth("int4")},
     "cache fp8 (e4m3)": {"kv_cache": "fp8_e4m3"},
+    "projections int8": {"projections": "int8"},
+    "projections int8, outliers apart": {"projections": _apart("int8")},
+    "projections int4": {"projections": "int4"},
+    "projections int4, outliers apart": {"projections": _apart("int4")},
+    "projections NVFP4": {"projections": "nvfp4"},
 }
 SHIFT = 8.0  # standard deviations by which some channels of the keys are moved
 SHIFTED = 4  # channels of each head

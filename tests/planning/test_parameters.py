@@ -50,6 +50,8 @@ def test_maps_of_features_have_a_part_for_each_layer_and_head_and_start_as_the_i
         ({"mix": {"how": "shared_denominator", "branches": BRANCHES, "weights": {"near": "sigmoid(share)"}}}, 0.0),
         ({"mix": {"how": "shared_denominator", "branches": BRANCHES, "weights": {"near": "share"}}}, 1.0),
         ({"mix": {"how": "sum", "branches": BRANCHES, "weights": {"near": "2 * share"}}}, 1.0),
+        ({"scale": "share / sqrt(dim)"}, 1.0),
+        ({"scale": "(1 + share) / sqrt(dim)"}, 0.0),
         ({"score": "score + share"}, 0.0),
         ({"score": "score * share"}, 1.0),
         ({"normalizer": "softmax(sink=share)"}, 0.0),
