@@ -44,7 +44,6 @@ def test_a_word_has_a_signature_a_documentation_and_a_stable_name(word: Word) ->
     [
         ("selectors", "top(16)"), ("selectors", "top(0.2)"), ("selectors", "top_p(0.9)"), ("selectors", "norm_mean"),
         ("edits", 'move("0:4", "4:8", keep=0.6)'), ("edits", 'scale_keys("0:4", 1.5)'), ("edits", "identity(0.1)"),
-        ("contexts", "extra(x)"),
     ],
 )  # fmt: skip
 def test_a_word_that_nothing_carries_yet_is_declared(folder: str, text: str) -> None:

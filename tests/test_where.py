@@ -41,6 +41,8 @@ TABLES = {
     "beta": torch.zeros(1, HEADS, LENGTH),
     "output_gate": torch.zeros(1, HEADS, LENGTH, DIM),
     "local_conv": torch.zeros(1, HEADS, DIM, 3),
+    "memory_k": torch.zeros(1, HEADS, 3, DIM),
+    "memory_v": torch.zeros(1, HEADS, 3, DIM),
     "taps": torch.zeros(1, HEADS, DIM, 9),
     "hedgehog_q": torch.zeros(1, HEADS, DIM, DIM),
     "hedgehog_k": torch.zeros(1, HEADS, DIM, DIM),

@@ -142,6 +142,7 @@ class Variant:
         mixed = () if self.mix is None else self.mix.expressions()
         own += tuple(one for one in (self.order, self.delta, self.gates) if one is not None)
         own += tuple(e for step in self.output for e in expressions_of(step))
+        own += tuple(e for one in self.context for e in one.expressions())
         return own + mixed + tuple(e for _, variant in self.groups for e in variant.expressions())
 
     def tables(self) -> frozenset[str]:

@@ -16,7 +16,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 10
+_VERSION = 11
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]

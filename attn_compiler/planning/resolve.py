@@ -31,7 +31,7 @@ from attn_compiler.planning.positions import (
 from attn_compiler.planning.site import Site
 from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
-from attn_compiler.planning.words import PerToken
+from attn_compiler.planning.words import PerToken, Seen
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,9 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
 def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant | Refusal:
     """The variant without groups and branches that slots make of another one."""
     laid = _laid(slots, base, site, replace_mask)
+    if isinstance(laid, Variant) and slots.kept is not None:
+        laid = masked(Seen(slots.kept), laid, site, replace_mask=False)
+        laid = laid if isinstance(laid, Refusal) else replace(laid, empty_rows=slots.empty_rows or EmptyRows.ZERO)
     if isinstance(laid, Variant) and (slots.context or laid.context):
         laid = in_context(laid, slots.context or laid.context)
     return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)

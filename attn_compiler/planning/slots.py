@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from attn_compiler.algebra.context import Context
-from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.expr import Expr, Sort, every
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
 from attn_compiler.algebra.output import Local, Step
@@ -48,6 +48,7 @@ class Slots:
     storage: Storage | None = None
     output: tuple[Step, ...] | None = None
     context: tuple[Context, ...] | None = None
+    kept: Expr | None = None  # which keys a context leaves, where it drops some
     operands: Mapping[str, str] | None = field(default=None, hash=False)
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
     later: Mapping[str, object] = field(default_factory=dict, hash=False)
@@ -71,6 +72,7 @@ class Slots:
     def set_slots(self) -> frozenset[str]:
         """The names of the slots that are set, for all heads or for some."""
         own = {slot for slot in NOW if slot not in ("geometry", "order") and getattr(self, slot) not in (None, ())}
+        own |= {"context"} if self.kept is not None else set()
         own |= {"empty_rows"} if self.mask else set()  # a mask decides on rows that it leaves empty
         return frozenset(own | set(self.later)).union(*(group.set_slots() for _, group in self.heads if group))
 
@@ -196,9 +198,9 @@ def _with_outputs(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slo
 def _with_contexts(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Slots:
     """What becomes of keys and values, one after the other."""
     found = [located(one, lambda text: parse_call(text, "contexts", words, scope)) for one in each(entry)]
+    kept = [one for one in found if isinstance(one, Expr)]
     known = tuple(one for one in found if isinstance(one, Context))
-    declared = tuple(found) if len(known) < len(found) else ()
-    return replace(slots, later={**slots.later, "context": declared}) if declared else replace(slots, context=known)
+    return replace(slots, context=known, kept=every(*kept) if kept else None)
 
 
 def _number_in(words: Words, scope: Scope) -> Callable[[str], Expr]:
@@ -273,6 +275,8 @@ def _inner(
 def _laid_over(own: Slots, beside: Slots) -> Slots:
     """A named variant in a group or a branch: its slots win over those beside it."""
     changes = {slot: getattr(beside, slot) for slot in NOW if slot != "heads" and getattr(own, slot) is None}
+    if own.context is None:
+        changes["kept"] = beside.kept
     return replace(own, **changes, later={**beside.later, **own.later})
 
 

@@ -8,20 +8,20 @@ from dataclasses import replace
 import torch
 
 from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import ShapeError
 from attn_compiler.targets.contexts import in_context
-from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.outputs import put_out
 from attn_compiler.targets.torch_target import Result, by_group
 
+_APART = "its heads attend in one launch, and some want other keys than the rest"
 Attend = Callable[[Operands, Variant], Result]
 CARRIED = ("output", "context")
 
 
 def refuse(variant: Variant) -> str | None:
     """Why what stands around one launch cannot be carried; None if it can."""
-    if any(one.context != variant.context for _, one in variant.groups):
-        return "its heads attend in one launch, and some want other keys than the rest"
-    return None
+    return _APART if len({one.context for _, one in variant.groups}) > 1 else None
 
 
 def without(variant: Variant) -> Variant:
@@ -32,13 +32,15 @@ def without(variant: Variant) -> Variant:
 
 def around(operands: Operands, variant: Variant, attend: Attend) -> Result:
     """What `attend` makes of what is left for it, with what stands around that."""
-    inner = without(variant)
-    if inner == variant:
+    if without(variant) == variant:
         return attend(operands, variant)
     dtype = operands.q.dtype
     real = torch.promote_types(dtype, torch.float32)
-    fewer, _ = in_context(operands, replace(variant, groups=()), real)
-    out, totals = attend(replace(fewer, q=operands.q, k=fewer.k.to(dtype), v=fewer.v.to(dtype)), inner)
+    contexts = {one.context for _, one in head_groups(variant, operands.heads)}
+    if len(contexts) > 1:
+        raise ShapeError(_APART)
+    other, told = in_context(operands, replace(variant, context=contexts.pop()), real)
+    out, totals = attend(replace(other, q=operands.q, k=other.k.to(dtype), v=other.v.to(dtype)), without(told))
 
     def finished(part: Operands, of_group: Variant) -> Result:
         own = out if len(part.head_numbers) == out.shape[1] else out[:, list(part.head_numbers)]

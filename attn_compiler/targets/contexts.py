@@ -12,13 +12,17 @@ from attn_compiler.algebra.context import Context
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
+from attn_compiler.targets.extra import with_extra
 from attn_compiler.targets.operands import Operands
 from attn_compiler.targets.products import per_kv_head
 
 
 def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
-    """The call of a variant without groups and branches, its keys and values pooled or gathered, in `real`."""
+    """The call of a variant without branches, its keys and values pooled or gathered, in `real`, or others in front of them."""
     for one in variant.context:
+        if one.how == "extra":
+            operands, variant = with_extra(operands, variant, one)
+            continue
         q, k, v = (x.to(real) for x in (operands.q, operands.k, operands.v))
         if one.how == "pool":
             k, v = (_pooled(x, one) for x in (k, v))

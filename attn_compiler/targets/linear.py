@@ -39,6 +39,8 @@ def linear(variant: Variant) -> Linear | None:
 
 @lru_cache(maxsize=256)
 def _linear(variant: Variant) -> Linear | None:
+    if any(one.how == "extra" for one in variant.context):  # which all queries see, wherever they stand
+        return None
     if variant.storage.pv or variant.empty_rows is not EmptyRows.ZERO:
         return None
     if variant.scale.mentions(e.k, PLACE, e.dot, e.q_norm, e.k_norm):
