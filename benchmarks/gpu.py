@@ -44,6 +44,11 @@ TARGETS = (  # of an H200: which row, what of it, at least how much
     ("decoding", "of copy", 0.8),
     ("windows by head, a table", "apart / ours", 0.95),
 )
+PAYING = tuple(  # the same of whole models, by tokens: where knowing the mask must pay
+    (f"model, window 1024, {tokens} tokens, {step}", "inductor / ours", least)
+    for tokens, least in ((4096, 1.2), (16384, 2.0))
+    for step in ("forward", "training")
+)
 SAYS = """# Kernels on a GPU
 
 {device}. Ceilings: {ceilings}. Milliseconds, each run with an empty cache.
@@ -89,6 +94,7 @@ def main() -> None:
     found["models"] = list(timings_of_models(clocks[2]))
     found["sanitized"] = {} if options.dry else sanitized()
     found["targets"] = [reached(*target, found["attentions"]) for target in TARGETS] + [steady(found["attentions"])]
+    found["targets"] += [reached(*target, [named(row) for row in found["models"]]) for target in PAYING]
     write(Path(options.folder), found)
 
 
@@ -137,6 +143,12 @@ def reached(name: str, what: str, least: float, rows: list[Row]) -> Row:
         return target
     found = numbers[0] / numbers[1] if ours else numbers[0]
     return target | {"found": f"{found:.2f}", "met": "yes" if found >= least else "no"}
+
+
+def named(model: Row) -> Row:
+    """A row of a model as those of attentions are."""
+    times = {by: float(str(model[by])) for by in ("inductor", "ours") if model[by] != "–"}
+    return {"attention": f"model, {model['model']}, {model['tokens']} tokens, {model['step']}", **times}
 
 
 def steady(rows: list[Row]) -> Row:

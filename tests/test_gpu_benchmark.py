@@ -118,6 +118,14 @@ def test_a_ratio_is_one_of_times(gpu: ModuleType) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("ours", "met"), [("4.90", "yes"), ("5.10", "no"), ("–", "unmeasured")])
+def test_a_model_is_held_to_its_target(gpu: ModuleType, ours: str, met: str) -> None:
+    row = {"model": "window 1024", "tokens": 16384, "step": "training", "inductor": "10.00", "ours": ours}
+    [target] = [one for one in gpu.PAYING if "16384" in one[0] and "training" in one[0]]
+    assert gpu.reached(*target, [gpu.named(row)])["met"] == met
+    assert gpu.reached(*target, [gpu.named(row | {"tokens": 4096})])["met"] == "unmeasured"
+
+
 def test_who_cannot_say_a_case_is_left_out_in_silence_and_who_fails_is_not(gpu: ModuleType) -> None:
     def unsuitable() -> None:
         gpu.attentions(gpu.SHAPES[0], "cpu")["NATTEN"](*3 * [None])
