@@ -185,6 +185,28 @@ def test_the_policy_agent_is_both_of_its_attentions(
     assert_within_budget(found, formula(*wide), formula(q, k, v))
 
 
+def convolved(kernel: Tensor) -> Tensor:
+    """v of a grid of 7 by 10, each channel of each row by a kernel of its own [rows, heads, dim, 9]."""
+    laid_out = V.mT.reshape(1, -1, 7, 10)
+    taps = kernel.expand(2, -1, -1, -1).reshape(-1, 1, 3, 3)
+    return F.conv2d(laid_out, taps, groups=len(taps), padding=1).reshape(2, HEADS, DIM, TOKENS).mT
+
+
+def test_inline_adds_a_local_residual_whose_taps_each_row_makes_for_itself() -> None:
+    taps, scale = drawn(2, HEADS, DIM, 9, seed=9), DIM**-0.5
+    mean_k, mean_v = K.mean(-2, keepdim=True), V.mean(-2, keepdim=True)
+    shifted = scale / TOKENS * Q @ (K.mT @ V) + (1 - scale * Q @ mean_k.mT) * mean_v
+    slots = {"feature": "identity", "scale": "1 / sqrt(dim)", "normalizer": "linear(subtract)", "geometry": [7, 10]}
+    variant = {**slots, "output": "local_conv(3, taps, per_row=True)"}
+    assert_same(variant, shifted + convolved(taps), {"taps": taps})
+
+
+def test_agent_attention_on_a_grid_with_its_convolution_of_v() -> None:
+    taps, shift = drawn(1, HEADS, DIM, 9, seed=9), drawn(1, HEADS, DIM, seed=10)
+    slots = {"geometry": [7, 10], "context": "agents([3, 4])", "output": "local_conv(3, taps, bias=shift)"}
+    assert_same(slots, on_a_grid(Q, K, V) + convolved(taps) + shift[..., None, :], {"taps": taps, "shift": shift})
+
+
 def test_pooled_keys_are_means_of_as_many_tokens_as_there_are() -> None:
     k, v = (torch.stack([part.mean(2) for part in x.split(16, dim=2)], dim=2) for x in (K, V))
     assert_same({"context": ["pool(16)"]}, (Q @ k.mT * DIM**-0.5).softmax(-1) @ v, {})
