@@ -116,7 +116,7 @@ def _check_sizes(variant: Variant, operands: Operands) -> None:
     needed = {
         e.b: (operands.q.shape[0], "rows"),
         e.h: (operands.heads, "heads"),
-        e.layer: (operands.layers, "layers"),
+        e.layer: (operands.layer + 1, "layers"),
         e.q: (None if first_query is None else first_query + operands.q_len, "tokens"),
         e.k: (None if isinstance(first_key, Tensor) else first_key + operands.k_len, "tokens"),
     }
@@ -126,8 +126,8 @@ def _check_sizes(variant: Variant, operands: Operands) -> None:
             count, what = needed.get(at, (None, ""))
             if count is not None and statically_known_true(size > 1) and statically_known_true(size < count):
                 raise TableError(
-                    f'the table "{node.value}", {list(stored.shape)}, is read for each of {count} {what} at its axis {axis}: '
-                    f"that must be {count}, or 1 for what all have in common"
+                    f'the table "{node.value}", {list(stored.shape)}, is read for {count} {what} at its axis {axis}: '
+                    f"give at least {count}, or 1 for what all have in common"
                 )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler import attend, library
+from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AttnError
 from attn_compiler.planning.resolve import asked_of
@@ -20,6 +21,7 @@ from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 from attn_compiler.testing.case import Case, assert_case, on, plain
 
 HEADS, TOKENS, DIM = 4, 70, 6
+SEES_ALL = Variant()
 DISTANCE = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
 CAUSAL = DISTANCE >= 0
 
@@ -45,10 +47,10 @@ def read(slots: VariantLike) -> Variant:
     )
 
 
-def ready(name: str, layer: int, tables: Mapping[str, Tensor]) -> Variant:
-    """What a ready policy makes of an attention that sees everything, once its parameters are given."""
+def ready(name: str, layer: int, tables: Mapping[str, Tensor], computes: Variant = SEES_ALL) -> Variant:
+    """What a ready policy makes of an attention, once its parameters are given."""
     site = Site(
-        "attn", Kind.SELF, Phase.PREFILL, layer, 8, 2, HEADS, HEADS, TOKENS, TOKENS, DIM, DIM, "float64", Variant(), Frame(),
+        "attn", Kind.SELF, Phase.PREFILL, layer, 8, 2, HEADS, HEADS, TOKENS, TOKENS, DIM, DIM, "float64", computes, Frame(),
         TOKENS, TOKENS, tables=dict.fromkeys(tables),
     )  # fmt: skip
     found = asked_of(library.load_policy(name), site).variant
@@ -96,6 +98,32 @@ def test_a_layer_of_infinitevl_is_a_gated_delta_rule_with_a_gated_norm() -> None
         assert_all_within_budget([on(target)(case)], [exact], lambda: [plain(case)])
 
 
+def learned() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The maps of layer 1, and q and k mapped by them: two softmaxes of each."""
+    maps = {name: drawn(2, HEADS, DIM, 5, seed=seed) for seed, name in enumerate(("hedgehog_q", "hedgehog_k"))}
+    of_q, of_k = (
+        torch.cat([(x @ w[1]).softmax(-1), (-x @ w[1]).softmax(-1)], -1) for x, w in zip((Q, K), maps.values(), strict=True)
+    )
+    return maps, of_q, of_k
+
+
+def test_hedgehog_divides_products_of_learned_features_by_their_sum() -> None:
+    maps, of_q, of_k = learned()
+    weights = of_q @ of_k.mT * CAUSAL  # the first rows are values as they are: means of all would be too small for a budget
+    variant = ready("hedgehog", 1, maps, Variant(mask=e.k <= e.q))
+    assert_same(variant, weights @ V / (weights.sum(-1, keepdim=True) + 1e-6), maps, layer=1)
+
+
+def test_lolcats_divides_a_softmax_in_its_window_and_learned_features_behind_by_one_sum() -> None:
+    maps, of_q, of_k = learned()
+    near = CAUSAL & (DISTANCE < 64)
+    scores = (Q @ K.mT / math.sqrt(DIM)).masked_fill(~near, -math.inf)
+    far = of_q @ of_k.mT * (CAUSAL & ~near)
+    assert far.any()
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() + far
+    assert_same(ready("lolcats", 1, maps), weights @ V / weights.sum(-1, keepdim=True), maps, layer=1)
+
+
 def test_lizard_adds_a_gated_state_and_a_window_whose_denominator_has_more_terms() -> None:
     maps = {name: drawn(1, HEADS, DIM, DIM, seed=seed) / 3 for seed, name in enumerate(("hedgehog_q", "hedgehog_k"))}
     sinks, alpha = drawn(HEADS, 4, seed=7), 0.3
@@ -127,6 +155,19 @@ def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> 
     found = attend(Q, agents, gathered, {"mask": "all"})
     assert isinstance(found, Tensor)
     assert_within_budget(found, expected, expected)
+
+
+def test_agent_sd_is_two_attentions_of_two_scales_and_some_of_the_values() -> None:
+    """Its agents are queries whose likest neighbors were merged into them, which is the model's own work; any stand for them."""
+    agents = torch.cat([Q[:, :, 1::8], (Q[:, :, ::8] + Q[:, :, 2::8]) / 2], dim=2)
+    of_agents, of_queries = DIM**-0.5, (DIM**-0.5) ** 0.3
+    gathered = (agents @ K.mT * of_agents).softmax(-1) @ V
+    expected = (Q @ agents.mT * of_queries).softmax(-1) @ gathered + 0.075 * V
+    found = attend(agents, K, V, {"mask": "all"})
+    assert isinstance(found, Tensor)
+    found = attend(Q, agents, found, {"mask": "all", "scale": "1 / sqrt(dim) ** 0.3"})
+    assert isinstance(found, Tensor)
+    assert_within_budget(found + 0.075 * V, expected, expected)
 
 
 def test_rat_sees_itself_and_the_last_token_of_each_chunk_before() -> None:
