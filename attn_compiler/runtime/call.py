@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.expr import Sort
+from attn_compiler.algebra.context import added
+from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.output import Local, component, expressions_of, tap
 from attn_compiler.algebra.variant import DerivedTable, Variant, reads
 from attn_compiler.errors import ShapeError, TableError, did_you_mean
 from attn_compiler.targets.operands import Operands
 from attn_compiler.torch_private import statically_known_true
 
 Positions = int | Tensor | None
+Counts = Mapping[Expr, tuple[int | torch.SymInt | None, str]]  # how many values a coordinate has, and what these are
 
 
 def operands_of(
@@ -113,22 +116,45 @@ def _check_tables(variant: Variant, tables: Mapping[str, Tensor], device: torch.
 def _check_sizes(variant: Variant, operands: Operands) -> None:
     """A table that is read at a coordinate itself holds a number for each of its values, or one for all of them."""
     first_query, first_key = operands.first_query, operands.k_positions
-    needed = {
+    needed: Counts = {
         e.b: (operands.q.shape[0], "rows"),
         e.h: (operands.heads, "heads"),
+        e.kv: (operands.kv_heads, "heads of keys"),
         e.layer: (operands.layer + 1, "layers"),
         e.q: (None if first_query is None else first_query + operands.q_len, "tokens"),
         e.k: (None if isinstance(first_key, Tensor) else first_key + operands.k_len, "tokens"),
     }
     for node in reads(variant):
-        stored = operands.tables[str(node.value)]
-        for axis, (at, size) in enumerate(zip(node.args[len(node.args) - stored.ndim :], stored.shape, strict=True)):
-            count, what = needed.get(at, (None, ""))
-            if count is not None and statically_known_true(size > 1) and statically_known_true(size < count):
-                raise TableError(
-                    f'the table "{node.value}", {list(stored.shape)}, is read for {count} {what} at its axis {axis}: '
-                    f"give at least {count}, or 1 for what all have in common"
-                )
+        _check_axes(node, operands.tables[str(node.value)], needed)
+    for expression, own in _beside_tokens(variant, operands):
+        for node in expression.walk():
+            if node.op == "table" and node.value in operands.tables:  # others are made of the block's input
+                _check_axes(node, operands.tables[str(node.value)], own, exactly=True)
+
+
+def _beside_tokens(variant: Variant, operands: Operands) -> Iterator[tuple[Expr, Counts]]:
+    """What stands around an attention, with the coordinates that are its own."""
+    dims = [(x.shape[-1], "components") for x in (operands.k, operands.v)]
+    for part in variant.parts():
+        for step in part.output:
+            taps = step.taps if isinstance(step, Local) else None
+            yield from ((one, {component: dims[1], tap: (taps, "taps")}) for one in expressions_of(step))
+        for context in part.context:
+            for one, dim in zip(context.expressions(), dims, strict=False):
+                yield one, {component: dim, added: (context.sizes[0], "keys")}
+
+
+def _check_axes(node: Expr, stored: Tensor, needed: Counts, *, exactly: bool = False) -> None:
+    for axis, (at, size) in enumerate(zip(node.args[len(node.args) - stored.ndim :], stored.shape, strict=True)):
+        count, what = needed.get(at, (None, ""))
+        if count is None or not statically_known_true(size > 1):
+            continue
+        if statically_known_true(size < count) or (exactly and statically_known_true(size > count)):
+            least = "" if exactly else "at least "
+            raise TableError(
+                f'the table "{node.value}", {list(stored.shape)}, is read for {count} {what} at its axis {axis}: '
+                f"give {least}{count}, or 1 for what all have in common"
+            )
 
 
 def _check_dtype(name: str, dtype: torch.dtype, sort: Sort) -> None:

@@ -125,6 +125,25 @@ def test_a_table_may_hold_one_number_for_all_or_more_than_a_call_reads() -> None
         attend(q, k, v, variant, tables={"bias": torch.randn(4, 9)}, k_positions=2)
 
 
+@pytest.mark.parametrize(
+    ("slots", "tables", "message"),
+    [
+        ({"context": "extra(memory, 3)"}, {"memory_k": (1, 3, 3, 8), "memory_v": (1, 2, 3, 8)}, "4 heads of keys at its axis 1"),
+        ({"context": "extra(memory, 3)"}, {"memory_k": (1, 4, 2, 8), "memory_v": (1, 4, 3, 8)}, "3 keys at its axis 2: give 3,"),
+        ({"context": "extra(memory, 3)"}, {"memory_k": (1, 4, 3, 8), "memory_v": (1, 4, 3, 5)}, "8 components at its axis 3"),
+        ({"output": "local_conv(5)"}, {"local_conv": (1, 4, 8, 9)}, "5 taps at its axis 3: give 5,"),
+        ({"output": "local_conv(5)"}, {"local_conv": (1, 4, 4, 5)}, "8 components at its axis 2"),
+    ],
+)
+def test_tables_of_what_stands_around_an_attention_have_its_sizes(
+    slots: dict[str, object], tables: dict[str, tuple[int, ...]], message: str
+) -> None:
+    q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
+    given = {name: torch.randn(shape) for name, shape in tables.items()}
+    with pytest.raises(TableError, match=message):
+        attend(q, k, v, {"mask": "causal", **slots}, tables=given)
+
+
 def test_operands_that_do_not_fit_each_other_are_errors() -> None:
     q, k, v = qkv()
     wrong = {
