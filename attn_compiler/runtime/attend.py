@@ -87,9 +87,9 @@ def attend(
     place = e.k if k_positions is None else PLACE
     site = _with_site(variant if isinstance(variant, Variant) else Variant(), scale, bias, place)
     check_shapes(q, k, v)
-    meaning = site if isinstance(variant, Variant) else read_variant(
-        variant, site, heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], k_len=k.shape[2], head_dim=q.shape[3],
-        values=values, layer=layer, layers=layers,
+    meaning = read_variant(
+        site if isinstance(variant, Variant) else variant, site, heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2],
+        k_len=k.shape[2], head_dim=q.shape[3], values=values, layer=layer, layers=layers,
     )  # fmt: skip
     given = dict(tables or {}) if bias is None else {**(tables or {}), SITE_BIAS: bias}
     operands = operands_of(q, k, v, meaning, given, q_positions, k_positions, layer, layers, training)

@@ -47,7 +47,7 @@ def read_variant(
 ) -> Variant:
     """What `variant` makes of an attention that computes `base` by itself. A plain text is a mask."""
     if isinstance(variant, Variant):
-        return variant
+        return _alone(variant)
     slots, words = {"mask": variant} if isinstance(variant, str) else variant, library.words()
     given = _Given(repr((slots, values)), slots, dict(values or {}), words, id(words))
     sizes = (layer, layers, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim)
@@ -70,6 +70,14 @@ def _read(given: _Given, base: Variant, sizes: tuple[int, ...]) -> Variant:
     if isinstance(resolved, Refusal):
         raise LanguageError(f"this variant cannot be computed: {resolved.reason}")
     return resolved
+
+
+def _alone(variant: Variant) -> Variant:
+    """The same variant, which asks for nothing around the attention."""
+    if any(part.storage.projections for part in variant.parts()):
+        reason = "its `storage` holds `projections` otherwise, layers around an attention, of which this call knows nothing"
+        raise LanguageError(f"this variant cannot be computed: {reason}: ask for them in a policy of a compiled model")
+    return variant
 
 
 def read_scale(scale: float | Expr | str) -> Expr:

@@ -80,7 +80,7 @@ def _step(
         raise ShapeError(f'no target "{target}" takes steps{did_you_mean(target, ("auto", *TARGETS))}')
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"a step attends with as many queries as new keys; found {q.shape[2]} queries and {k.shape[2]} keys")
-    read = variant if isinstance(variant, Variant) else read_variant(
+    read = read_variant(
         variant, Variant(), heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], k_len=k.shape[2], head_dim=q.shape[3],
         values=values, layer=layer, layers=layers,
     )  # fmt: skip
