@@ -123,7 +123,7 @@ def _without_sign(numbers: Numbers) -> Numbers:
 
 
 def straight_through(given: Tensor, back: Tensor) -> Tensor:
-    """`back`, whose gradient is that of `given`."""
+    """`back`, whose gradient is that of `given`, where this is finite."""
     if not torch.is_grad_enabled():
         return back
-    return back.detach() + (given - given.detach())  # the difference is zero, exactly
+    return back.detach() + torch.where(given.isfinite(), given - given.detach(), 0.0)  # zero, exactly

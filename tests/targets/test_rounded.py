@@ -197,6 +197,35 @@ def test_gradients_pass_as_if_nothing_was_rounded() -> None:
         assert one.abs().max() > 0
 
 
+UNUSUAL = (math.inf, -math.inf, math.nan, 3e38, -1e30, 500.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:numbers beyond")
+@pytest.mark.parametrize("name", [*TYPES, "smooth", "outliers", "largest"])
+def test_whether_gradients_are_wanted_changes_no_number(name: str) -> None:
+    how = usual(name if name in TYPES else "int8")
+    how = {
+        "smooth": replace(how, smooth=True),
+        "outliers": replace(how, outliers=6.0),
+        "largest": replace(how, largest=(2.0,)),
+    }.get(name, how)
+    x = drawn(9, 32)
+    for at, number in enumerate(UNUSUAL):
+        x[at, at] = number
+    for hold in (lambda x: held_tensor(x, how), lambda x: held_tensor(x, how, -2), lambda x: held_weights(x.abs(), how.numbers)):
+        with torch.no_grad():
+            alone = hold(x)
+        given = x.clone().requires_grad_()
+        found = hold(given)
+        assert torch.equal(found.detach().nan_to_num(-7.0), alone.nan_to_num(-7.0))
+        assert torch.equal(found.isnan(), alone.isnan())
+        slope = drawn(9, 32, seed=1)
+        (straight,) = torch.autograd.grad(found, given, slope)
+        finite = x.isfinite() & (x != 0)
+        assert torch.equal(straight[finite].abs(), slope[finite].abs())
+        assert not straight[~x.isfinite()].any()
+
+
 def test_heads_may_be_held_each_in_its_own_way() -> None:
     q, k, v = (drawn(1, 4, 24, 16, seed=seed) for seed in range(3))
     slots = {"mask": "causal", "heads": {"0:2": {"storage": {"qk": "int4"}}, "2": {"storage": {"qk": "int8"}}}}
