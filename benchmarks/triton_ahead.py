@@ -24,7 +24,7 @@ from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.triton_orders import cuts, order
 from attn_compiler.runtime.triton_states import order as order_of_states
 from attn_compiler.targets.triton.blocks import KINDS, STATES, Blocks, Kind, candidates
-from attn_compiler.targets.triton.states import TF32
+from attn_compiler.targets.triton.precision import TF32
 from attn_compiler.testing import variant_of
 
 VARIANT = "causal & window(1024)"

@@ -18,7 +18,8 @@ from attn_compiler.errors import CompilerError
 from attn_compiler.runtime.triton_launch import load
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.targets.triton.clip import ALIKE, TILES
-from attn_compiler.targets.triton.states import SCANNED, TF32
+from attn_compiler.targets.triton.precision import TF32
+from attn_compiler.targets.triton.states import SCANNED
 
 # What multiplies matrices on a machine, and how many KiB of shared memory a program may have there.
 MACHINES: Mapping[str, tuple[str, int]] = {

@@ -17,12 +17,13 @@ from torch import Tensor
 from attn_compiler.errors import ShapeError
 from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.states import gather as run
+from attn_compiler.runtime.triton_launch import asked
 from attn_compiler.runtime.triton_states import gather as run_on_triton
 from attn_compiler.targets.fading import Logs, fading
 from attn_compiler.targets.gathered import Count, Gather
 from attn_compiler.targets.past import Earlier
 from attn_compiler.targets.products import per_kv_head
-from attn_compiler.targets.triton.states import TF32
+from attn_compiler.targets.triton.precision import TF32
 
 CPP = "cpp"  # who gathers; else it is Triton, and this is the dtype that its products are as exact as
 
@@ -68,7 +69,7 @@ def _gather(
     state = None if past is None else Earlier(_in_rows(past.float()), before)
     told = Call(q, k, v, out, mass, given, None, offset, reverse, state)
     # Backwards the kernel counts queries from the last one: so do their masses.
-    run(told) if by == CPP else run_on_triton(told, by)
+    run(told) if by == CPP else run_on_triton(told, asked(by, q.device))
     return out, mass.flip(-1) if reverse else mass
 
 

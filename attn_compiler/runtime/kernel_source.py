@@ -14,6 +14,7 @@ from attn_compiler.runtime.cpp import DTYPES, objection
 from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.operator import dtype_name
 from attn_compiler.runtime.reading import VariantLike, read_variant
+from attn_compiler.runtime.triton_launch import asked
 from attn_compiler.runtime.triton_programs import gathered, programs
 from attn_compiler.targets.around import without
 from attn_compiler.targets.cpp import coded as cpp_coded
@@ -92,9 +93,9 @@ def shape_of(
         raise ShapeError("its `context` makes other keys of these first: ask for the kernel of those, without it")
     read = without(read)
     stored = _stored(read, dtype, tables or {})
-    counted = True, True
+    counted, multiplied = (True, True), asked(dtype) if target == "triton" else dtype
     shape = Shape(
-        read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, dtype,
+        read, tuple(stored), tuple(stored.values()), True, True, 1, heads, kv_heads, q_len, k_len, head_dim, head_dim, multiplied,
         layer, layers, k_len - q_len, 0, (None,) * len(stored),
     )  # fmt: skip
     by_states = states.is_alone(read) if target == "cpp" else gathered(shape) is not None

@@ -16,6 +16,7 @@ from attn_compiler.algebra.storage import PLAIN, Held
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import DerivativeError, ShapeError
 from attn_compiler.runtime import decode, gradients, kernels, states, triton_decode, triton_gradients, triton_kernels
+from attn_compiler.runtime.triton_launch import asked
 from attn_compiler.targets.cpp.decode import MOST_QUERIES
 from attn_compiler.targets.cpp.spec import K_POSITIONS, LONGEST, Q_POSITIONS, SEED, Stored
 from attn_compiler.targets.operands import Operands
@@ -129,7 +130,7 @@ def _attend(
     totals = None if kept == NOTHING else sums
     if q_len <= MOST_QUERIES and read.few and kept in (NOTHING, TOTAL):
         sizes = q.shape[1], k.shape[1], q.shape[3], out.shape[3]
-        launched, layer = _decoding(what, q.dtype, sizes, tuple((t.dtype, t.ndim) for t in tables))
+        launched, layer = _decoding(what, _multiplied(q, read), sizes, tuple((t.dtype, t.ndim) for t in tables))
         _DECODE[read.target].run(launched, q, k, v, out, totals, tables, layer, first)
         return out, sums
     shape = _shape(q, k, v, tables, first, what)
@@ -172,9 +173,15 @@ def _attend_backward(
     return [of_q, of_k, of_v, *(x for x in of_tables if x is not None)]
 
 
+def _multiplied(q: Tensor, read: _Call) -> str:
+    """As what a kernel multiplies operands."""
+    dtype = dtype_name(q.dtype)
+    return asked(dtype, q.device) if _OF_CODES.get(read.target, read.target) == "triton" else dtype
+
+
 @lru_cache(maxsize=1024)
 def _decoding(
-    what: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], stored: tuple[tuple[torch.dtype, int], ...]
+    what: str, dtype: str, sizes: tuple[int, int, int, int], stored: tuple[tuple[torch.dtype, int], ...]
 ) -> tuple[Any, tuple[int, int]]:
     """The kernels for few queries, whatever their number and that of the keys; and the layer, of how many."""
     read, (heads, kv_heads, dim, value_dim) = _read(what), sizes
@@ -186,13 +193,13 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], first: Seq
     looked_at = zip(_read(what).looked_at, tables, strict=True)
     contents = tuple([kernels.contents_of(table) if looked else None for looked, table in looked_at])
     stored = tuple([(t.dtype, t.ndim) for t in tables])
-    return _shape_at(what, q.dtype, tuple(q.shape), tuple(v.shape), stored, tuple(first), contents)
+    return _shape_at(what, _multiplied(q, _read(what)), tuple(q.shape), tuple(v.shape), stored, tuple(first), contents)
 
 
 @lru_cache(maxsize=1024)
 def _shape_at(
     what: str,
-    dtype: torch.dtype,
+    dtype: str,
     of_queries: tuple[int, ...],
     of_values: tuple[int, ...],
     stored: tuple[tuple[torch.dtype, int], ...],
@@ -205,7 +212,7 @@ def _shape_at(
     sizes = batch, heads, kv_heads, q_len, k_len, dim, value_dim
     return kernels.Shape(
         read.variant, read.names, tuple(Stored(dtype_name(of), axes) for of, axes in stored), *counted, *sizes,
-        dtype_name(dtype), read.layer, read.layers, first[0], first[1], contents,
+        dtype, read.layer, read.layers, first[0], first[1], contents,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from attn_compiler.planning.runs import Integers
 from attn_compiler.runtime import compiler, interpreter
 from attn_compiler.runtime.kernels import Shape
+from attn_compiler.targets.triton.precision import TF32
 
 
 def call(of: Tensor, kernel: Any, grid: tuple[int, ...], arguments: Sequence[object], options: Mapping[str, int]) -> None:
@@ -56,6 +57,22 @@ def sizes(shape: Shape) -> tuple[int, ...]:
     """What kernels know of the size of a call."""
     counts = (shape.heads, shape.kv_heads, shape.q_len, shape.k_len, shape.layer, shape.layers)
     return (*counts, shape.first_query, shape.first_key)
+
+
+def asked(dtype: str, device: torch.device | None = None) -> str:
+    """As what a kernel multiplies numbers of a dtype: float32 as TF32 where PyTorch is asked for that and a device knows it.
+
+    Asked at every call: a compiled graph obeys the switch as it is when the graph runs.
+    """
+    if dtype != "float32" or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return dtype
+    return TF32 if device is None or _knows_tf32(device) else dtype
+
+
+@cache
+def _knows_tf32(device: torch.device) -> bool:
+    """Of AMD's devices only one does, by Triton."""
+    return torch.version.hip is None or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 def operand(x: Tensor) -> tuple[object, ...]:

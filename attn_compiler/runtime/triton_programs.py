@@ -23,8 +23,9 @@ from attn_compiler.targets.triton.clip import ALIKE, TILES, clipping
 from attn_compiler.targets.triton.coded import encoder
 from attn_compiler.targets.triton.coded import tables as tables_of_codes
 from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few, program_of_states
+from attn_compiler.targets.triton.precision import TF32, in_memory
 from attn_compiler.targets.triton.skeleton import joined
-from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, TF32, source
+from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, source
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
 
@@ -57,7 +58,7 @@ def _of_states(shape: Shape, found: Linear) -> str:
         "FADES": found.fades is not None,
         "SCANNED": SCANNED,
     }
-    constants = {**_constants(replace(shape, dtype="float32" if dtype == TF32 else dtype), blocks), **own}
+    constants = {**_constants(replace(shape, dtype=dtype), blocks), **own}
     del constants["SIZES"]
     return program_of_states(kernels, constants)
 
@@ -101,6 +102,6 @@ def _constants(shape: Shape, blocks: Blocks, **own: int) -> Mapping[str, object]
         "BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN": f"{shape.batch}, {shape.heads}, {shape.kv_heads}, {shape.q_len}, {shape.k_len}",
         "BLOCK_Q, BLOCK_K, WARPS, STAGES": f"{blocks.queries}, {blocks.keys}, {blocks.warps}, {blocks.stages}",
         "SIZES": f"{sizes(shape)}  # heads, key heads, queries, keys, layer, layers, first positions of queries and keys",
-        "DTYPE": f"torch.{shape.dtype}",
+        "DTYPE": f"torch.{in_memory(shape.dtype)}",
         **own,
     }

@@ -15,6 +15,7 @@ from attn_compiler.runtime.kernels import Shape
 from attn_compiler.runtime.machine import known
 from attn_compiler.runtime.triton_orders import cuts, order, suits
 from attn_compiler.targets.triton.blocks import Blocks, Kind
+from attn_compiler.targets.triton.precision import in_memory
 
 INTERPRETED = (Blocks(),)  # the interpreter runs whatever it is given
 ROUNDS = 5
@@ -92,7 +93,7 @@ def _milliseconds(run: Callable[[], None]) -> float:
 
 def example(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Queries, keys, values, room for a result, and tables of one number each: an index outside is moved to the border."""
-    dtype = getattr(torch, shape.dtype)
+    dtype = getattr(torch, in_memory(shape.dtype))
 
     def drawn(heads: int, tokens: int, dim: int) -> Tensor:
         return torch.randn(shape.batch, heads, tokens, dim, dtype=dtype, device=device)

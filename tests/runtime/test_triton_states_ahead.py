@@ -11,7 +11,7 @@ import pytest
 from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_ahead, is_sound
 from attn_compiler.runtime.triton_states import order
 from attn_compiler.targets.triton.blocks import STATES, Blocks, Kind, candidates
-from attn_compiler.targets.triton.states import TF32
+from attn_compiler.targets.triton.precision import TF32
 
 pytest.importorskip("triton")
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from attn_compiler.targets.triton.precision import in_memory
+
 Kind = Literal["forward", "backward_q", "backward_kv", "diagonals", "decode", "states", "scan", "gather", "step"]  # the skeletons
 KINDS: tuple[Kind, ...] = ("forward", "backward_q", "backward_kv", "diagonals", "decode")  # those that meet tiles by scores
 STATES: tuple[Kind, ...] = ("states", "gather", "step")  # those of linear attention
@@ -46,7 +48,7 @@ def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bo
         return _STEP
     if kind in STATES:
         return _LINEAR["float32" if dtype == "float32" else "amd" if machine.startswith("gfx") else "narrow"]
-    if dtype == "float32" or dim > 128:
+    if in_memory(dtype) == "float32" or dim > 128:
         return _WIDE[kind]
     if machine.startswith("gfx"):
         return _AMD[kind]

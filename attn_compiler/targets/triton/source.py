@@ -16,6 +16,7 @@ from attn_compiler.algebra.variant import EmptyRows
 from attn_compiler.targets.cpp.printer import Leaves, Level
 from attn_compiler.targets.cpp.spec import SEED, Spec, dropped
 from attn_compiler.targets.triton import coded
+from attn_compiler.targets.triton.precision import multiplied_as
 from attn_compiler.targets.triton.printer import INSIDE, LEAVES, LOG2E, Printer
 from attn_compiler.targets.triton.skeleton import dialect, skeleton, tools, written
 
@@ -149,7 +150,7 @@ def assembled(
         "drawn": [f"drawn = draw({printer.tables[SEED][0]}, b * heads + h)"] if SEED in printer.tables else [],
     }
     asked = {"BY_PEAK": spec.by_peak, "DROPS": spec.variant.dropout > 0, **facts}
-    return written(name, every, asked)
+    return multiplied_as(written(name, every, asked), spec.dtype)
 
 
 def _unpacked(names: Sequence[str], values: str) -> list[str]:

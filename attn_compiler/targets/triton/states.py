@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from attn_compiler.targets.triton.precision import TF32
 from attn_compiler.targets.triton.skeleton import written
 from attn_compiler.targets.triton.source import NARROWEST, constants
 
 SEGMENT = 256  # keys between two states: one is as large as many keys, and is written, read and written again, and read
-TF32 = "tfloat32"  # float32, multiplied as exactly as float16 is: features and their sums may be too large for that
-
 SCANNED = 512  # numbers of a state that one program takes from segment to segment
 KERNELS = ("states", "scan", "gather")  # in the order in which they run
 FILES = {**{name: name for name in KERNELS}, "step": "gather"}  # `step` is `gather` behind a state
