@@ -22,6 +22,7 @@ from attn_compiler.targets.triton.skeleton import dialect, skeleton, tools, writ
 
 Holes = Mapping[str, Sequence[str]]
 
+_GIVEN = ("begin", "slope", "along_norm", *(f"{end}_{n}" for end in ("start", "stop") for n in range(8)))  # by statements, too
 NARROWEST = 16  # numbers that tensor cores multiply at least
 # A score of NaN may leave no largest one: the mass tells of it.
 _SEEN = ("peak, seen = tl.where(mass == mass, peak, mass), (peak != -INFINITY) | (mass != mass)",)
@@ -100,12 +101,12 @@ def result(printer: Printer, spec: Spec) -> list[str]:
 
 def printer_of(spec: Spec, name: str, leaves: Leaves = LEAVES) -> Printer:
     """A printer that knows the tables of a spec, and which names a skeleton has taken."""
-    taken = {*re.findall(r"\w+", skeleton(name)), *tools(), *coded.NAMES}
+    taken = {*re.findall(r"\w+", skeleton(name)), *tools(), *coded.NAMES, *_GIVEN}
     tables = {table: (_identifier(table, taken), stored) for table, stored in spec.tables}
     if spec.by_peak:
         leaves = {**leaves, e.peak: ("(peak * LN2)", Level.LANE)}
     names = dict.fromkeys((spec.variant.scale, in_base_two(spec.variant.scale)), "scale")
-    return Printer(dialect(), tables, names, taken | {name for name, _ in tables.values()}, leaves)
+    return Printer(dialect(), tables, names, taken, leaves)
 
 
 def pair(printer: Printer, spec: Spec, inside: Expr, left: Sequence[str] = ()) -> Holes:
@@ -222,6 +223,9 @@ def _loaded(stretches: Sequence[int]) -> str:
 
 
 def _identifier(name: str, taken: set[str]) -> str:
-    """What a kernel calls a table."""
+    """What a kernel calls a table, which then is taken; and so is what it calls the gradient."""
     plain = re.sub(r"\W", "_", name)
-    return plain if plain.isidentifier() and not iskeyword(plain) and plain not in taken else f"table_{plain}"
+    stems = (plain, f"table_{plain}", *(f"table_{plain}{n}" for n in range(len(taken))))
+    found = next(x for x in stems if x.isidentifier() and not iskeyword(x) and not {x, f"of_{x}"} & taken)
+    taken |= {found, f"of_{found}"}
+    return found
