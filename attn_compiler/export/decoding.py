@@ -147,8 +147,8 @@ def _runs(step: Stepwise, holding: _Holding) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(0)
     for most, tokens, before in _TRIALS:
         rows = 1 if holding.codes and before and tokens > 1 else most
-        past = min(before, step.positions - tokens)
         new = min(tokens, step.positions)
+        past = min(before, step.positions - new)
         ids = torch.randint(0, step.vocabulary, (rows, new), generator=generator)
         inputs = {"input_ids": ids, "position_ids": torch.arange(past, past + new).expand(rows, -1)}
         if PADDING in step.inputs:

@@ -52,10 +52,11 @@ class _UnclearError(Exception):
 
 @dataclass(frozen=True)
 class _Found:
-    """The products in front of an attention, all nodes that were met on the way there, and the products behind it."""
+    """The products in front of an attention, the nodes on the way there, those of itself, and the products behind it."""
 
     makers: tuple[fx.Node, ...]
     met: frozenset[fx.Node]
+    attends: frozenset[fx.Node]
     takers: tuple[fx.Node, ...]
 
 
@@ -65,14 +66,14 @@ def with_projections(described: Sequence[Described], blocked: str, graph: int) -
     known = [one for one in found if isinstance(one, _Found)]
     products = dict.fromkeys(x for one in known for x in (*one.makers, *one.takers))
     numbers = {node: (graph, number) for number, node in enumerate(products)}
-    inside = frozenset(node for one in known for node in between(one.makers, one.met))
+    inside = frozenset(node for one in known for node in (*between(one.makers, one.met), *one.attends))
     return tuple(_told(one, its, numbers, inside, blocked) for one, its in zip(described, found, strict=True))
 
 
 def _told(
     one: Described, found: _Found | str, numbers: Mapping[fx.Node, tuple[int, int]], inside: frozenset[fx.Node], blocked: str
 ) -> Described:
-    missing = blocked or (found if isinstance(found, str) else _stranger(one, found, inside))
+    missing = blocked or (found if isinstance(found, str) else _stranger(found, inside))
     if missing or isinstance(found, str):
         return replace(one, site=replace(one.site, projections=Projections(missing=missing)))
     nodes = (*found.makers, *found.takers)
@@ -87,7 +88,8 @@ def _found(site: GraphSite) -> _Found | str:
         for name, operand in (("q", site.q), ("k", site.k), ("v", site.v)):
             walk.makers_of(operand.node, name)
         makers = sorted(set().union(*walk.known.values()))
-        return _Found(tuple(makers), frozenset(walk.known), tuple(_takers(site.out.node)))
+        attends = between([operand.node for operand in (site.q, site.k, site.v)], frozenset((site.out.node,)))
+        return _Found(tuple(makers), frozenset(walk.known), frozenset(attends), tuple(_takers(site.out.node)))
     except _UnclearError as reason:
         return str(reason)
 
@@ -198,11 +200,10 @@ def between(starts: Sequence[fx.Node], ends: frozenset[fx.Node]) -> list[fx.Node
     return [node for node in walked if node in made and node in needed]
 
 
-def _stranger(one: Described, found: _Found, inside: frozenset[fx.Node]) -> str:
+def _stranger(found: _Found, inside: frozenset[fx.Node]) -> str:
     """Who else reads what the projections make, but for caches and other attentions; nothing if nobody does."""
-    operands = {operand.node for operand in (one.found.q, one.found.k, one.found.v)}
     for node in between(found.makers, found.met):
-        for user in () if node in operands else node.users:
+        for user in node.users:
             if user not in inside and not _keeps(user):
                 return f"what makes its q, k and v is also read by `{call(user).op}`, which is no part of an attention"
     return ""
@@ -210,8 +211,8 @@ def _stranger(one: Described, found: _Found, inside: frozenset[fx.Node]) -> str:
 
 def _keeps(node: fx.Node) -> bool:
     """Whether a node hands on what it is given to a cache, to whoever called the graph, or not at all."""
-    if node.op == "output" or call(node).writes or not is_tensor(node):
-        return True
+    if node.op == "output" or call(node).writes or not is_tensor(node) or call(node).op == "new_empty":
+        return True  # room of the same type reads no number
     return (rearranges(node) or call(node).op in _KEEPING) and all(map(_keeps, node.users))
 
 

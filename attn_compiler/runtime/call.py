@@ -138,7 +138,8 @@ def _beside_tokens(variant: Variant, operands: Operands) -> Iterator[tuple[Expr,
     for part in variant.parts():
         for step in part.output:
             taps = step.taps if isinstance(step, Local) else None
-            yield from ((one, {component: dims[1], tap: (taps, "taps")}) for one in expressions_of(step))
+            own = {component: dims[1], tap: (taps, "taps"), e.i: (operands.q_len, "queries")}
+            yield from ((one, own) for one in expressions_of(step))
         for context in part.context:
             for one, dim in zip(context.expressions(), dims, strict=False):
                 yield one, {component: dim, added: (context.sizes[0], "keys")}

@@ -113,6 +113,15 @@ def test_a_layer_that_makes_more_than_an_attention_reads_is_refused() -> None:
     assert "its q, k and v is also read by `item`" in refusal(made(Parallel))
 
 
+def test_operands_that_others_read_as_attention_is_given_them_are_no_projections_of_its_own() -> None:
+    class Reading(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (one.unflatten(-1, (4, 8)).transpose(1, 2) for one in self.operands(x))
+            return self.o(sdpa(q, k, v).transpose(1, 2).flatten(2)) + q.square().mean()
+
+    assert "its q, k and v is also read by `square`" in refusal(made(Reading))
+
+
 def test_an_output_that_no_layer_takes_alone_is_refused() -> None:
     class Joined(Attention):
         def __init__(self) -> None:

@@ -133,6 +133,7 @@ def test_a_table_may_hold_one_number_for_all_or_more_than_a_call_reads() -> None
         ({"context": "extra(memory, 3)"}, {"memory_k": (1, 4, 3, 8), "memory_v": (1, 4, 3, 5)}, "8 components at its axis 3"),
         ({"output": "local_conv(5)"}, {"local_conv": (1, 4, 8, 9)}, "5 taps at its axis 3: give 5,"),
         ({"output": "local_conv(5)"}, {"local_conv": (1, 4, 4, 5)}, "8 components at its axis 2"),
+        ({"output": "gate(sigmoid)"}, {"output_gate": (2, 4, 12, 8)}, "9 queries at its axis 2: give 9,"),
     ],
 )
 def test_tables_of_what_stands_around_an_attention_have_its_sizes(
