@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, fx
 
 from attn_compiler.algebra.storage import Held
@@ -22,7 +23,8 @@ def rounding(node: fx.Node, how: Held) -> tuple[Callable[..., Tensor], list[fx.N
     rows, columns = (tuple(label for label in out if label in of) for of in (of_x, of_weight))
 
     def compute(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        found = projected(_flat(x, of_x, rows, summed), _flat(weight, of_weight, columns, summed), how)
+        with torch.autocast(x.device.type, enabled=False):  # which would round to 16 bits again what codes and scales stand for
+            found = projected(_flat(x, of_x, rows, summed), _flat(weight, of_weight, columns, summed), how)
         sizes = [x.shape[of_x.index(label)] for label in rows] + [weight.shape[of_weight.index(label)] for label in columns]
         found = found.reshape(sizes).permute([(*rows, *columns).index(label) for label in out])
         return sum(bias, found).to(dtype)
