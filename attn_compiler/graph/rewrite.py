@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -161,6 +162,12 @@ def _record(compute: Callable[..., Tensor], inputs: Sequence[Argument]) -> fx.Gr
     return private.retrace(compute, values)
 
 
+def _unrounded(operands: Operands, variant: Variant) -> AbstractContextManager[object]:
+    """Keeps autocast from rounding to 16 bits what codes and their scales stand for."""
+    held = any(any(part.storage.held()) for part in variant.parts())
+    return torch.autocast(operands.q.device.type, enabled=False) if held else nullcontext()
+
+
 def _tables(replacement: Replacement) -> dict[str, fx.Node]:
     """The nodes behind the tables that the new variant and the positions of the queries need."""
     described = replacement.described
@@ -246,7 +253,8 @@ def _computation(
             standing, of_held = past.stand(operands, variant, of_past)
         else:
             standing, of_held = replace(operands, q_positions=_positions(operands, site)), variant
-        out, _ = replacement.target.attend(standing, with_tables_given(of_held))
+        with _unrounded(standing, of_held):
+            out, _ = replacement.target.attend(standing, with_tables_given(of_held))
         return returned(out, (*wanted[:3], found.width), found.out.axes).to(dtype)
 
     return compute

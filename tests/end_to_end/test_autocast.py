@@ -99,3 +99,22 @@ def test_the_result_has_the_type_that_autocast_gives_it(policy: object) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compiled(q, k, v).dtype is attend(q, k, v).dtype is torch.bfloat16
     assert attn.reports()[-1].decisions[0].target
+
+
+class Plain(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", ["int8", "nvfp4"])
+def test_what_codes_stand_for_is_not_rounded_again(held: str) -> None:
+    storage = {"storage": {"qk": held, "pv": held}}
+    policy = {"version": 1, "rules": [{"match": {}, "attn": storage}]}
+    q, k, v = (torch.randn(2, 4, 64, 32) for _ in range(3))
+    compiled = torch.compile(Plain(), backend="attn", options={"policy": policy, "target": "torch"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compiled(q, k, v)
+    assert found.dtype == torch.bfloat16
+    exact = attn.reference(q, k, v, storage)
+    assert (found - exact).abs().max() <= 2.0**-8 * exact.abs().max(), "the result is rounded, once"
