@@ -39,7 +39,7 @@ SCORES = (
 )  # fmt: skip
 NORMALIZERS = (
     "softmax", "softmax(sink=logits)", "softmax_one", "sigmoid", "sigmoid(bias=-1)", "relu", "relu(divide=4)",
-    "linear(none)", "linear(sum)", "linear(clamp(100))", "linear(mean)", "linear(subtract)",
+    "linear(none)", "linear(sum)", "linear(clamp(100))", "linear(mean)", "linear(subtract)", "local_linear(ridge=1)",
 )  # fmt: skip
 ASKED: Mapping[str, Mapping[str, object]] = {
     **{text: {"mask": text} for text in MASKS},
@@ -49,6 +49,7 @@ ASKED: Mapping[str, Mapping[str, object]] = {
 REFUSED = {
     "linear(mean)": "it does not count the keys that a query sees",
     "linear(subtract)": "it does not count the keys that a query sees",
+    "local_linear(ridge=1)": "solves no system of equations for each query",
 }
 
 
