@@ -22,10 +22,10 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_atten
 SINKS = policy("causal & (window(8) | sinks(2))")
 
 
-def llama() -> nn.Module:
+def llama(positions: int = 512) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=2, max_position_embeddings=512))
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=2, max_position_embeddings=positions))
 
 
 def gemma() -> nn.Module:
@@ -152,3 +152,8 @@ def test_a_cache_that_the_mask_needs_whole_is_held_whole(tmp_path: Path) -> None
         with_weights(llama()), (tokens(1, 24),), tmp_path / "whole.onnx", {"version": 1, "rules": [slopes]}, decode=True
     )
     assert set(report.caches.values()) == {"every token"}
+
+
+def test_a_model_of_few_positions_is_tried_within_them(tmp_path: Path) -> None:
+    report = attn.export_onnx(llama(positions=128).eval(), (tokens(2, 24),), tmp_path / "model.onnx", SINKS, decode=True)
+    assert len(report.checks) == 3
