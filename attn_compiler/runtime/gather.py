@@ -3,6 +3,10 @@
 With weight = left * (q · k), where `left` is what a decay leaves of a key, the gradient of a weight is above · v + of_mass. So
 each gradient gathers by weights that are products again: with [above, of_mass] and [v, 1] in the places of q and k, and with
 queries in the places of keys, which then are met from the other side. A state of earlier tokens is one more product.
+
+Logs are [batch, heads, tokens]; [..., features] where each row of a state fades by itself, and [..., 1, value dim] where each
+column does, which leaves no sums of weights. The gradients of q and k where rows fade are gathered where columns do, and the
+other way round.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.states import gather as run
 from attn_compiler.runtime.triton_launch import asked
 from attn_compiler.runtime.triton_states import gather as run_on_triton
-from attn_compiler.targets.fading import Logs, fading
+from attn_compiler.targets.fading import Logs, left_of
 from attn_compiler.targets.gathered import Count, Gather
 from attn_compiler.targets.past import Earlier
 from attn_compiler.targets.products import per_kv_head
@@ -65,16 +69,16 @@ def _gather(
     if not (out.numel() and q.numel() and (k.numel() or past is not None)):
         return out.zero_(), mass.zero_()
     q, k, v = map(_in_rows, (q, k, v))
-    given = (logs[0], logs[1]) if logs else None
+    given = (_in_rows(logs[0]), _in_rows(logs[1])) if logs else None
     state = None if past is None else Earlier(_in_rows(past.float()), before)
-    told = Call(q, k, v, out, mass, given, None, offset, reverse, state)
+    told = Call(q, k, v, out, mass.zero_() if _by_column(logs) else mass, given, None, offset, reverse, state)
     # Backwards the kernel counts queries from the last one: so do their masses.
     run(told) if by == CPP else run_on_triton(told, asked(by, q.device))
     return out, mass.flip(-1) if reverse else mass
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim < 4 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
@@ -96,18 +100,21 @@ def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ..
     logs, state = others[: ctx.count], others[ctx.count :]
     gather = torch.ops.attn_compiler.gather
     above, of_mass = above.to(q.dtype), of_mass.to(q.dtype)
-    from_query, from_key = _beside(above, of_mass[..., None], ctx.by), _beside(v, v.new_ones((*v.shape[:-1], 1)), ctx.by)
-    here, there = (logs, ctx.offset, ctx.reverse, ctx.by), (logs[::-1], -ctx.offset, not ctx.reverse, ctx.by)
-    of_q = gather(from_query, from_key, k, *here)[0]
-    of_k = gather(from_key, from_query, q, *there)[0]
-    of_v = gather(k, q, above, *there)[0]
+    from_query, from_key = (above, v) if _by_column(logs) else _weighed(above, of_mass, v, ctx.by)
+    here, there, turned = (ctx.offset, ctx.reverse, ctx.by), (-ctx.offset, not ctx.reverse, ctx.by), list(map(_turned, logs))
+    of_q = gather(from_query, from_key, k, turned, *here)[0]
+    of_k = gather(from_key, from_query, q, turned[::-1], *there)[0]
+    of_v = gather(k, q, above, logs[::-1], *there)[0]
     of_state: list[Tensor | None] = [None, None]
     if state:
         met, *of_state = _of_state(torch.cat([above, of_mass[..., None]], dim=-1), q, logs, *state)
         of_q = of_q + met
     of_logs: list[Tensor | None] = [None for _ in logs]
     if any(ctx.needs_input_grad[3] or ()):  # a weight times its gradient is what both its logs ask for
-        of_logs = [_along(q, of_q, ctx.reverse), _along(k, of_k, not ctx.reverse)]
+        x, of_x, y, of_y = q, of_q, k, of_k
+        if _by_column(logs):
+            x, of_x, y, of_y = gather(q, k, v, logs, *here)[0], above, v, of_v
+        of_logs = [_along(x, of_x, logs[0], ctx.reverse), _along(y, of_y, logs[1], not ctx.reverse)]
     found = _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None, None, *of_state
     return found[: len(ctx.needs_input_grad)]  # what stands for nothing at the end of a call is left out
 
@@ -117,12 +124,17 @@ def _of_state(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of q, of a state and of the log at its last token that what was gathered from it asks for."""
     above, shared = above.to(past.dtype), q.to(past.dtype).repeat_interleave(above.shape[1] // q.shape[1], dim=1)
-    left = None if before is None else fading(logs[0], before, past)[..., None]
     of_q = per_kv_head(above, past.mT)
-    if left is not None:
+    if before is not None:
+        left = left_of(logs[0], before, of_q)
         of_q, shared = of_q * left, shared * left
     of_past = _summed(shared.mT @ above, past)
-    return of_q, of_past, None if before is None else _along(q, of_q, negative=True).sum(dim=-1, keepdim=True)
+    return of_q, of_past, None if before is None else _along(q, of_q, before, negative=True).sum(dim=2, keepdim=True)
+
+
+def _weighed(above: Tensor, of_mass: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
+    """The vectors of a query and of a key whose product is the gradient of the weight between them."""
+    return _beside(above, of_mass[..., None], by), _beside(v, v.new_ones((*v.shape[:-1], 1)), by)
 
 
 def _beside(x: Tensor, one: Tensor, by: str) -> Tensor:
@@ -130,10 +142,20 @@ def _beside(x: Tensor, one: Tensor, by: str) -> Tensor:
     return torch.cat([x, one, *([] if by == CPP else [x.new_zeros((*x.shape[:-1], -(x.shape[-1] + 1) % 16))])], dim=-1)
 
 
-def _along(x: Tensor, of_x: Tensor, negative: bool) -> Tensor:
-    """The products of vectors and their gradients, [batch, heads, tokens]."""
-    shared = x.repeat_interleave(of_x.shape[1] // x.shape[1], dim=1)
-    along = (shared * of_x).sum(dim=-1).double()
+def _by_column(logs: Sequence[Tensor]) -> bool:
+    """Whether the columns of a state fade each by itself."""
+    return bool(logs) and logs[0].ndim == 5
+
+
+def _turned(log: Tensor) -> Tensor:
+    """The log of a state whose rows and columns change places."""
+    return log if log.ndim == 3 else log[:, :, :, None] if log.ndim == 4 else log[:, :, :, 0]
+
+
+def _along(x: Tensor, of_x: Tensor, log: Tensor, negative: bool) -> Tensor:
+    """The products of vectors and their gradients, or of each of their numbers: what a log like this one asks for."""
+    along = x.repeat_interleave(of_x.shape[1] // x.shape[1], dim=1) * of_x
+    along = (along.sum(dim=-1) if log.ndim == 3 else along if log.ndim == 4 else along[:, :, :, None]).double()
     return -along if negative else along
 
 

@@ -31,13 +31,16 @@ WORTH = 1.05  # how many times faster than PyTorch's operators the kernel has to
 
 
 class Takes(NamedTuple):
-    """Which calls a kernel is for: how many features it takes, and whether few tokens, and those behind a state, are worth it."""
+    """Which calls a kernel is for: how many features it takes, whether few tokens, and those behind a state, are worth it, and
+    whether each feature may fade by a gate of its own.
+    """
 
     widest: float
     few: bool
+    gates: bool
 
 
-OF_CPP = Takes(WIDEST, few=False)
+OF_CPP = Takes(WIDEST, few=False, gates=False)
 
 
 def gathers(operands: Operands, variant: Variant, takes: Takes = OF_CPP) -> bool:
@@ -48,7 +51,9 @@ def gathers(operands: Operands, variant: Variant, takes: Takes = OF_CPP) -> bool
 def _gathers(operands: Operands, variant: Variant, takes: Takes) -> bool:
     found, dim = linear(continued(variant) if operands.past else variant), operands.q.shape[-1]
     features = variant.feature.width(dim)
-    if found is None or variant.gates is not None or features > takes.widest or (variant.dropout and operands.training):
+    if found is None or features > takes.widest or (variant.dropout and operands.training):
+        return False
+    if variant.gates is not None and not takes.gates:
         return False
     if operands.differentiated and not _differentiable(found):
         return False
@@ -90,7 +95,9 @@ def _parts(variant: Variant) -> Sequence[Variant]:
 def _suits(site: Site, variant: Variant, takes: Takes) -> bool:
     found = linear(variant)
     features = variant.feature.width(site.head_dim)
-    if found is None or variant.gates is not None or features > takes.widest or not (_counted(site) or site.recalls):
+    if found is None or features > takes.widest or not (_counted(site) or site.recalls):
+        return False
+    if variant.gates is not None and not takes.gates:
         return False
     if site.phase is Phase.TRAIN and (variant.dropout or not _differentiable(found)):
         return False

@@ -117,7 +117,8 @@ def run(
 class Call:
     """The operands of one run of the kernel; heads of an operand that there are fewer of are shared.
 
-    In `reverse`, query i meets the keys from i + offset on, and logs are those of a decay towards the past.
+    In `reverse`, query i meets the keys from i + offset on, and logs are those of a decay towards the past. Logs of each feature
+    are [batch, heads, tokens, features], those of each number of a value [..., 1, value dim]: then there is no `mass`.
     """
 
     q: Tensor

@@ -32,7 +32,7 @@ from attn_compiler.targets.triton.coded import objection as of_storage
 WIDEST = 256  # numbers of a head, up to which a tile fits
 LEAST_E4M3 = (8, 9)
 PLAIN = Variant()
-TAKES = linear.Takes(math.inf, few=True)  # features are cut into pieces, and few tokens meet one by one
+TAKES = linear.Takes(math.inf, few=True, gates=False)  # features are cut into pieces, and few tokens meet one by one
 
 
 class TritonTarget:

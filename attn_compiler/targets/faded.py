@@ -27,7 +27,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, logs: Logs | None, offset: Count 
     return out[..., :-1], out[..., -1:]
 
 
-BY_FEATURE = Gather(_gathered, dynamic=False, counted=True)
+BY_FEATURE = Gather(_gathered, dynamic=False, counted=True, gates=True)
 
 
 def _by_scores(q: Tensor, k: Tensor, v: Tensor, logs: Logs, offset: Count) -> Tensor:

@@ -27,14 +27,15 @@ class Gather:
     """One way to gather by states: from q, k, v and logs, the sums of weight * v and those of weights, [..., queries, 1].
 
     Query i gathers from keys up to i + offset, or from all of them: None. `dynamic`: whether offsets may be symbols, `few`:
-    whether few tokens are no more work than their scores, `counted`: whether lengths must be known. `behind` gathers from a
-    state as well.
+    whether few tokens are no more work than their scores, `counted`: whether lengths must be known, `gates`: whether each
+    feature may fade by itself. `behind` gathers from a state as well.
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None], tuple[Tensor, Tensor]]
     dynamic: bool
     few: bool = False
     counted: bool = False
+    gates: bool = False
     behind: Callable[[Tensor, Tensor, Tensor, Logs | None, Count | None, Earlier], tuple[Tensor, Tensor]] | None = None
 
     def sums(

@@ -176,7 +176,7 @@ def _shown(variant: Variant, layout: Layout) -> Variant:
 
 def _by_states(operands: Operands, variant: Variant, real: torch.dtype, states: Gather) -> Sums | None:
     """What a linear variant accumulates, where no scores need to be made for it."""
-    states = states if variant.gates is None else BY_FEATURE
+    states = states if variant.gates is None or states.gates else BY_FEATURE
     if operands.past:
         found = linear(continued(variant))
         few = likely(operands.q_len, UNKNOWN_LENGTH) <= NEAR or not (found and isinstance(offset_of(operands, found), int))
