@@ -14,7 +14,7 @@ from attn_compiler.algebra.variant import SOFTMAX, How, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
-from attn_compiler.targets import around
+from attn_compiler.targets import around, corrected
 from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, Call
 from attn_compiler.targets.onnx.codes import Codes
 from attn_compiler.targets.onnx.operators import not_coded
@@ -25,7 +25,7 @@ from attn_compiler.targets.tilings import Tilings
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
 
 DTYPES = ("float32", "float16", "float64")
-CARRIED = ("feature", "seen", "mix", *around.CARRIED)
+CARRIED = ("feature", "seen", "mix", "delta", "gates", *around.CARRIED)
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
@@ -94,7 +94,8 @@ def uncarried(variant: Variant) -> str | None:
     inner = any(branch.output or branch.context for part in variant.parts() if part.mix for _, branch in part.mix.branches)
     if inner:
         return "what becomes of the keys of a branch, or of its result, is no part of an exported attention"
-    return passed_over(variant, CARRIED) or around.refuse(variant)
+    uncorrected = next(filter(None, map(corrected.refuse, variant.parts())), None)
+    return uncorrected or passed_over(variant, CARRIED) or around.refuse(variant)
 
 
 def attend_eagerly(operands: Sequence[Tensor], what: str) -> Tensor:

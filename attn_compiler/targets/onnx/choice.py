@@ -57,13 +57,14 @@ def choose(spec: Spec, likely: Likely, contents: Contents, wanted: str = "auto",
         return "branches"
     if wanted != "auto":
         return "dense" if refusal(spec, wanted, opset) else wanted
-    costs = {"dense": float(likely.queries * likely.keys)}
+    apart = any(variant.gates is not None for _, variant in groups)  # their terms, one by one, in the place of a product
+    costs = {"dense": float(likely.queries * likely.keys * (spec.dim if apart else 1))}
     static = is_static(spec)
     if any(bounded(spec, variant) for _, variant in groups):
         cost = sum(_scan_cost(spec, variant, likely) * len(heads) for heads, variant in groups) / spec.heads
         one = static or _few_among_many(spec, [variant for _, variant in groups])
         costs |= {"scan": cost if static else 0.0} if one else {"either": 0.0}
-    if static and not all(needs_all(spec, variant) for _, variant in groups):
+    if static and not apart and not all(needs_all(spec, variant) for _, variant in groups):
         found = [(walk.cost, part) for heads, variant in groups for part, walk in walks(spec, heads, variant, contents)]
         costs["listed"] = LISTING * sum(cost * len(part) for cost, part in found) / spec.heads
     if any(linear(variant) for _, variant in groups):

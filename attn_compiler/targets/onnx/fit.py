@@ -14,6 +14,7 @@ from attn_compiler.targets.reach import Sides, sides
 
 _ALL_OF_THEM = "a query that sees no key is of all keys"
 _OPEN = "nothing bounds how far its queries see"
+_APART = "each of its features fades by itself, so its weights are no products of q and k"
 _LENGTHS = "its lengths change from call to call"
 
 
@@ -28,6 +29,8 @@ def refusal(spec: Spec, strategy: str, opset: int) -> str | None:
     if strategy in ("dense", "states"):
         found = strategy == "dense" or any(linear(variant) for variant in variants)
         return None if found else "its weights are no products of features"
+    if all(variant.gates is not None for variant in variants):
+        return _APART
     if all(needs_all(spec, variant) for variant in variants):
         return _ALL_OF_THEM
     if strategy == "batched":
@@ -53,7 +56,9 @@ def needs_all(spec: Spec, variant: Variant) -> bool:
 def bounded(spec: Spec, variant: Variant) -> bool:
     """Whether blocks of queries that follow each other can do with some of the keys."""
     mask = spec.in_positions(variant.mask)
-    return not needs_all(spec, variant) and spec.first is not None and (sides(mask).bounded or dilation(mask) > 1)
+    if needs_all(spec, variant) or variant.gates is not None or spec.first is None:
+        return False
+    return sides(mask).bounded or dilation(mask) > 1
 
 
 def closed(found: Sides, step: int) -> bool:

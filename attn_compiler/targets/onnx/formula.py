@@ -10,6 +10,7 @@ import onnx_ir as ir
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.variant import SOFTMAX, EmptyRows, Variant
+from attn_compiler.targets.onnx.faded import one_by_one
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value
 from attn_compiler.targets.onnx.operators import scaled_ahead
 from attn_compiler.targets.onnx.scope import Scope
@@ -62,7 +63,10 @@ def attend(group: Group) -> ir.Value:
 def _scores(scope: Scope, block: Block, variant: Variant) -> ir.Value:
     nodes = scope.nodes
     axes = scope.axes[e.b]
-    products = grouped(scope, block.q, nodes.turned(block.k, axes), block.kv_heads)
+    if variant.gates is not None:
+        products = one_by_one(scope, block.q, block.k, variant.gates)
+    else:
+        products = grouped(scope, block.q, nodes.turned(block.k, axes), block.kv_heads)
     if not variant.score.mentions(e.score, e.dot):  # what does not ask q and k has an axis only where it changes
         return nodes.op("Expand", scope.scores.real_tensor(variant.score), nodes.op("Shape", products))
     if scaled_ahead(variant):

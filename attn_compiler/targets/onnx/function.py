@@ -19,12 +19,13 @@ from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx import attention, contrib, formula
 from attn_compiler.targets.onnx.cache import appended, latest_of, let_go
 from attn_compiler.targets.onnx.choice import shortest
+from attn_compiler.targets.onnx.corrected import corrected
 from attn_compiler.targets.onnx.dense import dense
 from attn_compiler.targets.onnx.either import either
 from attn_compiler.targets.onnx.fit import closed, is_static, sees_alike
 from attn_compiler.targets.onnx.formula import Block, Group
 from attn_compiler.targets.onnx.listed import listed
-from attn_compiler.targets.onnx.mapped import mapped
+from attn_compiler.targets.onnx.mapped import by_query_heads, mapped
 from attn_compiler.targets.onnx.mixing import mixed
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes
 from attn_compiler.targets.onnx.operators import latest, scaled_ahead
@@ -83,7 +84,8 @@ def _continued(spec: Spec, nodes: Nodes, inputs: Inputs, past: State) -> tuple[i
     variant = spec.call.variant
     found, group = linear(variant), _group(spec, nodes, inputs, range(spec.heads), variant)
     assert found is not None
-    out, state = continued(group, found, past)
+    sums = nodes.slice(past.sums, 3, 0, spec.value_dim)
+    out, state = continued(corrected(group, found, spec.value_dim, sums), found, past)
     assert state is not None
     return _cast(nodes, out, group.scope.real, spec.dtype), state.sums, state.count
 
@@ -156,13 +158,14 @@ def _heads(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], varia
     """What some of the heads compute, branch by branch where there are any."""
     mix = variant.mix
     if mix is None:
-        return _computed(_group(spec, nodes, inputs, heads, variant), strategy)
+        group = _group(spec, nodes, inputs, heads, variant)
+        return _computed(corrected(group, linear(variant), spec.value_dim), strategy)
     branches = [branch for _, branch in mix.branches]
     wide, given = spec, inputs
     if mix.how is How.SHARED:
         wide, given = replace(spec, value_dim=spec.value_dim + 1), replace(inputs, v=ones_beside(nodes, inputs.v, spec.dtype))
         branches = [replace(one, normalizer=replace(one.normalizer, output=acc)) for one in branches]
-    groups = [_group(wide, nodes, given, heads, one) for one in branches]
+    groups = [corrected(_group(wide, nodes, given, heads, one), linear(one), spec.value_dim) for one in branches]
     outs = [_computed(group, _own(one)) for group, one in zip(groups, branches, strict=True)]
     return mixed(replace(groups[0].scope, spec=spec), mix, outs)
 
@@ -182,6 +185,8 @@ def _group(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], varia
     scope = Scope(spec, nodes, inputs, tuple(heads), All(q_len), All(k_len))
     q, k, v = (_cast(nodes, x, spec.dtype, scope.real) for x in (q, k, v))
     block, placed = mapped(scope, Block(q, k, v, len(kv)), spec.in_places(variant))
+    if variant.gates is not None:
+        block = by_query_heads(scope, block)
     if scaled_ahead(placed):
         block = replace(block, q=nodes.op("Mul", block.q, scope.scores.real_tensor(placed.scale)))
     empty = None if spec.always_sees(variant) else _empty(scope, v, len(heads) // len(kv), variant.empty_rows)
@@ -200,6 +205,8 @@ def _suits(group: Group, run: Strategy) -> bool:
         return scaled_ahead(group.variant) and (run.keywords["found"].behind is None or group.first is not None)
     if kind is contrib.group_query:
         return True
+    if group.variant.gates is not None:
+        return False
     if kind is in_reach and not closed(group.sides, group.step):
         return False
     return not whole and group.first is not None and (group.sides.bounded or group.step > 1)

@@ -11,15 +11,16 @@ from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort, maximum, minimum
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.targets.linear import NEAR, Linear
+from attn_compiler.targets.onnx.chunks import padded, plus, power_of_two
 from attn_compiler.targets.onnx.cut import counting
+from attn_compiler.targets.onnx.faded import Doubled, Logs, fading, log_before, logs_of
 from attn_compiler.targets.onnx.formula import Group, grouped
 from attn_compiler.targets.onnx.mapped import by_heads, by_query_heads
-from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value
+from attn_compiler.targets.onnx.nodes import Nodes, Value
 from attn_compiler.targets.onnx.scope import Neighbors, Scope
 from attn_compiler.targets.operands import PLACE
 
-SIZE = minimum(e.q_len, NEAR)  # of a chunk
-ROUNDED = (e.q_len + SIZE - 1) // SIZE * SIZE
+SIZE = minimum(e.q_len, NEAR)  # of a chunk whose tokens fade alike
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class Tokens:
     group: Group
     k: ir.Value
     v: ir.Value
-    logs: tuple[ir.Value, ir.Value] | None  # of a decay, running, at the queries and at the keys
-    before: Value | None  # the log before the first key, where there is a decay
+    logs: Logs | None
+    before: ir.Value | None  # the log before the first key, where there is a decay
     ahead: Value
+    size: Expr  # of a chunk
 
     @classmethod
     def of(cls, group: Group, found: Linear) -> Tokens:
@@ -97,24 +99,36 @@ class Tokens:
             exists = nodes.turned(_whole(nodes, scope.masks.tensor(shown, Sort.BOOL)))
             k, v = (nodes.op("Where", exists, x, nodes.constant(0, scope.real)) for x in (k, v))
         logs = before = None
+        size: Expr = SIZE
         if found.fades is not None:
-            at = [found.fades.substitute({**spec.sizes, e.k: where}) for where in (spec.position, PLACE)]
-            logs = (_whole(nodes, scope.masks.real_tensor(at[0])), _whole(nodes, scope.masks.real_tensor(at[1])))
-            before = scope.masks.real_tensor(found.fades.substitute({**spec.sizes, e.k: e.const(-1)}))
+            logs, before = logs_of(scope, found.fades), log_before(scope, found.fades)
         if found.behind is None or group.first is None:
-            return cls(group, k, v, logs, before, 0)
+            return cls(group, k, v, logs, before, 0, size)
+        if group.variant.gates is not None:
+            size = e.const(power_of_two(scope.queries.count))
+        rounded = (e.q_len + size - 1) // size * size
         same = {e.k_len: e.q_len} if spec.q_len == spec.k_len else {}
         offset = simplify((group.first - found.behind).substitute(same))
         count = counting(nodes, {e.q_len: scope.queries.count, e.k_len: scope.keys.count})
         front, ahead = count.read(maximum(-offset, 0)), count.read(maximum(offset, 0))
-        end = count.read(maximum(simplify((ROUNDED + offset - e.k_len).substitute(same)), 0))
-        k, v = (_padded(nodes, x, 2, front, end) for x in (k, v))
-        q = _padded(nodes, group.block.q, 2, 0, count.read(ROUNDED - e.q_len))
-        group = replace(group, block=replace(group.block, q=q))
+        rest, end = count.read(rounded - e.q_len), count.read(maximum(simplify((rounded + offset - e.k_len).substitute(same)), 0))
+        k, v = (padded(nodes, x, 2, front, end) for x in (k, v))
+        q = padded(nodes, group.block.q, 2, 0, rest)
         if logs:
-            at_q = _padded(nodes, logs[0], 2, 0, count.read(ROUNDED - e.q_len), mode="edge")
-            logs = (at_q, _padded(nodes, logs[1], 3, front, end, mode="edge"))
-        return cls(group, k, v, logs, before, ahead)
+            at_q = padded(nodes, logs[0], 2, 0, rest, mode="edge")
+            logs = (at_q, padded(nodes, logs[1], 2, front, end, mode="edge"))
+        group = replace(group, block=replace(group.block, q=q))
+        tokens = cls(group, k, v, logs, before, ahead, size)
+        aligned = found.behind == 0 and offset == e.const(0)
+        return tokens if group.variant.gates is None or aligned else tokens._from_latest()
+
+    def _from_latest(self) -> Tokens:
+        """Queries that stand where the latest keys stand which they see, and are faded since then."""
+        group, nodes, logs = self.group, self.group.scope.nodes, self.logs
+        assert logs is not None
+        latest = nodes.slice(logs[1], 2, self.ahead, plus(nodes, self.ahead, nodes.size(logs[0], 2)))
+        q = nodes.op("Mul", group.block.q, fading(nodes, logs[0], latest, group.scope.real))
+        return replace(self, group=replace(group, block=replace(group.block, q=q)))
 
     def total(self, past: State | None = None) -> ir.Value:
         """How many keys there are, and the sum of their v: [batch, heads, 1, value dim + 1]."""
@@ -129,7 +143,7 @@ class Tokens:
         if not counted and self.group.empty is None:
             return self.total()  # which nobody reads
         count = nodes.op("CumSum", self.v, nodes.index(2))
-        count = nodes.slice(count, 2, self.ahead, _plus(nodes, self.ahead, scope.queries.count))
+        count = nodes.slice(count, 2, self.ahead, plus(nodes, self.ahead, scope.queries.count))
         count = count if past is None else nodes.op("Add", count, past.count)
         return by_heads(scope, count, self.group.block.kv_heads)
 
@@ -146,7 +160,7 @@ class _Chunks:
         scope = self.tokens.group.scope
         nodes = scope.nodes
         count = counting(nodes, {e.q_len: scope.queries.count})
-        size = count.read(SIZE)
+        size = count.read(self.tokens.size)
         state = self._start()
 
         def step(inner: Nodes, number: ir.Value, given: Sequence[ir.Value]) -> tuple[Sequence[ir.Value], ir.Value]:
@@ -154,53 +168,63 @@ class _Chunks:
             return left, gathered
 
         types = [scope.real, *("float64" for _ in state[1:])]
-        after, stacked = nodes.carrying(step, state, types, nodes.range(0, count.read(ROUNDED // SIZE)))
+        chunks = (e.q_len + self.tokens.size - 1) // self.tokens.size
+        after, stacked = nodes.carrying(step, state, types, nodes.range(0, count.read(chunks)))
         rows = nodes.reshape(stacked, 0, len(scope.heads), -1, scope.spec.value_dim + 1)
-        return (rows if count.read(ROUNDED - e.q_len) == 0 else nodes.slice(rows, 2, 0, scope.queries.count)), after[0]
+        rest = count.read(chunks * self.tokens.size - e.q_len)
+        return (rows if rest == 0 else nodes.slice(rows, 2, 0, scope.queries.count)), after[0]
 
     def _start(self) -> list[ir.Value]:
         """The state before the first query: the past, or the keys that all queries see."""
         tokens, scope = self.tokens, self.tokens.group.scope
         nodes = scope.nodes
         if self.past is not None:
-            return [self.past.sums, *([] if tokens.logs is None else [self._whole_log(tokens.before)])]
+            return [self.past.sums, *([] if tokens.before is None else [self._whole_log(tokens.before)])]
         k, v = (nodes.slice(x, 2, 0, tokens.ahead) for x in (tokens.k, tokens.v))
         faded = []
         if tokens.logs is not None:
-            place = nodes.op("Max", nodes.index(_plus(nodes, tokens.ahead, -1)), nodes.index(0))
-            faded = [nodes.slice(tokens.logs[1], 3, place, _plus(nodes, place, 1))]
-            log = nodes.slice(tokens.logs[1], 3, 0, tokens.ahead)
-            k = nodes.op("Mul", k, nodes.turned(_fading(nodes, faded[0], log, scope.real)))
-        k, v = (_padded(nodes, x, 2, 1, 0) for x in (k, v))  # onnxruntime's products over no keys are not always zero
+            place = nodes.op("Max", nodes.index(plus(nodes, tokens.ahead, -1)), nodes.index(0))
+            faded = [nodes.slice(tokens.logs[1], 2, place, plus(nodes, place, 1))]
+            log = nodes.slice(tokens.logs[1], 2, 0, tokens.ahead)
+            k = nodes.op("Mul", k, fading(nodes, faded[0], log, scope.real))
+        k, v = (padded(nodes, x, 2, 1, 0) for x in (k, v))  # onnxruntime's products over no keys are not always zero
         return [nodes.op("MatMul", nodes.turned(k), v), *faded]
 
-    def _whole_log(self, log: Value | None) -> ir.Value:
+    def _whole_log(self, log: ir.Value) -> ir.Value:
         """A log for all heads, with the axes of one at a key."""
         tokens, nodes = self.tokens, self.tokens.group.scope.nodes
         assert tokens.logs is not None
-        assert isinstance(log, ir.Value)
-        return nodes.op("Expand", log, nodes.op("Shape", nodes.slice(tokens.logs[1], 3, 0, 1)))
+        return nodes.op("Expand", log, nodes.op("Shape", nodes.slice(tokens.logs[1], 2, 0, 1)))
 
     def _chunk(self, nodes: Nodes, start: Value, size: Value, state: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
         """What the queries of one chunk gather, and the state after it."""
         tokens, group = self.tokens, self.tokens.group
-        outer = group.scope
-        stop = _plus(nodes, start, size)
+        outer, kv_heads = group.scope, group.block.kv_heads
+        stop = plus(nodes, start, size)
         queries = Neighbors(start, stop, size)
-        keys = Neighbors(_plus(nodes, start, tokens.ahead), _plus(nodes, stop, tokens.ahead), size)
+        keys = Neighbors(plus(nodes, start, tokens.ahead), plus(nodes, stop, tokens.ahead), size)
         here = Scope(outer.spec, nodes, outer.inputs, outer.heads, queries, keys, outer)
         q, k, v = queries.pick(nodes, group.block.q, 2), keys.pick(nodes, tokens.k, 2), keys.pick(nodes, tokens.v, 2)
-        near, left = grouped(here, q, nodes.turned(k), group.block.kv_heads), state[0]
-        ends: list[ir.Value] = []
-        if tokens.logs is not None:
-            at_q, at_k = queries.pick(nodes, tokens.logs[0], 2), keys.pick(nodes, tokens.logs[1], 3)
-            end = nodes.slice(tokens.logs[1], 3, _plus(nodes, keys.stop, -1), keys.stop)
-            near = nodes.op("Mul", near, _fading(nodes, at_q, at_k, outer.real))
-            q = nodes.op("Mul", q, _fading(nodes, at_q, state[1], outer.real))
-            k = nodes.op("Mul", k, nodes.turned(_fading(nodes, end, at_k, outer.real)))
-            left, ends = nodes.op("Mul", left, _fading(nodes, end, state[1], outer.real)), [end]
-        near = grouped(here, nodes.op("Trilu", near, upper=0), v, group.block.kv_heads)
-        gathered = nodes.op("Add", near, grouped(here, q, state[0], group.block.kv_heads))
+        left, ends = state[0], list[ir.Value]()
+        if tokens.logs is None:
+            near = grouped(here, q, nodes.turned(k), kv_heads)
+        else:
+            log, real = keys.pick(nodes, tokens.logs[1], 2), outer.real
+            end = nodes.slice(tokens.logs[1], 2, plus(nodes, keys.stop, -1), keys.stop)
+            left, ends = nodes.op("Mul", left, nodes.turned(fading(nodes, end, state[1], real))), [end]
+            if group.variant.gates is None:
+                at_q = queries.pick(nodes, tokens.logs[0], 2)
+                near = grouped(here, q, nodes.turned(k), kv_heads)
+                near = nodes.op("Mul", near, fading(nodes, at_q, nodes.turned(log), real))
+                q = nodes.op("Mul", q, fading(nodes, at_q, state[1], real))
+                k = nodes.op("Mul", k, fading(nodes, end, log, real))
+            else:
+                assert isinstance(size, int)
+                whole = Doubled(nodes, q, k, log, size, real)
+                near, k = whole.near, whole.k
+                q = nodes.op("Mul", whole.q, fading(nodes, nodes.slice(log, 2, 0, 1), state[1], real))
+        near = grouped(here, nodes.op("Trilu", near, upper=0), v, kv_heads)
+        gathered = nodes.op("Add", near, grouped(here, q, state[0], kv_heads))
         return gathered, [nodes.op("Add", left, nodes.op("MatMul", nodes.turned(k), v)), *ends]
 
 
@@ -218,23 +242,3 @@ def ones_beside(nodes: Nodes, v: ir.Value, real: str) -> ir.Value:
     """[v, 1]: what gathers in the last column is the sum of weights."""
     ones = nodes.op("Expand", nodes.constant(1, real), nodes.op("Shape", nodes.slice(v, 3, 0, 1)))
     return nodes.op("Concat", v, ones, axis=3)
-
-
-def _padded(nodes: Nodes, x: ir.Value, axis: int, front: Value, end: Value, mode: str = "constant") -> ir.Value:
-    if front == 0 and end == 0:
-        return x
-    pads: list[Value] = [0] * 8
-    pads[axis], pads[4 + axis] = front, end
-    return nodes.op("Pad", x, nodes.vector(*pads), mode=mode)
-
-
-def _plus(nodes: Nodes, a: Value, b: Value) -> Value:
-    if isinstance(a, int) and isinstance(b, int):
-        return a + b
-    return a if b == 0 else b if a == 0 else nodes.op("Add", nodes.index(a), nodes.index(b))
-
-
-def _fading(nodes: Nodes, later: ir.Value, earlier: ir.Value, real: str) -> ir.Value:
-    """What a decay leaves between two tokens, from its running log; never more than all."""
-    log = nodes.op("Min", nodes.op("Sub", later, earlier), nodes.constant(0.0, "float64"))
-    return nodes.op("Exp", nodes.op("Cast", log, to=int(DTYPES[real])))
