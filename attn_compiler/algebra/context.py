@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from math import prod
+from typing import ClassVar, Literal
 
-from attn_compiler.algebra.expr import Expr, Sort, b, kv, layer, symbol, table
+from attn_compiler.algebra.expr import Expr, Sort, b, k, kv, layer, symbol, table
 from attn_compiler.algebra.feature import component
 
 added = symbol("added", Sort.INDEX)  # one of the keys that a variant brings along
@@ -47,3 +48,60 @@ class Context:
     def of(words: list[object]) -> Context:
         how, sizes, grid, *rest = words
         return Context(how, tuple(sizes), tuple(grid), *rest)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Tokens of a `grid` that are much alike become one, in queries, keys and values; its result is that of all of them.
+
+    One token of each `cell`, the first, waits for others; all others look for the likest of those that wait, and the likest
+    `share` of all tokens are averaged with what they found. Alike is what the table `metric` says of tokens, [batch, tokens,
+    numbers], or their keys, averaged over heads. With `agents`, queries of which that larger share is merged gather the
+    values first, and queries attend to these, at the scale to the `power`; `shortcut` of each value is added to its result.
+    """
+
+    share: float
+    cell: tuple[int, int]
+    grid: tuple[int, ...] = ()
+    metric: str = ""
+    agents: float | None = None
+    power: float = 1.0
+    shortcut: float = 0.0
+    how: ClassVar[Literal["merge"]] = "merge"
+
+    def __str__(self) -> str:
+        whose = f"`{self.metric}`" if self.metric else "keys"
+        says = [f"{self.left(self.share)} of {prod(self.grid)} tokens, the likest by their {whose} averaged"]
+        if self.agents is not None:
+            says.append(f"{self.left(self.agents)} agents, merged likewise, gather the values first")
+        if self.power != 1:
+            says.append(f"queries meet these at the scale to the power {self.power:g}")
+        if self.shortcut:
+            says.append(f"{self.shortcut:g} of each value is added to its result")
+        return "; ".join(says)
+
+    @property
+    def waiting(self) -> int:
+        """How many tokens others are merged into: one of each whole cell."""
+        return prod(size // own for size, own in zip(self.grid, self.cell, strict=True))
+
+    def left(self, share: float) -> int:
+        """How many tokens there are once so many of them are merged."""
+        tokens = prod(self.grid)
+        return tokens - min(int(tokens * share), tokens - self.waiting)
+
+    def expressions(self) -> tuple[Expr, ...]:
+        """What it reads of each token, over `component`."""
+        return (table(self.metric, b, k, component, sort=Sort.REAL),) if self.metric else ()
+
+    def words(self) -> list[object]:
+        """As text can hold it."""
+        return [self.how, self.share, list(self.cell), list(self.grid), self.metric, self.agents, self.power, self.shortcut]
+
+
+def read_context(words: list[object]) -> Context | Merge:
+    """What was written as `words`."""
+    if words[0] != Merge.how:
+        return Context.of(words)
+    _, share, cell, grid, *rest = words
+    return Merge(share, tuple(cell), tuple(grid), *rest)  # type: ignore[arg-type]

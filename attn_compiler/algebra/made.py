@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from attn_compiler.algebra.expr import Expr, Sort, symbol
 from attn_compiler.algebra.feature import x
@@ -29,3 +30,17 @@ class Made:
 
     def map(self, change: Callable[[Expr], Expr]) -> Made:
         return replace(self, weights=change(self.weights), each=change(self.each))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The table `name`, [batch, tokens, channels]: the input of the block, `x`, or the `residual` that its norm was given."""
+
+    name: str
+    source: Literal["x", "residual"]
+
+    def expressions(self) -> tuple[Expr, ...]:
+        return ()
+
+    def map(self, change: Callable[[Expr], Expr]) -> Taken:
+        return self

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 
-from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.context import Context, Merge
 from attn_compiler.algebra.expr import Expr, acc, const, dim, exp, mass, peak, score, seen, sqrt, true, values
 from attn_compiler.algebra.feature import IDENTITY, Feature
 from attn_compiler.algebra.integers import IntegerSet
-from attn_compiler.algebra.made import Made
+from attn_compiler.algebra.made import Made, Taken
 from attn_compiler.algebra.output import Step, expressions_of, mapped
 from attn_compiler.algebra.storage import PLAIN, Held, Storage
 
@@ -117,9 +117,9 @@ class Variant:
     delta: Expr | None = None  # how much of what it differs by a value writes into the state, as `Delta` has it
     gates: Expr | None = None  # the running log of a gate for each feature, as `Gates` has it: products fade one by one
     output: tuple[Step, ...] = ()  # what becomes of the result, step after step (`algebra/output.py`)
-    context: tuple[Context, ...] = ()  # what becomes of keys and values first
+    context: tuple[Context | Merge, ...] = ()  # what becomes of keys and values first
     unrotated: tuple[str, ...] = ()  # which of q and k are taken as they are before the rotary embedding
-    made: tuple[Made, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
+    made: tuple[Made | Taken, ...] = ()  # tables that a call makes of the input of its block, before a target is given them
 
     def held(self, storage: Storage, order: Expr | None = None) -> Variant:
         """The same variant of operands that are held so, its blocks cut in an order where there are any."""
@@ -222,6 +222,8 @@ def without_total(variant: Variant) -> str | None:
     """Why the rows of a variant, or of one of its groups, have no log-sum-exp; None if all have."""
     if any(part.output for part in variant.parts()):
         return "its results are changed after their rows were summed up, so they have no log-sum-exp"
+    if any(one.how == "merge" for part in variant.parts() for one in part.context):
+        return "its tokens are merged, and rows of several tokens have no log-sum-exp of one"
     names = [part.normalizer.name for part in variant.parts() if part.mix is None and part.normalizer.total is None]
     return f"the rows of `{names[0]}` are not normalized, so they have no log-sum-exp" if names else None
 

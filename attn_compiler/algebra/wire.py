@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.context import read_context
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.feature import Block, Feature
 from attn_compiler.algebra.integers import IntegerSet
@@ -16,7 +16,7 @@ from attn_compiler.algebra.storage import Storage
 from attn_compiler.algebra.variant import EmptyRows, How, Mix, Normalizer, Variant
 from attn_compiler.errors import AlgebraError
 
-_VERSION = 11
+_VERSION = 12
 Written = Mapping[str, Any]
 Number = Callable[[Expr], int]
 Node = Callable[[int], Expr]
@@ -98,7 +98,7 @@ def _variant(written: Written, node: Node) -> Variant:
         delta=None if written["delta"] is None else node(written["delta"]),
         gates=None if written["gates"] is None else node(written["gates"]),
         output=tuple(_read_step(step, node) for step in written["output"]),
-        context=tuple(map(Context.of, written["context"])),
+        context=tuple(map(read_context, written["context"])),
         unrotated=tuple(written["unrotated"]),
     )
 

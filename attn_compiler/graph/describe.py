@@ -14,7 +14,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.graph.atom import product
 from attn_compiler.graph.calls import Size, call, shape, value
 from attn_compiler.graph.frame import FirstKey, answer, counted_from, decodes, first_key, frame, kind, phase, restated
-from attn_compiler.graph.inputs import block_input, unrotated
+from attn_compiler.graph.inputs import before_norm, block_input, unrotated
 from attn_compiler.graph.names import layer_numbers, place, title
 from attn_compiler.graph.placed import placed
 from attn_compiler.graph.recalled import recalled
@@ -39,6 +39,7 @@ class Described:
     tables: Mapping[str, Table]
     first_key: FirstKey | None
     block: fx.Node | None = None  # the input that q, k and v are projections of
+    residual: fx.Node | None = None  # what that is a norm of
     unrotated: tuple[Operand, Operand] | None = None  # q and k before a rotary embedding
     codes: tuple[fx.Node, fx.Node] | None = None  # what k and v are decoded from, and `site.computes` says how
     makers: tuple[fx.Node, ...] = ()  # the products with weights that q, k and v come from
@@ -61,10 +62,11 @@ def describe(gm: fx.GraphModule, found: GraphSite, reader: SymbolicReader) -> De
         variant = variant.map(lambda e: simplify(e.substitute({k_len: q - i + q_len})) if e.mentions(k_len) else e)
     codes, held = _codes(found) or (None, None)
     site = _site(found, recovered, reader, stands, replace(variant, storage=replace(variant.storage, kv_cache=held)))
-    block, earlier = block_input(found), unrotated(found)
+    block, earlier = block_input(found, reader.versions), unrotated(found)
     width = 0 if block is None else _known(shape(block)[-1])
-    site = replace(site, input_width=width, rotated=earlier is not None)
-    return Described(found, site, reader.tables, padding, block, earlier, codes)
+    residual = block and before_norm(block, found, reader.versions)
+    site = replace(site, input_width=width, rotated=earlier is not None, normed=residual is not None)
+    return Described(found, site, reader.tables, padding, block, residual, earlier, codes)
 
 
 def _codes(found: GraphSite) -> tuple[tuple[fx.Node, fx.Node], Held] | None:

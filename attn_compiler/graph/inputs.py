@@ -7,13 +7,14 @@ from torch import fx
 from attn_compiler.graph.atom import Axis
 from attn_compiler.graph.axes import rearranges, source
 from attn_compiler.graph.calls import Argument, Size, call, equal, is_tensor, shape
+from attn_compiler.graph.mutation import Versions
 from attn_compiler.graph.record import GraphSite, Operand
 from attn_compiler.graph.tokens import before
 
 _MOST_VISITED = 100  # nodes of one walk; a projection's input is never far
 
 
-def block_input(site: GraphSite) -> fx.Node | None:
+def block_input(site: GraphSite, versions: Versions) -> fx.Node | None:
     """The [batch, tokens, channels] that q, k and v are projections of, token by token; None where nobody knows."""
     found = {_projected_from(operand, site) for operand in (site.q, site.k, site.v)}
     node = found.pop()
@@ -21,7 +22,20 @@ def block_input(site: GraphSite) -> fx.Node | None:
         return None
     rows, tokens, _ = shape(node)
     sizes = _size(site.q, site.batch), site.lengths[0]
-    return node if equal(rows, sizes[0]) and equal(tokens, sizes[1]) else None
+    read = next((user for user in node.users if not call(user).writes), node)
+    return node if equal(rows, sizes[0]) and equal(tokens, sizes[1]) and versions.holds(node, read, site.out.node) else None
+
+
+def before_norm(block: fx.Node, site: GraphSite, versions: Versions) -> fx.Node | None:
+    """What the input of a block is a norm of, each token by itself; None where it is no norm that torch has a name for."""
+    read = call(block)
+    while read.op in ("cast", "same"):
+        block = read["self"]
+        read = call(block)
+    if read.op not in ("layer_norm", "rms_norm") or len(read["normalized_shape"]) != 1:
+        return None
+    given: fx.Node = read["input"]
+    return given if versions.holds(given, block, site.out.node) else None
 
 
 def _in_rows(node: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, fx
 
 from attn_compiler import torch_private as private
 from attn_compiler.algebra.expr import Sort, i, k, k_len, q_len
-from attn_compiler.algebra.made import Made
+from attn_compiler.algebra.made import Made, Taken
 from attn_compiler.algebra.simplify import simplify
 from attn_compiler.algebra.storage import Held
 from attn_compiler.algebra.variant import DerivedTable, Variant, with_tables_given
@@ -83,8 +83,9 @@ def _asked(replacement: Replacement) -> dict[str, fx.Node]:
     asked: dict[str, fx.Node] = {}
     if any(part.unrotated for part in parts) and described.unrotated:
         asked |= {name: one.node for name, one in zip(("q", "k"), described.unrotated, strict=True)}
-    if any(part.made for part in parts) and described.block is not None:
-        asked["x"] = described.block
+    sources = {one.source if isinstance(one, Taken) else "x" for part in parts for one in part.made}
+    block = {"x": described.block, "residual": described.residual}
+    asked |= {name: node for name, node in block.items() if name in sources and node is not None}
     return asked
 
 
@@ -94,7 +95,8 @@ def tell(graph: fx.Graph, replacement: Replacement) -> None:
     nodes = {str(call(node)["name"]): node for node in trait_nodes(described.found)}
     if tuple(nodes) != tuple(one.name for one in traits(variant)):
         return  # it says at every call that the model attends otherwise
-    made, tables = {one.name: one for part in variant.parts() for one in part.made}, _tables(replacement)
+    made = {one.name: one for part in variant.parts() for one in part.made if isinstance(one, Made)}
+    tables = _tables(replacement)
     for name, node in nodes.items():
         new = call(node)["new"]
         if name == KEY:
@@ -243,8 +245,7 @@ def _computation(
             training=variant.dropout > 0, differentiated=site.phase is Phase.TRAIN, risky=site.risky, codes=codes,
             unrotated=earlier,
         )  # fmt: skip
-        if "x" in besides:
-            operands = with_made(operands, variant, besides["x"])
+        operands = with_made(operands, variant, besides)
         if described.first_key and described.first_key.name in variant.tables():
             count = past.count(operands, of_past) if past else operands.k_len
             first = _first_key(operands, described.first_key, count)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from attn_compiler.algebra.context import Context, Merge
 from attn_compiler.errors import ShapeError
 
 if TYPE_CHECKING:
     from attn_compiler.planning.schedule import Schedule
+    from attn_compiler.planning.site import Site
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,17 @@ class Cost:
 
     flops: int
     bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Around:
+    """A site as whoever attends there meets it, and what is computed around that."""
+
+    site: Site
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,38 @@ def summed(q_len: int, k_len: int, heads: int, features: int, head_dim: int, val
     """What linear attention costs: a key's features times its value are added up, and a query's meet the sum."""
     numbers = heads * (q_len + k_len) * (head_dim + value_dim)
     return Cost(flops=2 * heads * (q_len + k_len) * features * value_dim, bytes=numbers * bits_of(dtype) // 8)
+
+
+def pooled(one: Context, site: Site) -> Around:
+    """What means of neighbors, or agents that gather all values first, leave of a site."""
+    if one.how == "extra":
+        return Around(site, Cost(0, 0))
+    lengths = one.grid or (site.k_hint,)
+    if one.how == "pool":
+        count = math.prod(-(-length // size) for length, size in zip(lengths, one.sizes, strict=True))
+        return Around(replace(site, k_hint=count), Cost(0, 0))
+    count = math.prod(one.sizes)
+    return Around(replace(site, k_hint=count), _gathering(site, count))
+
+
+def merged(one: Merge, site: Site) -> Around:
+    """What merging leaves of a site: every token is compared with those that wait, and averages are made and handed back."""
+    tokens, left = site.k_hint, one.left(one.share)
+    width = (site.input_width if one.metric else 0) or site.head_dim
+    likeness = Cost(2 * tokens * one.waiting * width, (tokens * width + 2 * tokens * one.waiting) * bits_of(site.dtype) // 8)
+    moved = site.heads * (tokens + left) * (2 * site.head_dim + 2 * site.value_dim) * bits_of(site.dtype) // 8
+    fewer, cost = replace(site, q_hint=left, k_hint=left), Cost(likeness.flops, likeness.bytes + moved)
+    if one.agents is None:
+        return Around(fewer, cost)
+    agents = one.left(one.agents)
+    return Around(replace(fewer, k_hint=agents), cost + _gathering(fewer, agents))
+
+
+def _gathering(site: Site, agents: int) -> Cost:
+    """What it costs that so many agents attend to all keys, by weights that are written out."""
+    width, pairs = site.head_dim + site.value_dim, agents * site.k_hint
+    numbers = site.heads * ((agents + site.k_hint) * width + 2 * pairs)
+    return Cost(2 * site.heads * pairs * width, numbers * bits_of(site.dtype) // 8)
 
 
 def solved(pairs: int, queries: int, heads: int, dim: int) -> int:

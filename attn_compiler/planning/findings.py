@@ -9,10 +9,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
+from attn_compiler.algebra.context import Merge
 from attn_compiler.algebra.expr import Expr, i, layer, layers
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.variant import Variant
-from attn_compiler.planning.cost import Cost, solved, summed
+from attn_compiler.planning.cost import Cost, merged, pooled, solved, summed
 from attn_compiler.planning.formula import Formula, formulas, whole
 from attn_compiler.planning.kept import Caches, Holding
 from attn_compiler.planning.plan import Decision
@@ -209,6 +210,18 @@ def costs(decision: Decision) -> Costs:
 
 
 def _cost(site: Site, variant: Variant, form: str) -> tuple[Cost, float]:
+    """Of a variant, and the part of all pairs that it computes."""
+    if not variant.context:
+        return _cost_of_tokens(site, variant, form)
+    met, around = site, Cost(0, 0)
+    for one in variant.context:
+        found = merged(one, met) if isinstance(one, Merge) else pooled(one, met)
+        met, around = found.site, around + found.cost
+    cost, density = _cost_of_tokens(met, variant, form)
+    return cost + around, density * met.q_hint * met.k_hint / (site.q_hint * site.k_hint)
+
+
+def _cost_of_tokens(site: Site, variant: Variant, form: str) -> tuple[Cost, float]:
     if form.endswith(SUMMING):
         features = variant.feature.width(site.head_dim)
         return summed(site.q_hint, site.k_hint, site.heads, features, site.head_dim, site.value_dim, site.dtype), 0.0

@@ -27,7 +27,7 @@ from attn_compiler.algebra.expr import (
     where,
 )  # fmt: skip
 from attn_compiler.algebra.feature import Block, Feature, norm, x
-from attn_compiler.algebra.made import Made
+from attn_compiler.algebra.made import Made, Taken
 from attn_compiler.algebra.notation import notation
 from attn_compiler.algebra.output import Step, mean_square
 from attn_compiler.algebra.variant import EmptyRows, Mix, Variant
@@ -122,8 +122,10 @@ def _mixed(mix: Mix, output: Sequence[Step], site: Site, heads: str) -> Formula:
     return Formula(f"{mix.how.value}( {', '.join(map(speaking.says, weighed))} )", tuple(parts), heads)
 
 
-def _made(one: Made, speaking: _Speaking) -> str:
+def _made(one: Made | Taken, speaking: _Speaking) -> str:
     """What a table is of which the block's input, x, says every token."""
+    if isinstance(one, Taken):
+        return "x, the input of the block" if one.source == "x" else "what x, the input of the block, is a norm of"
     product = symbol(f"x·{next(iter(one.weights.tables()))}", Sort.REAL)
     said = speaking.says(speaking.by_index(one.each.substitute({x: product})))
     return f"{said}, summed up over the tokens" if one.running else said

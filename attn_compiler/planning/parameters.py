@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_compiler.algebra.context import added
+from attn_compiler.algebra.context import Context, added
 from attn_compiler.algebra.expr import Expr, Sort, const, h, kv, layer, score
 from attn_compiler.algebra.feature import component, feature, x
 from attn_compiler.algebra.made import channel
@@ -94,7 +94,8 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
     sizes = {layer: site.layers or 1, h: site.heads, kv: site.kv_heads, component: site.head_dim, feature: site.head_dim}
     sizes[channel] = site.input_width
     sizes[tap] = next((step.taps for step in _convolutions(variant) if step.weights == node), 0)
-    for one in (one for part in variant.parts() for one in part.context if node in one.expressions()):
+    contexts = (one for part in variant.parts() for one in part.context if isinstance(one, Context))
+    for one in (one for one in contexts if node in one.expressions()):
         sizes |= {added: one.sizes[0], component: (site.head_dim, site.value_dim)[one.expressions().index(node)]}
     strange = [text(place) for place in node.args if place not in sizes]
     if strange or node.sort is not Sort.REAL:

@@ -13,7 +13,7 @@ from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
 from attn_compiler.errors import LanguageError, PolicyError, UnknownLengthError
 from attn_compiler.planning.operand_names import with_operands
-from attn_compiler.planning.outside import in_context, with_results
+from attn_compiler.planning.outside import in_context, merges, with_results
 from attn_compiler.planning.parameters import lacking, parameters_of
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.policy import Policy, Rule
@@ -32,6 +32,8 @@ from attn_compiler.planning.site import Site
 from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import PerToken, Seen
+
+_MERGED = "tokens are merged for all heads and branches alike, so `merge` stands beside these"
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _of_heads(slots: Slots, site: Site, replace_mask: bool) -> Variant | Refusal
         if isinstance(variant, Refusal):
             return Refusal(variant.by, f"heads {heads}: {variant.reason}")
         groups.append((heads, variant))
-    torn = _torn_apart(groups, site)
+    torn = _torn_apart(groups, site) or (_MERGED if any(map(merges, (one for _, one in groups))) else "")
     return Refusal("rule", torn) if torn else replace(base, groups=tuple(groups))
 
 
@@ -204,6 +206,8 @@ def _lay(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> Variant
         laid = below if branch is None else _lay_alone(branch, below, site, replace_mask)
         if isinstance(laid, Refusal):
             return Refusal(laid.by, f"branch {name}: {laid.reason}")
+        if merges(laid):
+            return Refusal("rule", f"branch {name}: {_MERGED}")
         branches.append((name, laid))
     derived = tuple(dict.fromkeys(table for _, branch in branches for table in branch.derived))
     mask = simplify(either(*(branch.mask for _, branch in branches)))
@@ -222,7 +226,7 @@ def _lay_alone(slots: Slots, base: Variant, site: Site, replace_mask: bool) -> V
         laid = masked(Seen(slots.kept), laid, site, replace_mask=False)
         laid = laid if isinstance(laid, Refusal) else replace(laid, empty_rows=slots.empty_rows or EmptyRows.ZERO)
     if isinstance(laid, Variant) and (slots.context or laid.context):
-        laid = in_context(laid, slots.context or laid.context)
+        laid = in_context(laid, slots.context or laid.context, site)
     return laid if isinstance(laid, Refusal) or not slots.operands else with_operands(laid, slots.operands, site)
 
 

@@ -96,6 +96,7 @@ class Site:
     device: str = "cpu"
     risky: frozenset[str] = frozenset()  # tables that may hold numbers in which a score vanishes, where gradients are wanted
     input_width: int = 0  # how many numbers of each token q, k and v are projected from; 0 where nobody knows which these are
+    normed: bool = False  # whether what these numbers are a norm of is known, too
     rotated: bool = False  # whether q and k are known as they are before a rotary embedding
     recalls: int = 0  # how many states of linear attentions stand for keys that are gone
     summed: str = ""  # what these states are sums of, as `targets/held_past.py` says it

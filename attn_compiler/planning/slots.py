@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.context import Context, Merge
 from attn_compiler.algebra.expr import Expr, Sort, every
 from attn_compiler.algebra.feature import Feature
 from attn_compiler.algebra.integers import IntegerSet
@@ -47,7 +47,7 @@ class Slots:
     order: PerToken | None = None
     storage: Storage | None = None
     output: tuple[Step, ...] | None = None
-    context: tuple[Context, ...] | None = None
+    context: tuple[Context | Merge, ...] | None = None
     kept: Expr | None = None  # which keys a context leaves, where it drops some
     operands: Mapping[str, str] | None = field(default=None, hash=False)
     heads: tuple[tuple[IntegerSet | None, Slots | None], ...] = ()  # a set of None: the rest
@@ -199,7 +199,7 @@ def _with_contexts(slots: Slots, entry: Entry, words: Words, scope: Scope) -> Sl
     """What becomes of keys and values, one after the other."""
     found = [located(one, lambda text: parse_call(text, "contexts", words, scope)) for one in each(entry)]
     kept = [one for one in found if isinstance(one, Expr)]
-    known = tuple(one for one in found if isinstance(one, Context))
+    known = tuple(one for one in found if isinstance(one, Context | Merge))
     return replace(slots, context=known, kept=every(*kept) if kept else None)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.context import added
+from attn_compiler.algebra.context import Merge, added
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.output import Local, component, expressions_of, tap
 from attn_compiler.algebra.variant import DerivedTable, Variant, reads
@@ -141,6 +141,11 @@ def _beside_tokens(variant: Variant, operands: Operands) -> Iterator[tuple[Expr,
             own = {component: dims[1], tap: (taps, "taps"), e.i: (operands.q_len, "queries")}
             yield from ((one, own) for one in expressions_of(step))
         for context in part.context:
+            if isinstance(context, Merge):
+                yield from (
+                    (one, {e.b: (operands.q.shape[0], "rows"), e.k: (operands.k_len, "tokens")}) for one in context.expressions()
+                )
+                continue
             for one, dim in zip(context.expressions(), dims, strict=False):
                 yield one, {component: dim, added: (context.sizes[0], "keys")}
 

@@ -10,6 +10,7 @@ import torch
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.contexts import in_context
+from attn_compiler.targets.merging import merged
 from attn_compiler.targets.operands import Operands, head_groups
 from attn_compiler.targets.outputs import put_out
 from attn_compiler.targets.torch_target import Result, by_group
@@ -39,8 +40,12 @@ def around(operands: Operands, variant: Variant, attend: Attend) -> Result:
     contexts = {one.context for _, one in head_groups(variant, operands.heads)}
     if len(contexts) > 1:
         raise ShapeError(_APART)
-    other, told = in_context(operands, replace(variant, context=contexts.pop()), real)
-    out, totals = attend(replace(other, q=operands.q, k=other.k.to(dtype), v=other.v.to(dtype)), without(told))
+
+    def launched(part: Operands, one: Variant) -> Result:
+        other, told = in_context(part, one, real)
+        return attend(replace(other, q=part.q, k=other.k.to(dtype), v=other.v.to(dtype)), without(told))
+
+    out, totals = merged(operands, replace(variant, context=contexts.pop()), real, dtype, launched)
 
     def finished(part: Operands, of_group: Variant) -> Result:
         own = out if len(part.head_numbers) == out.shape[1] else out[:, list(part.head_numbers)]

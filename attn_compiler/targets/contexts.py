@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_compiler.algebra.context import Context
+from attn_compiler.algebra.context import Context, Merge
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
@@ -20,6 +20,8 @@ from attn_compiler.targets.products import per_kv_head
 def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
     """The call of a variant without branches, its keys and values pooled or gathered, in `real`, or others in front of them."""
     for one in variant.context:
+        if isinstance(one, Merge):
+            raise ShapeError("tokens are merged around a whole attention, not in a branch whose sums others share")
         if one.how == "extra":
             operands, variant = with_extra(operands, variant, one)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.feature import component, x
-from attn_compiler.algebra.made import Made, channel
+from attn_compiler.algebra.made import Made, Taken, channel
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.targets.arrays import Arrays
 from attn_compiler.targets.operands import Operands
 
 
-def with_made(operands: Operands, variant: Variant, block: Tensor) -> Operands:
-    """The same call with the tables that its variant makes of the input of the block, [batch, tokens, channels]."""
-    made = {one.name: _made(operands, one, block) for part in variant.parts() for one in part.made}
+def with_made(operands: Operands, variant: Variant, block: Mapping[str, Tensor]) -> Operands:
+    """The same call with the tables that its variant makes of its block's tensors, [batch, tokens, channels]."""
+    made = {
+        one.name: block[one.source] if isinstance(one, Taken) else _made(operands, one, block["x"])
+        for part in variant.parts()
+        for one in part.made
+    }
     return replace(operands, tables={**operands.tables, **made})
 
 

@@ -26,6 +26,7 @@ from attn_compiler.targets.fused import fits, fused, swallows
 from attn_compiler.targets.gathered import Gather, gather_by_states, gatherable, offset_of
 from attn_compiler.targets.held_past import divided
 from attn_compiler.targets.linear import NEAR, linear
+from attn_compiler.targets.merging import merged
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
 from attn_compiler.targets.operands import Operands, head_groups
@@ -94,6 +95,9 @@ def attend_densely(operands: Operands, variant: Variant, real: torch.dtype, *, l
     """Attend to all keys by the written-out formula, in `real`, for a variant without groups: its meaning."""
 
     def attend(part: Operands, one: Variant, lse: bool) -> Result:
+        return merged(part, one, real, real, lambda fewer, told: of_tokens(fewer, told, lse))
+
+    def of_tokens(part: Operands, one: Variant, lse: bool) -> Result:
         mapped, plain = _prepared(part, one, real, at_once)
         arrangement = whole(mapped, real).to(real)
         return _finished(_gathered(arrangement, plain, part.training), arrangement, plain, lse)
@@ -129,6 +133,12 @@ def _attend(operands: Operands, variant: Variant, lse: bool, way: Way) -> Result
 
 def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:
     """Attend without branches."""
+    dtype = operands.q.dtype
+    real = torch.promote_types(dtype, torch.float32)
+    return merged(operands, variant, real, dtype, lambda fewer, told: _attend_tokens(fewer, told, lse, way=way))
+
+
+def _attend_tokens(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:
     real = torch.promote_types(operands.q.dtype, torch.float32)
     operands, variant = _prepared(operands, variant, real, by_chunks)
     sums = _by_states(operands, variant, real, way.states)

@@ -16,6 +16,7 @@ from torch import Tensor
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import table
 from attn_compiler.algebra.feature import component
+from attn_compiler.algebra.made import Made
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.targets.operands import Operands
 
@@ -44,7 +45,7 @@ def traits(variant: Variant) -> tuple[Trait, ...]:
     key = (Trait(KEY),) if any("k" in part.unrotated for part in parts) else ()
     nodes = {node for expression in variant.expressions() for node in expression.walk()}
     by_token = {node.value for node in nodes if node.op == "table" and node.mentions(e.q, e.k)}
-    asked = (one for part in parts for one in part.made if one.name in by_token)
+    asked = (one for part in parts for one in part.made if isinstance(one, Made) and one.name in by_token)
     made = {one.name: Trait(one.name, one.running, one.weights.mentions(component)) for one in asked}
     return key + tuple(made[name] for name in sorted(made))
 

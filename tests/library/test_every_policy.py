@@ -12,9 +12,9 @@ from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.targets.choice import TorchTarget
 
 COMPLETE = [name for name in library.ready_policies() if not library.load_policy(name).parameters]  # others are trained first
-SEES_ALL = ("agent",)
+SEES_ALL = ("agent", "agentsd", "tome")
 LAYERS = 8
-TOKENS = 32768
+TOKENS = 65536
 
 
 def sites(name: str) -> tuple[Site, ...]:
@@ -23,7 +23,7 @@ def sites(name: str) -> tuple[Site, ...]:
     return tuple(
         Site(
             f"model.layers.{layer}.self_attn", Kind.SELF, Phase.PREFILL, layer, LAYERS, 1, 8, 8, TOKENS, TOKENS, 64, 64,
-            "float32", Variant(mask=mask), Frame(), TOKENS, TOKENS,
+            "float32", Variant(mask=mask), Frame(), TOKENS, TOKENS, input_width=512, normed=True,
         )
         for layer in range(LAYERS)
     )  # fmt: skip

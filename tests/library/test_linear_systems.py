@@ -157,19 +157,6 @@ def test_agent_attention_is_two_attentions_whose_agents_are_pooled_queries() -> 
     assert_within_budget(found, expected, expected)
 
 
-def test_agent_sd_is_two_attentions_of_two_scales_and_some_of_the_values() -> None:
-    """Its agents are queries whose likest neighbors were merged into them, which is the model's own work; any stand for them."""
-    agents = torch.cat([Q[:, :, 1::8], (Q[:, :, ::8] + Q[:, :, 2::8]) / 2], dim=2)
-    of_agents, of_queries = DIM**-0.5, (DIM**-0.5) ** 0.3
-    gathered = (agents @ K.mT * of_agents).softmax(-1) @ V
-    expected = (Q @ agents.mT * of_queries).softmax(-1) @ gathered + 0.075 * V
-    found = attend(agents, K, V, {"mask": "all"})
-    assert isinstance(found, Tensor)
-    found = attend(Q, agents, found, {"mask": "all", "scale": "1 / sqrt(dim) ** 0.3"})
-    assert isinstance(found, Tensor)
-    assert_within_budget(found + 0.075 * V, expected, expected)
-
-
 def test_rat_sees_itself_and_the_last_token_of_each_chunk_before() -> None:
     """Its recurrence within a chunk, which is the model's own, token by token; then what the policy makes of that."""
     gates = drawn(2, HEADS, TOKENS, DIM, seed=8).sigmoid()
