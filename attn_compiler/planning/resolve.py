@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from attn_compiler.algebra.expr import Expr, const, either, k, q, score
 from attn_compiler.algebra.feature import IDENTITY
 from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.output import expressions_of
 from attn_compiler.algebra.simplify import conjuncts, simplify
 from attn_compiler.algebra.storage import Held, Storage
 from attn_compiler.algebra.variant import Delta, EmptyRows, Gates, Mix, Variant
@@ -351,6 +352,14 @@ def _idle_parameters(policy: Policy) -> str:
     """The file of parameters, where no rule has a slot that reads any: whatever stands in the file, nobody asks for it."""
 
     def reads(slots: Slots | None) -> bool:
-        return slots is not None and (bool({"feature", "state", "mix"} & slots.set_slots()) or slots.unsupported() != ())
+        if slots is None:
+            return False
+        around = [e for one in slots.context or () for e in one.expressions()]
+        around += [e for step in slots.output or () for e in expressions_of(step)]
+        scores = [e for e in (slots.scale, slots.score) if e is not None]
+        scores += slots.normalizer.expressions() if slots.normalizer else ()
+        tables = any(e.tables() for e in (*around, *scores))
+        mapped = bool({"feature", "state", "mix"} & slots.set_slots()) or slots.unsupported() != ()
+        return tables or mapped or any(reads(group) for _, group in slots.heads)
 
     return "" if any(reads(read_slots(rule.attn, policy.naming)) for rule in policy.rules) else policy.parameters

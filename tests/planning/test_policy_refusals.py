@@ -91,6 +91,21 @@ def test_parameters_that_nothing_reads_are_a_warning() -> None:
     assert warnings == ("trained.safetensors is not read: no variant of this policy has parameters",)
 
 
+@pytest.mark.parametrize(
+    "slots",
+    [
+        "output: local_conv(3)",
+        'context: "extra(memory, 2)"',
+        "normalizer: softmax(sink=sink)",
+        'scale: "alpha[h]"',
+        'heads: {"0": {context: "agents(4, near, far)"}}',
+    ],
+)
+def test_parameters_that_any_slot_reads_are_read(slots: str) -> None:
+    given = "".join(f"  {name}: {{given: {name}}}\n" for name in ("memory", "sink", "alpha", "near", "far"))
+    assert planned(f"parameters: trained.safetensors\nlabels:\n{given}rules: [{{attn: {{{slots}}}}}]").warnings == ()
+
+
 def test_layers_that_a_model_does_not_have_match_nothing() -> None:
     found = planned('rules: [{match: {layers: "100"}, attn: exact}]').warnings
     assert found == ("rule 1 matches nothing: no attention is in layers 100",)
