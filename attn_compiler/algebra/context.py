@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
 
-from attn_compiler.algebra.expr import Expr, Sort, b, k, kv, layer, symbol, table
+from attn_compiler.algebra.expr import Expr, Sort, b, h, k, kv, layer, q, symbol, table
 from attn_compiler.algebra.feature import component
 
 added = symbol("added", Sort.INDEX)  # one of the keys that a variant brings along
@@ -16,7 +16,8 @@ added = symbol("added", Sort.INDEX)  # one of the keys that a variant brings alo
 class Context:
     """`pool`: means of as many neighbors as `sizes` say; `agents`: so many pooled queries, which have gathered the values first.
 
-    Tokens lie on a `grid` that has as many axes as `sizes`; an empty one is the axis of tokens, however long.
+    Tokens lie on a `grid` that has as many axes as `sizes`; an empty one is the axis of tokens, however long. The tables `name`
+    and `second` are added to the scores of agents and tokens, and to those of queries and agents.
     `extra`: so many keys and values from the tables `name`_k and `name`_v, `by_row` those of a call.
     """
 
@@ -25,24 +26,34 @@ class Context:
     grid: tuple[int, ...] = ()
     name: str = ""
     by_row: bool = False
+    second: str = ""
 
     def __str__(self) -> str:
         count = " by ".join(map(str, self.sizes))
         if self.how == "extra":
             return f"{count} of {self.name} in front, which every query sees"
-        return (
-            f"means of {count} tokens" if self.how == "pool" else f"{count} agents, pooled queries that gather the values first"
-        )
+        if self.how == "pool":
+            return f"means of {count} tokens"
+        biases = " and ".join(f"`{name}`" for name in (self.name, self.second) if name)
+        return f"{count} agents, pooled queries that gather the values first" + (f", biased by {biases}" if biases else "")
+
+    @property
+    def count(self) -> int:
+        """How many keys it brings along, or how many agents there are."""
+        return prod(self.sizes)
 
     def expressions(self) -> tuple[Expr, ...]:
-        """The keys and the values that it brings along, over kv, `added` and `component`."""
+        """The keys and the values that it brings along, over kv, `added` and `component`; or both biases of `added` agents."""
+        if self.how == "agents":
+            places = ((self.name, (layer, h, added, k)), (self.second, (layer, h, q, added)))
+            return tuple(table(name, *at, sort=Sort.REAL) for name, at in places if name)
         sides = ("k", "v") if self.how == "extra" else ()
         first = b if self.by_row else layer
         return tuple(table(f"{self.name}_{side}", first, kv, added, component, sort=Sort.REAL) for side in sides)
 
     def words(self) -> list[object]:
         """As text can hold it."""
-        return [self.how, list(self.sizes), list(self.grid), self.name, self.by_row]
+        return [self.how, list(self.sizes), list(self.grid), self.name, self.by_row, self.second]
 
     @staticmethod
     def of(words: list[object]) -> Context:

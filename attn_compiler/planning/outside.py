@@ -41,8 +41,10 @@ def in_context(variant: Variant, context: tuple[Context | Merge, ...], site: Sit
     if asks or variant.mask != true:
         return Refusal("rule", said)
     merging = [one for one in context if isinstance(one, Merge)]
-    if merging and sum(one.how != "extra" for one in context) > 1:
-        return Refusal("rule", "merged tokens lie on no grid, so `merge` stands with no other word but `extra`")
+    counted = merging or any(one.name or one.second for one in context if isinstance(one, Context) and one.how == "agents")
+    if counted and sum(one.how != "extra" for one in context) > 1:
+        said = "merged tokens lie on no grid, and biases count all tokens"
+        return Refusal("rule", f"{said}, so such a word stands with no other one but `extra`")
     placed = _on_grid(merging[0], site) if merging else None
     if isinstance(placed, Refusal):
         return placed

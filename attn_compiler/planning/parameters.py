@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_compiler.algebra.context import Context, added
-from attn_compiler.algebra.expr import Expr, Sort, const, h, kv, layer, score
+from attn_compiler.algebra.expr import Expr, Sort, const, h, k, kv, layer, q, score
 from attn_compiler.algebra.feature import component, feature, x
 from attn_compiler.algebra.made import channel
 from attn_compiler.algebra.notation import text
@@ -96,7 +97,8 @@ def _parameter(node: Expr, variant: Variant, site: Site) -> Parameter:
     sizes[tap] = next((step.taps for step in _convolutions(variant) if step.weights == node), 0)
     contexts = (one for part in variant.parts() for one in part.context if isinstance(one, Context))
     for one in (one for one in contexts if node in one.expressions()):
-        sizes |= {added: one.sizes[0], component: (site.head_dim, site.value_dim)[one.expressions().index(node)]}
+        sizes |= {added: one.count, component: (site.head_dim, site.value_dim)[one.expressions().index(node)]}
+        sizes |= {q: math.prod(one.grid), k: math.prod(one.grid)} if one.grid else {}
     strange = [text(place) for place in node.args if place not in sizes]
     if strange or node.sort is not Sort.REAL:
         raise PolicyError(

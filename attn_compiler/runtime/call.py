@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.algebra import expr as e
-from attn_compiler.algebra.context import Merge, added
+from attn_compiler.algebra.context import Context, Merge, added
 from attn_compiler.algebra.expr import Expr, Sort
 from attn_compiler.algebra.output import Local, component, expressions_of, tap
 from attn_compiler.algebra.variant import DerivedTable, Variant, reads
@@ -141,13 +141,17 @@ def _beside_tokens(variant: Variant, operands: Operands) -> Iterator[tuple[Expr,
             own = {component: dims[1], tap: (taps, "taps"), e.i: (operands.q_len, "queries")}
             yield from ((one, own) for one in expressions_of(step))
         for context in part.context:
-            if isinstance(context, Merge):
-                yield from (
-                    (one, {e.b: (operands.q.shape[0], "rows"), e.k: (operands.k_len, "tokens")}) for one in context.expressions()
-                )
-                continue
-            for one, dim in zip(context.expressions(), dims, strict=False):
-                yield one, {component: dim, added: (context.sizes[0], "keys")}
+            yield from _around_keys(context, operands)
+
+
+def _around_keys(context: Context | Merge, operands: Operands) -> Iterator[tuple[Expr, Counts]]:
+    tokens: Counts = {e.b: (operands.q.shape[0], "rows"), e.q: (operands.q_len, "tokens"), e.k: (operands.k_len, "tokens")}
+    if isinstance(context, Context) and context.how == "extra":
+        for one, x in zip(context.expressions(), (operands.k, operands.v), strict=True):
+            yield one, {component: (x.shape[-1], "components"), added: (context.count, "keys")}
+        return
+    own = {**tokens, added: (context.count, "agents")} if isinstance(context, Context) else tokens
+    yield from ((one, own) for one in context.expressions())
 
 
 def _check_axes(node: Expr, stored: Tensor, needed: Counts, *, exactly: bool = False) -> None:

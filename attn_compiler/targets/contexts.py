@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_compiler.algebra.context import Context, Merge
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.context import Context, Merge, added
 from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
@@ -29,19 +30,31 @@ def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple
         if one.how == "pool":
             k, v = (_pooled(x, one) for x in (k, v))
         else:
-            k, v = _agents(q, k, v, one, _scale(operands, variant, real))
+            k, v = _agents(q, k, v, one, operands, variant)
+            variant = _with_second(variant, one)
         operands = replace(operands, q=q, k=k, v=v, q_positions=0, k_positions=0)
     return operands, replace(variant, context=())
 
 
-def _agents(q: Tensor, k: Tensor, v: Tensor, one: Context, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _agents(q: Tensor, k: Tensor, v: Tensor, one: Context, operands: Operands, variant: Variant) -> tuple[Tensor, Tensor]:
     """Agents in the place of keys, and what they gathered in that of values."""
+    arrays = operands.arrays(q.dtype)
     if len(one.sizes) == 1:
         agents = _in_rows(F.adaptive_avg_pool1d(_on_grid(q, one), one.sizes[0]), q)
     else:
         agents = _in_rows(F.adaptive_avg_pool2d(_on_grid(q, one), (one.sizes[0], one.sizes[1])), q)
-    weights = (per_kv_head(agents, k.mT) * scale).softmax(dim=-1)
-    return agents, per_kv_head(weights, v)
+    scores = per_kv_head(agents, k.mT) * arrays.tensor(arrays.read(variant.scale), Sort.REAL)
+    if one.name:
+        places = {added: torch.arange(one.count, device=q.device)[:, None], e.k: torch.arange(k.shape[2], device=q.device)}
+        scores = scores + arrays.tensor(arrays.read(one.expressions()[0], places), Sort.REAL)
+    return agents, per_kv_head(scores.softmax(dim=-1), v)
+
+
+def _with_second(variant: Variant, one: Context) -> Variant:
+    """The variant that adds a bias to the scores of queries and agents, which stand in the place of keys."""
+    if not one.second:
+        return variant
+    return replace(variant, score=variant.score + one.expressions()[-1].substitute({added: e.k}))
 
 
 def _pooled(x: Tensor, one: Context) -> Tensor:
@@ -64,8 +77,3 @@ def _in_rows(pooled: Tensor, like: Tensor) -> Tensor:
     """What was pooled as [batch, heads, tokens, channels] again."""
     flat = pooled.flatten(2).mT
     return flat.reshape(*like.shape[:2], *flat.shape[1:])
-
-
-def _scale(operands: Operands, variant: Variant, real: torch.dtype) -> Tensor:
-    arrays = operands.arrays(real)
-    return arrays.tensor(arrays.read(variant.scale), Sort.REAL)

@@ -14,6 +14,7 @@ from attn_compiler import attend, library
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import AttnError
+from attn_compiler.planning.parameters import parameters_of
 from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.runtime.reading import VariantLike, read_variant
@@ -233,6 +234,54 @@ def test_agent_attention_on_a_grid_with_its_convolution_of_v() -> None:
     taps, shift = drawn(1, HEADS, DIM, 9, seed=9), drawn(1, HEADS, DIM, seed=10)
     slots = {"geometry": [7, 10], "context": "agents([3, 4])", "output": "local_conv(3, taps, bias=shift)"}
     assert_same(slots, on_a_grid(Q, K, V) + convolved(taps) + shift[..., None, :], {"taps": taps, "shift": shift})
+
+
+def agent_biases() -> dict[str, Tensor]:
+    """Both tables of 3 by 4 agents, each a small picture that is enlarged, a column and a row, as the model makes them."""
+    small = [F.interpolate(drawn(HEADS, 12, 3, 3, seed=seed), size=(7, 10), mode="bilinear") for seed in (11, 12)]
+    columns, rows = (
+        [drawn(HEADS, 12, *sides, seed=seed) for seed in seeds] for sides, seeds in (((7, 1), (13, 14)), ((1, 10), (15, 16)))
+    )
+    first, second = (sum(parts).flatten(2) for parts in zip(small, columns, rows, strict=True))
+    return {"first": first[None], "second": second.mT[None].contiguous()}
+
+
+def with_biases(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    agents = F.adaptive_avg_pool2d(q.flatten(0, 1).mT.unflatten(-1, (7, 10)), (3, 4)).flatten(2).mT.unflatten(0, (2, HEADS))
+    gathered = (agents @ k.mT * DIM**-0.5 + first[0]).softmax(-1) @ v
+    return (q @ agents.mT * DIM**-0.5 + second[0]).softmax(-1) @ gathered
+
+
+BIASED = {"geometry": [7, 10], "context": "agents([3, 4], first, second)"}
+
+
+def test_agent_attention_whole_with_both_of_its_biases() -> None:
+    taps, shift, biases = drawn(1, HEADS, DIM, 9, seed=9), drawn(1, HEADS, DIM, seed=10), agent_biases()
+    expected = with_biases(Q, K, V, **biases) + convolved(taps) + shift[..., None, :]
+    slots = {**BIASED, "output": "local_conv(3, taps, bias=shift)"}
+    assert_same(slots, expected, {"taps": taps, "shift": shift, **biases})
+    assert not torch.allclose(expected, on_a_grid(Q, K, V) + convolved(taps) + shift[..., None, :], atol=0.1)
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("torch", torch.bfloat16), ("cpp", torch.float32), ("triton", torch.float32)])
+def test_the_biases_of_agents_have_gradients_on_every_target(target: str, dtype: torch.dtype) -> None:
+    assert_case(Case(read(BIASED), Q, K, V, agent_biases()), dtype, target)
+
+
+@pytest.mark.parametrize(("name", "count"), [("first", "12 agents"), ("second", "70 tokens")])
+def test_the_biases_of_agents_have_their_sizes(name: str, count: str) -> None:
+    biases = agent_biases()
+    with pytest.raises(AttnError, match=f"read for {count} at its axis 2"):
+        attend(Q, K, V, BIASED, tables={**biases, name: biases[name].repeat(1, 1, 2, 1)})
+
+
+def test_the_biases_of_agents_on_a_grid_are_parameters_of_the_model() -> None:
+    site = Site(
+        "attn", Kind.SELF, Phase.PREFILL, 0, 8, 2, HEADS, HEADS, TOKENS, TOKENS, DIM, DIM, "float64", SEES_ALL, Frame(), TOKENS,
+        TOKENS,
+    )  # fmt: skip
+    found = {one.name: (one.shape, one.number) for one in parameters_of(read(BIASED), site, ("first", "second"))}
+    assert found == {"first": ((8, HEADS, 12, TOKENS), 0.0), "second": ((8, HEADS, TOKENS, 12), 0.0)}
 
 
 def test_pooled_keys_are_means_of_as_many_tokens_as_there_are() -> None:

@@ -151,7 +151,8 @@ def test_flex_attention_meets_fewer_tokens() -> None:
         ({"geometry": [8, 9], "context": "merge(0.4, power=0.3)"}, "there are none"),
         ({"geometry": [8, 9], "context": "merge(0.4, cell=1)"}, "no token to merge"),
         ({"geometry": [6, 12], "context": "merge(0.5, agents=0.8)"}, "merge alone costs less"),
-        ({"geometry": [8, 9], "context": ["merge(0.4)", "pool(2)"]}, "no other word but `extra`"),
+        ({"geometry": [8, 9], "context": ["merge(0.4)", "pool(2)"]}, "no other one but `extra`"),
+        ({"geometry": [8, 9], "context": ["pool(2)", "agents([2, 2], near)"]}, "biases count all tokens"),
         ({"geometry": [8, 9], "heads": {"0": {"context": "merge(0.4)"}}}, "for all heads and branches alike"),
         (
             {"geometry": [8, 9], "mix": {"how": "sum", "branches": {"a": {"context": "merge(0.4)"}, "b": {}}}},
