@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import ShapeError
-from attn_compiler.runtime.states import Call
+from attn_compiler.runtime.states import Call, in_rows
 from attn_compiler.runtime.states import gather as run
 from attn_compiler.runtime.triton_launch import asked
 from attn_compiler.runtime.triton_states import gather as run_on_triton
-from attn_compiler.targets.fading import Logs, left_of
+from attn_compiler.targets.fading import Fading, Logs, left_of
 from attn_compiler.targets.gathered import Count, Gather
 from attn_compiler.targets.past import Earlier
 from attn_compiler.targets.products import per_kv_head
@@ -48,7 +48,7 @@ def _by_kernel(
     return acc, mass[..., None]
 
 
-BY_KERNEL = Gather(partial(_by_kernel, by=CPP), dynamic=True)
+BY_KERNEL = Gather(partial(_by_kernel, by=CPP), dynamic=True, gates=True)
 
 
 @cache
@@ -68,17 +68,13 @@ def _gather(
     out, mass = _empty(q, k, v, by)
     if not (out.numel() and q.numel() and (k.numel() or past is not None)):
         return out.zero_(), mass.zero_()
-    q, k, v = map(_in_rows, (q, k, v))
-    given = (_in_rows(logs[0]), _in_rows(logs[1])) if logs else None
-    state = None if past is None else Earlier(_in_rows(past.float()), before)
-    told = Call(q, k, v, out, mass.zero_() if _by_column(logs) else mass, given, None, offset, reverse, state)
+    q, k, v = map(in_rows, (q, k, v))
+    given = (in_rows(logs[0]), in_rows(logs[1])) if logs else None
+    state = None if past is None else Earlier(in_rows(past.float()), before)
+    told = Call(q, k, v, out, mass.zero_() if Fading.of(logs) is Fading.COLUMNS else mass, given, None, offset, reverse, state)
     # Backwards the kernel counts queries from the last one: so do their masses.
     run(told) if by == CPP else run_on_triton(told, asked(by, q.device))
     return out, mass.flip(-1) if reverse else mass
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    return x if x.ndim < 4 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, by: str) -> tuple[Tensor, Tensor]:
@@ -100,7 +96,7 @@ def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ..
     logs, state = others[: ctx.count], others[ctx.count :]
     gather = torch.ops.attn_compiler.gather
     above, of_mass = above.to(q.dtype), of_mass.to(q.dtype)
-    from_query, from_key = (above, v) if _by_column(logs) else _weighed(above, of_mass, v, ctx.by)
+    from_query, from_key = (above, v) if Fading.of(logs) is Fading.COLUMNS else _weighed(above, of_mass, v, ctx.by)
     here, there, turned = (ctx.offset, ctx.reverse, ctx.by), (-ctx.offset, not ctx.reverse, ctx.by), list(map(_turned, logs))
     of_q = gather(from_query, from_key, k, turned, *here)[0]
     of_k = gather(from_key, from_query, q, turned[::-1], *there)[0]
@@ -112,7 +108,7 @@ def _differentiate(ctx: Any, above: Tensor, of_mass: Tensor) -> tuple[object, ..
     of_logs: list[Tensor | None] = [None for _ in logs]
     if any(ctx.needs_input_grad[3] or ()):  # a weight times its gradient is what both its logs ask for
         x, of_x, y, of_y = q, of_q, k, of_k
-        if _by_column(logs):
+        if Fading.of(logs) is Fading.COLUMNS:
             x, of_x, y, of_y = gather(q, k, v, logs, *here)[0], above, v, of_v
         of_logs = [_along(x, of_x, logs[0], ctx.reverse), _along(y, of_y, logs[1], not ctx.reverse)]
     found = _summed(of_q, q), _summed(of_k, k), _summed(of_v, v), of_logs, None, None, None, *of_state
@@ -142,21 +138,16 @@ def _beside(x: Tensor, one: Tensor, by: str) -> Tensor:
     return torch.cat([x, one, *([] if by == CPP else [x.new_zeros((*x.shape[:-1], -(x.shape[-1] + 1) % 16))])], dim=-1)
 
 
-def _by_column(logs: Sequence[Tensor]) -> bool:
-    """Whether the columns of a state fade each by itself."""
-    return bool(logs) and logs[0].ndim == 5
-
-
 def _turned(log: Tensor) -> Tensor:
     """The log of a state whose rows and columns change places."""
-    return log if log.ndim == 3 else log[:, :, :, None] if log.ndim == 4 else log[:, :, :, 0]
+    return log if log.ndim == Fading.TOGETHER else log[:, :, :, None] if log.ndim == Fading.ROWS else log[:, :, :, 0]
 
 
 def _along(x: Tensor, of_x: Tensor, log: Tensor, negative: bool) -> Tensor:
     """The products of vectors and their gradients, or of each of their numbers: what a log like this one asks for."""
     along = x.repeat_interleave(of_x.shape[1] // x.shape[1], dim=1) * of_x
-    along = (along.sum(dim=-1) if log.ndim == 3 else along if log.ndim == 4 else along[:, :, :, None]).double()
-    return -along if negative else along
+    along = along.sum(dim=-1) if log.ndim == Fading.TOGETHER else along if log.ndim == Fading.ROWS else along[:, :, :, None]
+    return (-along if negative else along).double()
 
 
 def _summed(x: Tensor, like: Tensor) -> Tensor:

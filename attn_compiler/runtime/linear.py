@@ -20,6 +20,8 @@ from attn_compiler.runtime.machine import faster
 from attn_compiler.runtime.states import WIDEST
 from attn_compiler.targets.chunked import BY_CHUNKS
 from attn_compiler.targets.cpp.states import serves
+from attn_compiler.targets.faded import BY_FEATURE
+from attn_compiler.targets.fading import Fading
 from attn_compiler.targets.gathered import Gather, offset_of, pays
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import Operands
@@ -40,7 +42,7 @@ class Takes(NamedTuple):
     gates: bool
 
 
-OF_CPP = Takes(WIDEST, few=False, gates=False)
+OF_CPP = Takes(WIDEST, few=False, gates=True)
 
 
 def gathers(operands: Operands, variant: Variant, takes: Takes = OF_CPP) -> bool:
@@ -70,8 +72,7 @@ def carried(site: Site, variant: Variant) -> Carried | None:
         return None
     if not training and serves(variant) is not None:
         return Carried("a generated kernel, whose state stays in the cache", gains=True)
-    fades = any(part.score != e.score for part in gathered)
-    if gain(training=training, fades=fades) < WORTH:
+    if gain(training=training, fading=_fading(gathered)) < WORTH:
         return None
     return Carried(form(variant, gathered), gains=True)
 
@@ -116,13 +117,24 @@ def _differentiable(found: Linear) -> bool:
     return all(node.mentions(e.k) for node in nodes if node.op == "table" and node.sort is e.Sort.REAL)
 
 
+def _fading(gathered: Sequence[Variant]) -> Fading | None:
+    """What of the states of some parts fades by logs of its own."""
+    if any(part.gates is not None for part in gathered):
+        return Fading.ROWS
+    return Fading.TOGETHER if any(part.score != e.score for part in gathered) else None
+
+
+_SAID = {None: "", Fading.TOGETHER: ", with a decay", Fading.ROWS: ", with a gate for each feature"}
+
+
 @cache
-def gain(*, training: bool, fades: bool) -> float:
+def gain(*, training: bool, fading: Fading | None) -> float:
     """How many times faster the kernel gathers than PyTorch's operators do, with the gradients where one trains."""
     drawn = torch.randn(3, 1, 2, 1024, 64, generator=torch.Generator().manual_seed(0))
     q, k, v = (x.requires_grad_(training) for x in drawn)
     log = torch.linspace(0, -9, 1024, dtype=torch.float64).expand(1, 2, 1024)
-    logs = (log, log) if fades else None
+    log = log[..., None].expand(1, 2, 1024, 64).contiguous() if fading is Fading.ROWS else log
+    logs = None if fading is None else (log, log)
 
     def step(gather: Gather) -> Callable[[], object]:
         def run() -> tuple[Tensor, ...]:
@@ -131,6 +143,6 @@ def gain(*, training: bool, fades: bool) -> float:
 
         return run
 
-    said = f"gathering{', with a decay' if fades else ''}{', training' if training else ''} of torch {torch.__version__}"
+    said = f"gathering{_SAID[fading]}{', training' if training else ''} of torch {torch.__version__}"
     with torch.set_grad_enabled(training):
-        return faster(said, step(BY_CHUNKS), step(BY_KERNEL))
+        return faster(said, step(BY_FEATURE if fading is Fading.ROWS else BY_CHUNKS), step(BY_KERNEL))

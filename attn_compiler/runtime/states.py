@@ -17,7 +17,7 @@ from attn_compiler.runtime.compiler import call, load
 from attn_compiler.runtime.kernels import WORTH_THREADS, Shape, spec_at, table_words
 from attn_compiler.targets.cpp.spec import spec_of
 from attn_compiler.targets.cpp.states import GATHERED, inlined, serves, stated, states
-from attn_compiler.targets.fading import Logs, logs_of, shown_of
+from attn_compiler.targets.fading import Fading, Logs, logs_of, shown_of
 from attn_compiler.targets.featured import featured
 from attn_compiler.targets.gathered import pays
 from attn_compiler.targets.operands import Operands
@@ -51,7 +51,7 @@ def prepared(operands: Operands, variant: Variant) -> tuple[Operands, Variant, M
     if shown is not None:
         told |= {SHOWN: shown}
     mask = e.true if found.behind is None else e.k <= e.q - found.behind
-    return operands, replace(variant, mask=mask, score=e.score), told
+    return operands, replace(variant, mask=mask, score=e.score, gates=None), told
 
 
 def can_run(operands: Operands, variant: Variant) -> bool:
@@ -71,7 +71,8 @@ def is_alone(variant: Variant) -> bool:
 
 def sources(shape: Shape) -> tuple[tuple[tuple[int, ...], str], ...]:
     """The source of the kernel, and the heads that it is for: all of them."""
-    return ((tuple(range(shape.heads)), states(spec_at(shape, stated(shape.variant)))),)
+    fading = Fading.TOGETHER if shape.variant.gates is None else Fading.ROWS
+    return ((tuple(range(shape.heads)), states(spec_at(shape, stated(shape.variant)), fading)),)
 
 
 @lru_cache(maxsize=128)
@@ -80,7 +81,9 @@ def _launch(shape: Shape) -> Launch:
     found = serves(shape.variant)
     assert found is not None
     spec = spec_at(shape, stated(shape.variant))
-    return Launch(_entry(states(spec)), found.behind, tuple(shape.names.index(name) for name, _ in spec.tables))
+    logs = (stored.axes for name, stored in zip(shape.names, shape.stored, strict=True) if name == LOG_AT_Q)
+    source = states(spec, Fading(next(logs, Fading.TOGETHER)))
+    return Launch(_entry(source), found.behind, tuple(shape.names.index(name) for name, _ in spec.tables))
 
 
 def _entry(source: str) -> Callable[[int], object]:
@@ -107,10 +110,15 @@ def run(
     behind = launch.behind
     offset = shape.k_len if behind is None else shape.first_query - shape.first_key - behind
     named = dict(zip(shape.names, tables, strict=True))
-    logs = (named[LOG_AT_Q], named[LOG_AT_K]) if LOG_AT_Q in named else None
+    logs = (in_rows(named[LOG_AT_Q]), in_rows(named[LOG_AT_K])) if LOG_AT_Q in named else None
     of_tables = [x for n in launch.numbers for x in table_words(tables[n])]
     told = Call(q, k, v, out, None, logs, named.get(SHOWN), offset)
     call(launch.run, [*told.words(), *shape.sizes(), *of_tables])
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """A tensor whose rows of numbers lie in one piece, where tokens have such."""
+    return x if x.ndim < 4 or x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +174,12 @@ def segments(heads: int, q_len: int) -> int:
 
 def gather(told: Call) -> None:
     """Fill `out` and `mass` with the sums of a call, all of whose operands have one dtype."""
-    run = _gathering(told.q.shape[3], told.v.shape[3], str(told.q.dtype).removeprefix("torch."))
+    dtype, fading = str(told.q.dtype).removeprefix("torch."), Fading.of(told.logs or ())
+    run = _gathering(told.q.shape[3], told.v.shape[3], dtype, fading)
     batch, heads = told.out.shape[:2]
     call(run, [*told.words(), batch, heads, heads, told.q.shape[2], told.k.shape[2], 0, 1, 0, 0])
 
 
 @lru_cache(maxsize=128)
-def _gathering(dim: int, value_dim: int, dtype: str) -> Callable[[int], object]:
-    return _entry(states(spec_of(GATHERED, dim, value_dim, dtype, {})))
+def _gathering(dim: int, value_dim: int, dtype: str, fading: Fading) -> Callable[[int], object]:
+    return _entry(states(spec_of(GATHERED, dim, value_dim, dtype, {}), fading))

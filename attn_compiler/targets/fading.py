@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -13,6 +15,21 @@ from attn_compiler.algebra.feature import component
 from attn_compiler.targets.arrays import Arrays, Value
 from attn_compiler.targets.linear import Linear
 from attn_compiler.targets.operands import Operands
+from attn_compiler.torch_private import statically_known_true
+
+
+class Fading(IntEnum):
+    """What of a state fades by a log of its own: all of it, each row or each column; the values are the axes of such logs."""
+
+    TOGETHER = 3  # [batch, heads, tokens]
+    ROWS = 4  # [batch, heads, tokens, features]
+    COLUMNS = 5  # [batch, heads, tokens, 1, value dim]
+
+    @classmethod
+    def of(cls, logs: Sequence[Tensor]) -> Fading:
+        """What fades by some logs; without any, nothing does."""
+        return cls(logs[0].ndim) if logs else cls.TOGETHER
+
 
 # Of a decay, running, at queries and at keys: [batch, heads, tokens] in float64, and [..., features] where these fade apart.
 Logs = tuple[Tensor, Tensor]
@@ -26,8 +43,11 @@ def logs_of(operands: Operands, found: Linear, arrays: Arrays) -> Logs | None:
         k_positions = operands.k_positions
         at_key = k_positions if isinstance(k_positions, Tensor) else arrays.symbols[e.k]
         assert isinstance(at_key, Tensor)
-        of_q = _of_features(operands, found.fades, arrays, arrays.symbols[e.q], operands.q_len)
-        return of_q, _of_features(operands, found.fades, arrays, at_key[..., None], operands.k_len)
+        of_k = _of_features(operands, found.fades, arrays, at_key[..., None], operands.k_len, e.k in arrays.whole)
+        ahead = _ahead(operands)
+        if ahead is not None:
+            return of_k[:, :, ahead : ahead + operands.q_len], of_k
+        return _of_features(operands, found.fades, arrays, arrays.symbols[e.q], operands.q_len, e.q in arrays.whole), of_k
     exactly = replace(arrays, real=torch.float64)
     at_k = exactly.tensor(exactly.read(found.fades), Sort.REAL)
     at_q = exactly.tensor(exactly.read(found.fades.substitute({e.k: e.q})), Sort.REAL)
@@ -46,11 +66,21 @@ def log_before(operands: Operands, found: Linear, arrays: Arrays) -> Tensor:
     return log.expand(operands.q.shape[0], operands.q.shape[1], 1, 1)[..., 0]
 
 
-def _of_features(operands: Operands, fades: Expr, arrays: Arrays, at: Value, tokens: int) -> Tensor:
-    """The running logs of all features at some tokens, whose positions are a column."""
+def _ahead(operands: Operands) -> int | None:
+    """How far behind the first key the first query stands, if all queries are known to stand where a key does."""
+    first_query, first_key = operands.first_query, operands.k_positions
+    if not (isinstance(first_query, int) and isinstance(first_key, int)):
+        return None
+    ahead = first_query - first_key
+    return ahead if ahead >= 0 and statically_known_true(ahead + operands.q_len <= operands.k_len) else None
+
+
+def _of_features(operands: Operands, fades: Expr, arrays: Arrays, at: Value, tokens: int, counted: bool = False) -> Tensor:
+    """The running logs of all features at some tokens, whose positions are a column; `counted`: 0, 1, 2, …"""
     features = torch.arange(operands.q.shape[-1], device=operands.q.device)
     symbols = {**arrays.symbols, e.k: at, component: features}
-    exactly = replace(arrays, real=torch.float64, symbols=symbols, whole={})
+    whole = {x: arrays.whole[x] for x in (e.b, e.h) if x in arrays.whole} | {component: 1} | ({e.k: 2} if counted else {})
+    exactly = replace(arrays, real=torch.float64, symbols=symbols, whole=whole)
     return exactly.tensor(exactly.read(fades), Sort.REAL).expand(*operands.q.shape[:2], tokens, features.shape[0])
 
 

@@ -75,11 +75,16 @@ INLINE void products(
   for (int j = 0; j < count; j += ROWS) products_of<ROWS, FROM, TO>(data + j, steps, packed, scores + j * TILE, start);
 }
 
-template <int COUNT, int FROM, int TO, class Step>
-INLINE void accumulate_some(const Step* const* data, int steps, int d, const float* weights, float* sums, const vf* keep) {
+// What is kept of a sum: by its lane, or by its row.
+INLINE vf kept_of(const vf* keep, int, int n) { return keep[n]; }
+INLINE float kept_of(const float* keep, int row, int) { return keep[row]; }
+
+template <int COUNT, int FROM, int TO, class Step, class Keep>
+INLINE void accumulate_some(const Step* const* data, int steps, int d, const float* weights, float* sums, const Keep* keep) {
   Sum<Step> sum[COUNT][VECTORS] = {};
   if constexpr (!WHOLE<Step>)
-    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = *at(sums, d + r, n) * keep[n];
+    UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++)
+      sum[r][n] = *at(sums, d + r, n) * kept_of(keep, d + r, n);
   for (int j = 0; j < steps; j++) {
     const Step* row = data[j] + d;
     vf w[VECTORS];
@@ -87,12 +92,12 @@ INLINE void accumulate_some(const Step* const* data, int steps, int d, const flo
     UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++) sum[r][n] = fused(sum[r][n], row[r], w[n]);
   }
   UNROLLED for (int r = 0; r < COUNT; r++) UNROLLED for (int n = FROM; n < TO; n++)
-    *at(sums, d + r, n) = convert<vf>(sum[r][n]) + (WHOLE<Step> ? *at(sums, d + r, n) * keep[n] : vf{});
+    *at(sums, d + r, n) = convert<vf>(sum[r][n]) + (WHOLE<Step> ? *at(sums, d + r, n) * kept_of(keep, d + r, n) : vf{});
 }
 
 // What was there before is multiplied by `keep`.
-template <int WIDTH, int FROM, int TO, class Step>
-INLINE void accumulate(const Step* const* data, int steps, const float* weights, float* sums, const vf* keep) {
+template <int WIDTH, int FROM, int TO, class Step, class Keep>
+INLINE void accumulate(const Step* const* data, int steps, const float* weights, float* sums, const Keep* keep) {
   constexpr int LAST = WIDTH % ROWS;
   for (int d = 0; d < WIDTH - LAST; d += ROWS) accumulate_some<ROWS, FROM, TO>(data, steps, d, weights, sums, keep);
   if constexpr (LAST > 0) accumulate_some<LAST, FROM, TO>(data, steps, WIDTH - LAST, weights, sums, keep);

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attn_compiler.runtime import gather
 from attn_compiler.runtime.states import Call
+from attn_compiler.targets.fading import Fading
 
 QUERIES, KEYS = 4, 6
 
@@ -23,7 +24,7 @@ def by_definition(told: Call) -> None:
     now, before = (x.reshape(*x.shape[:3], -1) for x in told.logs)
     apart = (now[:, :, :, None] - before[:, :, None]) * (-1 if told.reverse else 1)
     left = torch.where(seen, apart, -torch.inf).clamp(max=0.0).exp().to(q.dtype)  # [batch, heads, queries, keys, apart]
-    if told.logs[0].ndim == 5:
+    if told.logs[0].ndim == Fading.COLUMNS:
         told.out.copy_((torch.einsum("bhqd,bhkd->bhqk", q, k)[..., None] * left * v[:, :, None]).sum(dim=3))
         return
     weights = torch.einsum("bhqd,bhkd,bhqkd->bhqk", q, k, left.expand(*left.shape[:-1], q.shape[-1]))

@@ -160,7 +160,7 @@ def test_gates_travel_as_text() -> None:
     assert wire.read(wire.write(variant)) == variant
 
 
-@pytest.mark.parametrize("target", ["cpp", "flex", "triton"])
+@pytest.mark.parametrize("target", ["flex", "triton"])
 def test_who_does_not_carry_them_says_so(target: str) -> None:
     case = case_of("gla", 20, 20, 2)
     with pytest.raises(ShapeError, match=f"the target {target}: "):

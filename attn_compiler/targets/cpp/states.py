@@ -14,6 +14,7 @@ from attn_compiler.algebra.variant import Normalizer, Variant, passed_over
 from attn_compiler.targets.cpp.printer import LEAVES, Leaves, Level
 from attn_compiler.targets.cpp.source import assembled, printer_of
 from attn_compiler.targets.cpp.spec import Spec
+from attn_compiler.targets.fading import Fading
 from attn_compiler.targets.linear import Linear, linear
 from attn_compiler.targets.operands import PLACE
 
@@ -26,10 +27,13 @@ _LEAVES: Leaves = {
 _TOKENS = (e.i, e.q, e.k, PLACE)
 
 
+FEW = 8  # tokens at work together where rows or columns of a state fade apart: a multiple of all `ROWS`
+
+
 def serves(variant: Variant) -> Linear | None:
     """What makes a variant linear, if this kernel gives its output: the sums that it finds are all that is asked of it."""
     found = linear(variant)
-    if found is None or variant.groups or variant.dropout or passed_over(variant, ("feature",)):
+    if found is None or variant.groups or variant.dropout or passed_over(variant, ("feature", "gates")):
         return None
     factor = Spec(variant, 1, 1, "float32", ()).factor
     known = factor is not None and not factor.mentions(e.peak, *_TOKENS) and not variant.scale.mentions(*_TOKENS)
@@ -48,7 +52,7 @@ def _by_component(block: Block) -> bool:
 
 def stated(variant: Variant) -> Variant:
     """What the source says of a variant: which keys exist and what is left of them, the kernel is told with a call."""
-    return replace(variant, mask=e.true, score=e.score)
+    return replace(variant, mask=e.true, score=e.score, gates=None)
 
 
 # The sums themselves: features are made before, and what divides comes after.
@@ -56,7 +60,7 @@ GATHERED = Variant(scale=const(1.0), normalizer=Normalizer("gathered", weight=e.
 
 
 @lru_cache(maxsize=256)
-def states(spec: Spec) -> str:
+def states(spec: Spec, fading: Fading = Fading.TOGETHER) -> str:
     """The source for the spec of such a variant."""
     printer = printer_of(spec, _LEAVES)
     assert spec.factor is not None
@@ -66,7 +70,14 @@ def states(spec: Spec) -> str:
         "scale": printer.function(spec.variant.scale),
         "factor": printer.function(spec.factor),
     }
-    return assembled(spec, printer, holes, ("rows.h", "tiles.h", "states.cpp"), "TILE")
+    if fading is Fading.TOGETHER:
+        return assembled(spec, printer, holes, _skeletons("fading_together.h"), "TILE")
+    columns = f"constexpr bool COLUMNS = {str(fading is Fading.COLUMNS).lower()};  // what fades by logs of its own; else rows do"
+    return assembled(spec, printer, holes, _skeletons("fading_apart.h"), FEW, columns)
+
+
+def _skeletons(how: str) -> tuple[str, ...]:
+    return "rows.h", "tiles.h", "states.h", how, "states.cpp"
 
 
 def _of_one(blocks: Sequence[Block]) -> Expr:
