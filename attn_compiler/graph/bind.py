@@ -165,9 +165,7 @@ class Binding:
             return tuple(self._attached(x, step, axes) for x in value)  # type: ignore[misc]
         if not isinstance(value, fx.Node) or not is_tensor(value):
             return value
-        node = self.versions.read(value, step.node)
-        if node is None:
-            raise DisagreementError(value, "an operand of the scores is written through another view of its memory")
+        node = self.versions.read(value, step.node) or value
         if is_number(node) and step.op != "cat":
             return node
         sizes = shape(node)
@@ -259,10 +257,6 @@ def settled(site: GraphSite, atoms: Atoms, versions: Versions, peeled: tuple[Pee
         reader = way.readers[way.nodes.index(operand.node)]
         if not versions.holds(operand.node, reader, site.out.node):
             raise DisagreementError(operand.node, "an operand is written between its use and the product with v")
-    for step in (*steps, *after):
-        for operand in step.operands():
-            if not versions.holds(operand.node, step.node, site.out.node):
-                raise DisagreementError(operand.node, "an operand of the scores is written before the product with v")
     q, k, v, out = (settle(x) for x in (site.q, site.k, site.v, site.out))
     site = replace(site, batch=batch, heads=heads, queries=queries, keys=keys, depth=depth, width=width)
     return replace(site, q=q, k=k, v=v, out=out, steps=steps, after=after)

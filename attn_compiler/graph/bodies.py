@@ -82,8 +82,9 @@ def has_anchor(gm: fx.GraphModule) -> bool:
 def _inside(outer: Part) -> Iterator[Part]:
     for body in [body for body in bodies(outer.graph) if has_anchor(body.module)]:
         graph = capture_body(body)
-        places = graph.graph.find_nodes(op="placeholder")
-        seen = {place: (outer.reader, operand) for place, operand in zip(places, body.operands, strict=bool(body.operands))}
+        pairs = zip(graph.graph.find_nodes(op="placeholder"), body.operands, strict=bool(body.operands))
+        kept = ((place, x) for place, x in pairs if outer.reader.versions.read(x, body.node) is x)
+        seen = {place: (outer.reader, operand) for place, operand in kept}
         part = Part(graph, SymbolicReader(graph, placeholders=seen), body, outer)
         yield part
         yield from _inside(part)

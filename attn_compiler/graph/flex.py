@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from attn_compiler.algebra.bounds import Box
-from attn_compiler.algebra.expr import Expr, Sort, b, h, i, k, score
+from attn_compiler.algebra.expr import Expr, Sort, b, const, h, i, k, score
 from attn_compiler.graph.calls import Argument, value
 from attn_compiler.graph.capture import capture
 from attn_compiler.graph.symbolic import SymbolicReader
@@ -41,12 +41,17 @@ def _function(
     assert isinstance(module, fx.GraphModule)
     reads: Argument = node.args[place] if len(node.args) > place else ()
     like: Tensor = value(node.args[0])
-    scalars = [like.new_empty((), dtype=None if e.sort is Sort.REAL else torch.int32) for e in given]
+    # Of one number, where flex gives them no axis: an index without axes would be read while the function is traced.
+    scalars = [like.new_empty(1, dtype=None if e.sort is Sort.REAL else torch.int32) for e in given]
     inner = capture(module, [*scalars, *map(value, reads)])
     places = inner.graph.find_nodes(op="placeholder")
-    inside = _Inside(inner, outer, dict(zip(places, (*given, *reads), strict=True)))
+    seen = [outer.versions.read(read, node) for read in reads]
+    known = [x for x in seen if x is not None]
+    if len(known) < len(seen):
+        raise OpaqueError  # somebody wrote through an alias
+    inside = _Inside(inner, outer, dict(zip(places, (*given, *known), strict=True)))
     (result,) = inner.graph.output_node().all_input_nodes
-    return inside.at(result, (), facts)
+    return inside.at(result, (const(0),) * result.meta["val"].ndim, facts)
 
 
 class _Inside(SymbolicReader):
@@ -60,5 +65,5 @@ class _Inside(SymbolicReader):
         stands_for = self._given[node]
         return stands_for if isinstance(stands_for, Expr) else self._outer.at(stands_for, index, facts)
 
-    def table(self, node: fx.Node, index: Index) -> Expr:
+    def table(self, node: fx.Node, index: Index, by: fx.Node | None = None) -> Expr:
         raise OpaqueError  # a value of the function has no place in the outer graph

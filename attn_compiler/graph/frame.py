@@ -167,10 +167,10 @@ def _written(node: fx.Node, site: GraphSite, reader: SymbolicReader) -> Frame | 
         return None
     if not _keeps_places(node, reader.versions):
         return None
-    position = reader.at(places, (i,))
-    sources = [reader.tables[name].node for name in position.tables()]
-    if not all(reader.versions.holds(source, source, site.out.node) for source in sources):
-        position = reader.table(places, (i,))  # a cache counts what it holds in place: read what was added to, not the counter
+    seen = reader.versions.read(places, node)
+    if seen is None:
+        return None
+    position = reader.at(seen, (i,))
     return Frame(position, "the places of the cache that new keys are written to")
 
 

@@ -40,10 +40,15 @@ class Versions:
             current = writer
         return current
 
+    def written(self, node: fx.Node, after: fx.Node) -> fx.Node | None:
+        """Who first writes to the memory of `node` after `after`."""
+        later = (writer for _, writer in self._writes.get(self._family(node), ()) if self.precedes(after, writer))
+        return min(later, key=self._position.__getitem__, default=None)
+
     def holds(self, node: fx.Node, after: fx.Node, until: fx.Node) -> bool:
         """Whether nobody writes to the memory of `node` after `after` and before `until`."""
-        writers = (writer for _, writer in self._writes.get(self._family(node), ()))
-        return not any(self._position[after] < self._position[writer] < self._position[until] for writer in writers)
+        writer = self.written(node, after)
+        return writer is None or not self.precedes(writer, until)
 
     def precedes(self, a: fx.Node, b: fx.Node) -> bool:
         return self._position[a] < self._position[b]

@@ -75,7 +75,6 @@ class _Recovery:
         self.facts: Box = {at: Interval(0, size - 1 if isinstance(size, int) else math.inf) for at, size in sizes.items()}
         self.facts |= {below: Interval(1, math.inf) for below in self._below(sizes)}
         self._notes: list[str] = []
-        self._direct: dict[fx.Node, fx.Node] = {}  # tables read by a step itself, after earlier writes through aliases
 
     def _below(self, sizes: Mapping[Expr, Size]) -> Iterator[Expr]:
         """How far each coordinate stays below a size that is only known when running; never less than 1."""
@@ -108,8 +107,6 @@ class _Recovery:
         variant = self._after(variant).map(self._lengths())
         literal = self._literal(variant, value).map(self._lengths()) if self._notes else None
         tables = {name: self.reader.tables[name] for name in sorted(variant.tables() | (literal or variant).tables())}
-        for found_table in tables.values():
-            self._holds(found_table.node)
         return Recovered(variant, tables, self.facts, tuple(self._notes), literal)
 
     def _literal(self, variant: Variant, value: Expr) -> Variant:
@@ -233,13 +230,8 @@ class _Recovery:
     def _read(self, node: fx.Node, index: Index, step: Step) -> Expr:
         seen = self.reader.versions.read(node, step.node)
         if seen is None:
-            self._direct[node] = step.node
-            return self.reader.table(node, index)
+            return self.reader.table(node, index, by=step.node)
         return self.reader.at(seen, index, self.facts)
-
-    def _holds(self, node: fx.Node) -> None:
-        if not self.reader.versions.holds(node, self._direct.get(node, node), self._site.out.node):
-            raise _CannotError(f"{node} is written before the attention ends")
 
     def _lengths(self) -> _Renamed:
         found: dict[Expr, Expr] = {}

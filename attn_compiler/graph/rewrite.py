@@ -25,7 +25,7 @@ from attn_compiler.graph.placed import Placed, placed
 from attn_compiler.graph.recalled import Recalled, forget, recalled, recalls, trait_nodes
 from attn_compiler.graph.record import GraphSite
 from attn_compiler.graph.rounding import rounding
-from attn_compiler.graph.symbolic import sizes
+from attn_compiler.graph.symbolic import Table, sizes
 from attn_compiler.planning.site import Phase, Site
 from attn_compiler.runtime.call import derived_tables
 from attn_compiler.runtime.targets import Target
@@ -66,7 +66,7 @@ def rewrite(gm: fx.GraphModule, replacements: Sequence[Replacement], rounded: Ma
 
 def computation(graph: fx.Graph, replacement: Replacement) -> tuple[Callable[..., Tensor], list[fx.Node]]:
     """What computes a site's output in place of its code, and the nodes whose values it is given."""
-    tables, found = _tables(replacement), replacement.described.found
+    tables, found = _tables(graph, replacement), replacement.described.found
     held = placed(found)
     past = recalled(found) or held
     k, v = (held.k, held.v) if held else (found.k.node, found.v.node)
@@ -96,7 +96,7 @@ def tell(graph: fx.Graph, replacement: Replacement) -> None:
     if tuple(nodes) != tuple(one.name for one in traits(variant)):
         return  # it says at every call that the model attends otherwise
     made = {one.name: one for part in variant.parts() for one in part.made if isinstance(one, Made)}
-    tables = _tables(replacement)
+    tables = _tables(graph, replacement)
     for name, node in nodes.items():
         new = call(node)["new"]
         if name == KEY:
@@ -170,7 +170,7 @@ def _unrounded(operands: Operands, variant: Variant) -> AbstractContextManager[o
     return torch.autocast(operands.q.device.type, enabled=False) if held else nullcontext()
 
 
-def _tables(replacement: Replacement) -> dict[str, fx.Node]:
+def _tables(graph: fx.Graph, replacement: Replacement) -> dict[str, fx.Node]:
     """The nodes behind the tables that the new variant and the positions of the queries need."""
     described = replacement.described
     needed = set(replacement.variant.tables()) - {table.name for table in _derived(replacement.variant)}
@@ -179,8 +179,22 @@ def _tables(replacement: Replacement) -> dict[str, fx.Node]:
     padding = described.first_key
     if padding and padding.name in needed:
         needed = needed - {padding.name} | padding.valid.tables()
-    known = {name: table.node for name, table in described.tables.items()} | dict(replacement.given)
-    return {name: known[name] for name in sorted(needed)}
+    given, by = replacement.given, described.found.out.node
+    return {name: given[name] if name in given else _as_read(graph, described.tables[name], by) for name in sorted(needed)}
+
+
+def _as_read(graph: fx.Graph, table: Table, by: fx.Node) -> fx.Node:
+    """What `by` reads of a table, which for it is a copy where somebody writes to the table before."""
+    node, writer = table.node, table.until
+    if writer is None or not writer < by:
+        return node
+    for user in node.users:
+        if user.target is torch.ops.aten.clone.default and user < writer:
+            return user
+    with graph.inserting_before(writer):
+        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta.update(node.meta)
+    return copy
 
 
 def _sizes(graph: fx.Graph, found: GraphSite, inputs: Sequence[fx.Node]) -> list[fx.Node]:

@@ -30,11 +30,12 @@ _NO_FACTS: Box = {}
 
 @dataclass(frozen=True)
 class Table:
-    """What a table of a recovered expression is: a node of the graph, or the size of one of its dimensions."""
+    """What a table of a recovered expression is: a node of the graph until somebody writes to it, or the size of a dimension."""
 
     node: fx.Node
     sort: Sort
     dim: int | None = None
+    until: fx.Node | None = None
 
 
 Lifted = tuple["SymbolicReader", fx.Node]
@@ -69,12 +70,13 @@ class SymbolicReader:
         """A Python number, a symbolic size or a node of one."""
         return self.view(_NO_FACTS).number(x)
 
-    def table(self, node: fx.Node, index: Index) -> Expr:
-        """`node` as a run-time tensor."""
+    def table(self, node: fx.Node, index: Index, by: fx.Node | None = None) -> Expr:
+        """`node` as a run-time tensor: what it was made as, or what `by` sees of it."""
         seen = value(node)
         sort = sort_of(seen.dtype) if isinstance(seen, torch.Tensor) else Sort.REAL
-        self.tables[node.name] = Table(node, sort)
-        return table(node.name, *index, sort=sort)
+        name = node.name if by is None else f"{node.name}_in_{by.name}"
+        self.tables[name] = Table(node, sort, until=self.versions.written(node, by or node))
+        return table(name, *index, sort=sort)
 
     def size(self, name: str) -> Expr:
         """A symbol of the shapes of this graph."""
@@ -94,9 +96,10 @@ class SymbolicReader:
             outer, at = lifted
             found = outer.at(at, index, facts)
             inner = {x[1].name: mine for mine, x in self._placeholders.items() if isinstance(x, tuple)}
-            if found.tables() <= inner.keys():
+            if found.tables() <= inner.keys() and all(outer.tables[name].until is None for name in found.tables()):
                 for name in found.tables():
-                    self.tables[inner[name].name] = Table(inner[name], outer.tables[name].sort)
+                    mine = inner[name]
+                    self.tables[mine.name] = Table(mine, outer.tables[name].sort, until=self.versions.written(mine, mine))
                 return found.transform(lambda e: table(inner[str(e.value)].name, *e.args, sort=e.sort) if e.op == "table" else e)
         return self.table(node, index)
 
@@ -140,13 +143,7 @@ class _View:
             found = self.simplified(rule(Reading(self, node, read, index)))
         except (OpaqueError, AlgebraError, KeyError):
             return self._reader.table(node, index)
-        fits = found.sort is sort_of(node.meta["val"].dtype) and not (read.writes and self._overwritten(found, node))
-        return found if fits else self._reader.table(node, index)
-
-    def _overwritten(self, e: Expr, writer: fx.Node) -> bool:
-        """Whether a table that `e` reads holds something else once `writer` has run."""
-        nodes = (self._reader.tables[name].node for name in e.tables())
-        return not all(self._reader.versions.holds(node, node, writer.next) for node in nodes)
+        return found if found.sort is sort_of(node.meta["val"].dtype) else self._reader.table(node, index)
 
     def read(self, node: fx.Node, index: Index, by: fx.Node) -> Expr:
         seen = self._reader.versions.read(node, by)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import attn_compiler as attn
 from attn_compiler import Report
+from attn_compiler.testing import assert_within_budget
 from end_to_end.models import additive
 
 WINDOW, STREAMING = "causal & window(6)", "causal & (window(6) | sinks(2))"
@@ -111,3 +112,24 @@ def test_sinks_are_refused_where_padding_cannot_be_told_from_the_mask() -> None:
     refused = [reason for report in since(before) for _, reason in report.refusals]
     assert refused
     assert all("padding cannot be told" in refusal.reason for refusal in refused)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_loop_of_one_s_own_around_a_static_cache_has_the_policy_s_tokens(implementation: str) -> None:
+    from transformers import StaticCache
+
+    torch.compiler.reset()
+    made, before = model(implementation), attn.reports()
+    tokens = prompt()[0][1:]
+    compiled = torch.compile(made, backend="attn", options=policy(WINDOW))
+    cache = StaticCache(config=made.config, max_cache_len=32)
+    with torch.no_grad():
+        logits = [compiled(piece, past_key_values=cache).logits for piece in tokens.split((7, 2, 1, 1), dim=1)]
+        between = torch.arange(tokens.shape[1])[:, None] - torch.arange(tokens.shape[1])
+        mask = (between >= 0) & (between < 6)
+        plain = made(tokens, attention_mask=additive(mask[None, None], torch.float32), use_cache=False).logits
+        exact = made.double()(tokens, attention_mask=additive(mask[None, None], torch.float64), use_cache=False).logits
+    assert_within_budget(torch.cat(logits, dim=1), exact, plain)
+    decided = [decision for report in since(before) for decision in report.decisions]
+    assert {decision.outcome for decision in decided} == {"approximate"}
+    assert not [miss for report in since(before) for miss in report.plan.near_misses]

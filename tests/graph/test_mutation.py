@@ -7,8 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import attn_compiler as attn
+from attn_compiler.backend import attn_eagerly
 from attn_compiler.testing import assert_within_budget
 
 LENGTH, DIM = 12, 8
@@ -34,6 +37,21 @@ def copied_and_written_then(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ kept.mT * DIM**-0.5).softmax(-1) @ v
 
 
+def biased_by_what_is_written_then(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.linspace(0, 3, LENGTH).repeat(LENGTH, 1)
+    scores = q @ k.mT * DIM**-0.5 + bias
+    bias.zero_()
+    return scores.softmax(-1) @ v + bias[:, :DIM]
+
+
+def biased_by_what_an_alias_wrote(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(LENGTH, LENGTH)
+    bias[:, 3:].add_(torch.linspace(0, 3, LENGTH)[3:])
+    scores = q @ k.mT * DIM**-0.5 + bias
+    bias.mul_(2.0)
+    return scores.softmax(-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, core: Spelling) -> None:
         super().__init__()
@@ -45,7 +63,13 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("core", [written_over, copied_before_it_is_written, copied_and_written_then])
+@pytest.mark.parametrize(
+    "core",
+    [
+        written_over, copied_before_it_is_written, copied_and_written_then, biased_by_what_is_written_then,
+        biased_by_what_an_alias_wrote,
+    ],
+)  # fmt: skip
 def test_what_a_write_leaves_is_read(core: Spelling, dynamic: bool) -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -56,3 +80,84 @@ def test_what_a_write_leaves_is_read(core: Spelling, dynamic: bool) -> None:
         exact = model.double()(x.double())
     assert_within_budget(ours, exact, plain)
     assert sum(len(report.sites) for report in attn.reports()[before:]) == 1
+
+
+WINDOW = {"version": 1, "rules": [{"attn": {"mask": "causal & window(5)"}}]}
+
+
+def within(length: int) -> Tensor:
+    """The mask that this policy means."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < 5)
+
+
+@pytest.mark.parametrize("written", ["whole", "in part"])
+def test_a_function_of_flex_reads_what_was_written_last(written: str) -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = torch.linspace(0, 3, LENGTH).repeat(LENGTH, 1)
+        (bias if written == "whole" else bias[:, 3:]).mul_(-1.0)
+        out = flex_attention(q[:, None], k[:, None], v[:, None], lambda x, b, h, i, j: x + bias[i, j])
+        assert isinstance(out, Tensor)
+        bias.zero_()
+        return out[:, 0]
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x, before = Attention(core), torch.randn(2, LENGTH, DIM), len(attn.reports())
+    with torch.no_grad():
+        ours = torch.compile(model, backend=attn_eagerly, options={"policy": WINDOW})(x)
+        q, k, v = model.qkv(x).chunk(3, dim=-1)
+        (report,) = attn.reports()[before:]
+        if written == "in part":  # nobody knows what an alias left
+            torch.testing.assert_close(ours, model(x))
+            assert not report.sites
+            return
+    bias = torch.linspace(0, -3, LENGTH).repeat(LENGTH, 1).masked_fill(~within(LENGTH), -torch.inf)
+    plain = scaled_dot_product_attention(q, k, v, bias)
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), bias.double())
+    assert_within_budget(ours, exact, plain)
+
+
+class Counting(nn.Module):
+    """Counts its tokens in a tensor, once its mask has read it; the next block reads what was counted."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.inside = inside
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("keys", torch.zeros(1, 4 * LENGTH, DIM))
+        self.register_buffer("values", torch.zeros(1, 4 * LENGTH, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        places = torch.arange(x.shape[1]) + self.count
+        seen = torch.arange(self.keys.shape[1]) <= places[:, None]
+        count = self.count.to("cpu")  # as caches do, which shares its memory
+        if not self.inside:
+            count.add_(x.shape[1])
+        k, v = self.keys.index_copy_(1, places, k), self.values.index_copy_(1, places, v)
+        scores = (q @ k.mT * DIM**-0.5).masked_fill(~seen, -torch.inf)
+        if self.inside:
+            count.add_(x.shape[1])
+        return scores.softmax(-1) @ v
+
+
+PIECES = [LENGTH, 1, 1, LENGTH, 1]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_counter_that_is_written_while_the_model_runs_is_read_as_it_was(inside: bool) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = Counting(inside), torch.randn(1, sum(PIECES), DIM)
+    compiled, before = torch.compile(model, backend="attn", options={"policy": WINDOW}), len(attn.reports())
+    with torch.no_grad():
+        q, k, v = (part[:, None] for part in model.qkv(x).chunk(3, dim=-1))
+        ours = torch.cat([compiled(piece) for piece in x.split(PIECES, dim=1)], dim=1)
+    assert model.count == sum(PIECES)
+    seen = within(x.shape[1])
+    plain = scaled_dot_product_attention(q, k, v, seen)
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), seen)
+    assert_within_budget(ours[:, None], exact, plain)
+    assert {one.outcome for report in attn.reports()[before:] for one in report.decisions} == {"approximate"}

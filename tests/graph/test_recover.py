@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attn_compiler.algebra.evaluate import evaluate
 from attn_compiler.algebra.expr import Expr, Sort, b, dim, h, heads, i, k, k_len, q_len, score
@@ -162,11 +163,7 @@ def recovered(model: nn.Module, inputs: dict[str, Tensor], **how: Any) -> list[R
     return found
 
 
-ALL = {
-    entry.name: entry
-    for entry in (*MASKS, *handwritten.ENTRIES, *torch_modules.ENTRIES, *text.ENTRIES, *vision.ENTRIES)
-    if entry.name != "flex_hop"  # its functions are not read yet: refused, below
-}
+ALL = {entry.name: entry for entry in (*MASKS, *handwritten.ENTRIES, *torch_modules.ENTRIES, *text.ENTRIES, *vision.ENTRIES)}
 CORE = (
     "llama_packed",
     "t5_pad",
@@ -190,3 +187,35 @@ def test_the_variant_computes_what_the_model_computes(entry: Entry, implementati
     model, inputs = entry.make(implementation)
     for result in recovered(model, inputs):
         assert isinstance(result, Recovered), result
+
+
+class WithFlex(nn.Module):
+    """Documents and a bias for each head, as functions of flex read them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.bias = nn.Parameter(torch.randn(2, 24, 24))
+        self.slopes = nn.Parameter(torch.rand(2))
+
+    def forward(self, x: Tensor, document: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+
+        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (document[b, i] == document[b, j]) & (i >= j)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + self.bias[h, i, j] - self.slopes[h] * (i - j)
+
+        out = flex_attention(q, k, v, score, create_block_mask(seen, 2, None, 24, 24, device="cpu"))
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_the_functions_of_flex_may_read_tables() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 24, 16), "document": torch.arange(24).div(torch.tensor([[5], [9]]), rounding_mode="floor")}
+    (found,) = recovered(WithFlex(), inputs)
+    assert isinstance(found, Recovered)
+    assert len(found.tables) == 3
+    assert "document" in str(found.variant.mask)
