@@ -18,7 +18,7 @@ from attn_compiler.planning.findings import visits
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Form, Phase, Site
-from attn_compiler.runtime import linear, states
+from attn_compiler.runtime import branches, linear, states
 from attn_compiler.runtime.coded_rows import codes_objection, of_rows
 from attn_compiler.runtime.codes import encode
 from attn_compiler.runtime.compiler import why_not
@@ -56,6 +56,8 @@ class CppTarget:
             return EMPTY
         if not lse and (states.can_run(operands, variant) or linear.gathers(operands, variant)):
             return _machine(q.device.type, dtype_name(q.dtype))
+        if not lse and branches.serves(operands, variant, self.refuse):
+            return None
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         reason = _machine(q.device.type, dtype_name(q.dtype)) or objection(variant, counted, stored, operands.differentiated)
@@ -68,8 +70,9 @@ class CppTarget:
             mapped, plain, told = states.prepared(operands, variant)
             out, _ = attend_generated(mapped, plain, "states", told)
             return out.to(operands.q.dtype), None
-        if not lse and linear.gathers(operands, variant):
-            return attend_torch(operands, variant, way=Way(states=BY_KERNEL))
+        if not lse and (linear.gathers(operands, variant) or branches.serves(operands, variant, self.refuse)):
+            kernel = branches.kernel(self.refuse, self.attend)
+            return attend_torch(operands, variant, way=Way(states=BY_KERNEL, kernel=kernel))
         return around.around(operands, variant, lambda inner, one: attend_generated(inner, one, self.name, lse=lse))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
@@ -78,9 +81,10 @@ class CppTarget:
         missed = lost(site, variant)
         if missed:
             return Refusal("cpp", missed)
-        by_states = None if _machine(site.device, site.dtype) else linear.carried(site, variant)
-        if by_states is not None:
-            return by_states
+        unable = _machine(site.device, site.dtype)
+        by_parts = None if unable else branches.carried(site, variant, self.carry) or linear.carried(site, variant)
+        if by_parts is not None:
+            return by_parts
         unpaid = pays_not(site, variant)
         plain = self.carry(site, with_cache_only(variant)) if unpaid else None
         if isinstance(plain, Carried):

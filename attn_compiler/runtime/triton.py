@@ -12,7 +12,7 @@ from attn_compiler.algebra.variant import Variant, without_total
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Phase, Site
-from attn_compiler.runtime import interpreter, linear
+from attn_compiler.runtime import branches, interpreter, linear
 from attn_compiler.runtime.coded_rows import codes_objection, of_rows
 from attn_compiler.runtime.cpp import DTYPES, objection, of_unseeing
 from attn_compiler.runtime.gather import by_triton
@@ -44,6 +44,8 @@ class TritonTarget:
         q, v = operands.q, operands.v
         if not lse and linear.gathers(operands, variant, TAKES):
             return _machine(q.device.type, dtype_name(q.dtype))
+        if not lse and branches.serves(operands, variant, self.refuse):
+            return None
         if operands.past:
             return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else _unmet(variant))
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
@@ -55,8 +57,9 @@ class TritonTarget:
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
         if operands.codes and not codes_objection(operands, variant):
             return attend_generated(*of_rows(operands, variant), CODES[self.name], lse=lse)
-        if not lse and linear.gathers(operands, variant, TAKES):
-            return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype)))
+        if not lse and (linear.gathers(operands, variant, TAKES) or branches.serves(operands, variant, self.refuse)):
+            kernel = branches.kernel(self.refuse, self.attend)
+            return attend_torch(operands, variant, way=Way(states=by_triton(operands.q.dtype), kernel=kernel))
         return around(operands, variant, lambda inner, one: attend_generated(inner, one, self.name, lse=lse))
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
@@ -65,6 +68,9 @@ class TritonTarget:
         if site.recalls:
             return self._behind_states(site, continued(variant))
         missed = lost(site, variant)
+        by_parts = None if missed else branches.carried(site, variant, self.carry)
+        if by_parts:
+            return by_parts
         gathered, dim = linear.by_states(site, variant, TAKES), max(site.head_dim, site.value_dim)
         if gathered and not missed and not _machine(site.device, site.dtype):
             return Carried(linear.form(variant, gathered), gains=False)

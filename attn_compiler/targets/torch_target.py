@@ -51,12 +51,19 @@ def refuse(variant: Variant, *, lse: bool = False) -> str | None:
     return (without_total(variant) if lse else None) or uncorrected or passed_over(variant, CARRIED)
 
 
+Kernel = Callable[[Operands, Variant, bool], Result | None]  # None: it has none for this
+
+
 @dataclass(frozen=True)
 class Way:
-    """How sums over keys come about where there is a choice: what is linear, by `states`; else tokens are laid out first."""
+    """How sums over keys come about where there is a choice: in branches by a `kernel`, what is linear by `states`.
+
+    Elsewhere tokens are laid out first.
+    """
 
     states: Gather = BY_CHUNKS
     lay_out: LayOut = near_or_whole
+    kernel: Kernel | None = None
 
 
 USUAL = Way()
@@ -126,9 +133,14 @@ def _attend(operands: Operands, variant: Variant, lse: bool, way: Way) -> Result
     if variant.mix is None:
         out, totals = _attend_alone(operands, variant, lse, way=way)
     else:
-        attend, gather = partial(_attend_alone, way=way), partial(_gather_alone, way=way)
+        attend, gather = partial(_attend_branch, way=way), partial(_gather_alone, way=way)
         out, totals = mixed(operands, variant.mix, attend, gather, real, lse=lse)
     return put_out(out, operands, variant, real).to(dtype), totals
+
+
+def _attend_branch(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:
+    found = way.kernel(operands, variant, lse) if way.kernel else None
+    return _attend_alone(operands, variant, lse, way=way) if found is None else found
 
 
 def _attend_alone(operands: Operands, variant: Variant, lse: bool, *, way: Way) -> Result:

@@ -155,7 +155,6 @@ def test_a_sum_has_no_log_sum_exp() -> None:
     ("target", "slots", "said"),
     [
         ("cpp", {"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
-        ("cpp", {"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
         ("flex", {"feature": "elu_one", "mask": "causal & window(4)"}, "carry `feature`"),
         ("flex", {"mix": MIXES["lse"]}, "carry `(feature|mix)`"),
         ("flex", {"feature": "identity", "normalizer": "linear(subtract)"}, "count the keys that a query sees"),
