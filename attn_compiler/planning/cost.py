@@ -75,7 +75,7 @@ def pooled(one: Context, site: Site) -> Around:
         count = math.prod(-(-length // size) for length, size in zip(lengths, one.sizes, strict=True))
         return Around(replace(site, k_hint=count), Cost(0, 0))
     count = math.prod(one.sizes)
-    return Around(replace(site, k_hint=count), _gathering(site, count))
+    return Around(replace(site, k_hint=count), _gathering(site, count, written=2))
 
 
 def merged(one: Merge, site: Site) -> Around:
@@ -91,10 +91,10 @@ def merged(one: Merge, site: Site) -> Around:
     return Around(replace(fewer, k_hint=agents), cost + _gathering(fewer, agents))
 
 
-def _gathering(site: Site, agents: int) -> Cost:
-    """What it costs that so many agents attend to all keys, by weights that are written out."""
+def _gathering(site: Site, agents: int, written: int = 0) -> Cost:
+    """What it costs that so many agents attend to all keys; weights that are written out are moved so often."""
     width, pairs = site.head_dim + site.value_dim, agents * site.k_hint
-    numbers = site.heads * ((agents + site.k_hint) * width + 2 * pairs)
+    numbers = site.heads * ((agents + site.k_hint) * width + written * pairs)
     return Cost(2 * site.heads * pairs * width, numbers * bits_of(site.dtype) // 8)
 
 

@@ -48,7 +48,8 @@ class OnnxTarget:
         return "an exported attention has no log-sum-exp" if lse else None
 
     def attend(self, operands: Operands, variant: Variant, *, lse: bool = False) -> Result:
-        return around.around(operands, variant, lambda inner, one: (record(self.site, inner, one), None))
+        """The attention as one function of its own name; agents gather for it by operators in front."""
+        return around.around(operands, variant, lambda inner, one: (record(self.site, inner, one), None), attend_torch)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
         reason = objection(site, without_cache(variant) if self.decodes else variant)

@@ -31,8 +31,8 @@ def without(variant: Variant) -> Variant:
     return replace(variant, output=(), context=(), groups=groups)
 
 
-def around(operands: Operands, variant: Variant, attend: Attend) -> Result:
-    """What `attend` makes of what is left for it, with what stands around that."""
+def around(operands: Operands, variant: Variant, attend: Attend, gather: Attend | None = None) -> Result:
+    """What `attend` makes of what is left for it, with what stands around that; `gather` as `merged` has it."""
     if without(variant) == variant:
         return attend(operands, variant)
     dtype = operands.q.dtype
@@ -45,7 +45,7 @@ def around(operands: Operands, variant: Variant, attend: Attend) -> Result:
         other, told = in_context(part, one, real)
         return attend(replace(other, q=part.q, k=other.k.to(dtype), v=other.v.to(dtype)), without(told))
 
-    out, totals = merged(operands, replace(variant, context=contexts.pop()), real, dtype, launched)
+    out, totals = merged(operands, replace(variant, context=contexts.pop()), real, dtype, launched, gather)
 
     def finished(part: Operands, of_group: Variant) -> Result:
         own = out if len(part.head_numbers) == out.shape[1] else out[:, list(part.head_numbers)]

@@ -12,18 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra.context import Merge
-from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.mixing import Result
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.products import per_kv_head
 
 Attend = Callable[[Operands, Variant], Result]
 
 
-def merged(operands: Operands, variant: Variant, real: torch.dtype, dtype: torch.dtype, attend: Attend) -> Result:
-    """What `attend` makes of a call of fewer tokens in `dtype`, where the variant merges some; each has its group's result."""
+def merged(
+    operands: Operands, variant: Variant, real: torch.dtype, dtype: torch.dtype, attend: Attend, gather: Attend | None = None
+) -> Result:
+    """What `attend` makes of a call of fewer tokens in `dtype`, where the variant merges some; each has its group's result.
+
+    Agents gather the values by `gather`, where that is another way.
+    """
     one = next((one for one in variant.context if isinstance(one, Merge)), None)
     if one is None:
         return attend(operands, variant)
@@ -32,19 +35,15 @@ def merged(operands: Operands, variant: Variant, real: torch.dtype, dtype: torch
     told = replace(variant, unrotated=(), context=tuple(x for x in variant.context if x is not one))
     likeness = _likeness(_metric(operands, one, torch.promote_types(real, torch.float32)), one)
     group = likeness.groups(one.share)
-    q, k, v = (group.means(x.to(real)) for x in (operands.q, operands.k, operands.v))
-    keys, values = k, v
+    q, k, v = (group.means(x.to(real)).to(dtype) for x in (operands.q, operands.k, operands.v))
+    fewer = replace(operands, q=q, k=k, v=v, q_positions=0, k_positions=0, unrotated=None, codes=None)
     if one.agents is not None:
-        arrays = operands.arrays(real)
-        scale = arrays.tensor(arrays.read(variant.scale), Sort.REAL)
-        keys = likeness.groups(one.agents).means(operands.q.to(real))
-        values = per_kv_head((per_kv_head(keys, k.mT) * scale).softmax(dim=-1), v)
-        told = replace(told, scale=variant.scale**one.power)
-    q, keys, values = q.to(dtype), keys.to(dtype), values.to(dtype)
-    fewer = replace(operands, q=q, k=keys, v=values, q_positions=0, k_positions=0, unrotated=None, codes=None)
+        agents = likeness.groups(one.agents).means(operands.q.to(real)).to(dtype)
+        gathered = (gather or attend)(replace(fewer, q=agents), Variant(scale=variant.scale))[0]
+        fewer, told = replace(fewer, k=agents, v=gathered.to(dtype)), replace(told, scale=variant.scale**one.power)
     out = attend(fewer, told)[0]
     if one.shortcut:
-        out = out.to(real) + one.shortcut * v.repeat_interleave(out.shape[1] // v.shape[1], dim=1)
+        out = out.to(real) + one.shortcut * v.to(real).repeat_interleave(out.shape[1] // v.shape[1], dim=1)
     return group.handed_back(out), None
 
 
