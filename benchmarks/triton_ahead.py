@@ -25,12 +25,15 @@ from attn_compiler.runtime.triton_orders import cuts, order
 from attn_compiler.runtime.triton_states import order as order_of_states
 from attn_compiler.targets.triton.blocks import KINDS, STATES, Blocks, Kind, candidates
 from attn_compiler.targets.triton.precision import TF32
+from attn_compiler.targets.triton.states import Fades, is_apart
 from attn_compiler.testing import variant_of
 
 VARIANT = "causal & window(1024)"
 BY_DISTANCE = {"mask": VARIANT, "score": "score + relative(bias, 1024)"}  # whose table wants gradients
 HEADS = (*product((64, 128), ("bfloat16", "float16")), (64, "float32"), (128, "float32"), (96, "bfloat16"), (256, "bfloat16"))
 LINEAR = tuple((dim, dtype) for dim, dtype in product((64, 128, 256), ("bfloat16", TF32, "float32")))
+FADES: tuple[Fades, ...] = ("whole", "rows", "columns")
+FADING = [one for one in product(STATES, FADES) if one != ("step", "columns")]  # gradients behind a state are plain operators
 CONTROLS = {  # which must not be sound
     False: Blocks(128, 128, 4, 2),  # it spills
     True: Blocks(128, 64, 8, 2, specialized=True),  # so many warps are not divided
@@ -75,6 +78,7 @@ class Case:
     dtype: str
     specialized: bool = False
     codes: str = ""
+    fades: Fades = ""
 
     def shape(self) -> Shape:
         few, asked = self.kind == "decode", BY_DISTANCE if self.kind == "diagonals" else VARIANT
@@ -86,13 +90,13 @@ class Case:
         return replace(shape, variant=replace(shape.variant, storage=storage))
 
     def tiles(self) -> tuple[Blocks, ...]:
-        plain = candidates(self.kind, self.dtype, self.dim, self.machine)
+        plain = candidates(self.kind, self.dtype, self.dim, self.machine, apart=is_apart(self.fades))
         some = cuts(self.shape(), self.kind, self.machine) if self.codes else plain
         return tuple(blocks for blocks in some if blocks.specialized == self.specialized)
 
     def order(self, blocks: Blocks) -> Order:
         if self.kind in STATES:
-            return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks)
+            return order_of_states(self.kind, self.dim, self.dtype, self.machine, blocks, self.fades)
         return order(self.shape(), self.kind, blocks, self.machine, wanted=("bias",))
 
 
@@ -105,6 +109,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=(*KINDS, *STATES), action="append", help="only these")
     parser.add_argument("--dtype", action="append", help="only these")
     parser.add_argument("--dim", type=int, action="append", help="only these")
+    parser.add_argument("--fades", choices=FADES, action="append", help="of linear attention, only where states fade so")
     parser.add_argument("--codes", action="store_true", help="kernels of codes instead")
     options = parser.parse_args()
     folder = Path(options.folder)
@@ -118,11 +123,13 @@ def main() -> None:
         return
     for machine in options.machine or MACHINES:
         kinds: Sequence[Kind] = options.kind or (*KINDS, *STATES)
-        cases = [Case(machine, kind, *heads) for kind in kinds for heads in (LINEAR if kind in STATES else HEADS)]
+        cases = [Case(machine, kind, *heads) for kind in kinds if kind not in STATES for heads in HEADS]
+        fading = [one for one in FADING if one[0] in kinds and one[1] in (options.fades or FADES)]
+        cases += [Case(machine, kind, *heads, fades=fades) for kind, fades in fading for heads in LINEAR]
         cases = [one for one in cases if one.dim in (options.dim or [one.dim]) and one.dtype in (options.dtype or [one.dtype])]
         rows += tried(cases)
         for control in [kind for kind, some in LAST.items() if {*some} & {*kinds}]:
-            rows += tried([Case(machine, control, 128, "bfloat16")], [CONTROLS[False]])
+            rows += tried([Case(machine, control, 128, "bfloat16", fades=FADES[0])], [CONTROLS[False]])
         divided = [one for one in (replace(case, specialized=True) for case in cases) if one.tiles()]
         rows += tried(divided)
         rows += tried([replace(one, dim=128, dtype="bfloat16") for one in divided[:1]], [CONTROLS[True]])
@@ -155,7 +162,8 @@ def tried(cases: Sequence[Case], only: Sequence[Blocks] = ()) -> list[dict[str, 
 def row(case: Case, blocks: Blocks) -> dict[str, object]:
     cut = f"{blocks.queries} × {blocks.keys}, {blocks.warps} warps, {blocks.stages} stages"
     empty = dict.fromkeys(("registers", "stack", "shared KiB", "multiplies by", "copies", "sound"), "–")
-    kernel = f"{case.kind}{', specialized' if case.specialized else ''}{f': {case.codes}' if case.codes else ''}"
+    apart = f", {case.fades}" if is_apart(case.fades) else ""
+    kernel = f"{case.kind}{', specialized' if case.specialized else ''}{f': {case.codes}' if case.codes else ''}{apart}"
     return {"machine": case.machine, "kernel": kernel, "dim": case.dim, "dtype": case.dtype, "tile": cut, **empty}
 
 

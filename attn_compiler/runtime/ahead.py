@@ -56,6 +56,7 @@ class Order:
     multiplied: tuple[str, ...] = ()  # the dtypes of what is multiplied; nothing: as operands come
     constants: tuple[tuple[str, float | None], ...] = ()  # arguments that are known ahead
     sums: tuple[int, ...] = ()  # the axes of the tables that want gradients
+    rows: tuple[str, ...] = ()  # other arguments whose rows start so
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _compiled(order: Order) -> Compiled:
     types = _signature(order, names)
     rows = [name for name, dtype in order.held if dtype == "uint8"]  # which end in a float, so that only the first is aligned
     attributes = {(at, n): aligned for at, name in enumerate(names) if name in _OPERANDS for n in range(1 if name in rows else 4)}
+    attributes |= {(names.index(name), n): aligned for name in order.rows if name in names for n in range(5)}
     sizes = {**order.blocks.sizes(), "BLOCK": order.blocks.queries, **dict.fromkeys(ALIKE, 32)}
     sizes |= {"SPANS": 1, "TILES": TILES, "NUMBERS": SCANNED}
     constants = {name: size for name, size in {**sizes, **dict(order.constants)}.items() if name in names}

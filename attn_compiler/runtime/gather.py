@@ -56,7 +56,8 @@ def by_triton(dtype: torch.dtype) -> Gather:
     """Gather on Triton, where operands of a dtype may be multiplied no less exactly than such numbers are."""
     by = {torch.float16: TF32, torch.bfloat16: "bfloat16"}.get(dtype, "float32")
     run = partial(_by_kernel, by=by)
-    return Gather(run, dynamic=True, few=True, behind=run)  # its tiles of queries meet late keys one by one, however few
+    # Its tiles of queries meet late keys one by one, however few they are.
+    return Gather(run, dynamic=True, few=True, gates=True, behind=run)
 
 
 def _gather(

@@ -32,7 +32,8 @@ from attn_compiler.targets.triton.coded import objection as of_storage
 WIDEST = 256  # numbers of a head, up to which a tile fits
 LEAST_E4M3 = (8, 9)
 PLAIN = Variant()
-TAKES = linear.Takes(math.inf, few=True, gates=False)  # features are cut into pieces, and few tokens meet one by one
+UNMET = "beside states its kernels know no gradient of a decay's rate"
+TAKES = linear.Takes(math.inf, few=True, gates=True)  # features are cut into pieces, and few tokens meet one by one
 
 
 class TritonTarget:
@@ -47,7 +48,7 @@ class TritonTarget:
         if not lse and branches.serves(operands, variant, self.refuse):
             return None
         if operands.past:
-            return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else _unmet(variant))
+            return refuse_torch(variant, lse=lse) or ("beside states its kernels know no log-sum-exp" if lse else UNMET)
         stored = {name: Stored(dtype_name(table.dtype), table.ndim) for name, table in operands.tables.items()}
         counted = operands.first_query is not None, not isinstance(operands.k_positions, Tensor)
         where = _machine(q.device.type, dtype_name(q.dtype), max(q.shape[-1], v.shape[-1]), variant)
@@ -84,15 +85,9 @@ class TritonTarget:
         """How a site is carried where states stand for keys that are gone."""
         gathered = linear.by_states(site, variant, TAKES)
         reason = refuse_torch(variant) or unremembered(site, variant) or _machine(site.device, site.dtype)
-        reason = reason or (None if len(gathered) >= len(states(variant, site.heads)) else _unmet(variant))
+        reason = reason or (None if len(gathered) >= len(states(variant, site.heads)) else UNMET)
         form = f"{linear.form(variant, gathered)}, which begin with those of the cache"
         return Refusal(self.name, reason) if reason else Carried(form, gains=True)
-
-
-def _unmet(variant: Variant) -> str:
-    """Why states of linear parts are not met."""
-    asked = "gate for each feature" if any(part.gates is not None for part in variant.parts()) else "gradient of a decay's rate"
-    return f"beside states its kernels know no {asked}"
 
 
 def _machine(device: str, dtype: str, dim: int = 0, variant: Variant = PLAIN) -> str | None:

@@ -26,7 +26,8 @@ def cuts(shape: Shape, kind: Kind, machine: str = "", group: int = 0) -> tuple[B
     _, variant = head_groups(shape.variant, shape.heads)[group]
     of = multiplied(spec_of(shape, kind, variant))
     codes = kind == "forward" and variant.storage != PLAIN
-    return candidates(kind, "float32" if "float32" in of else of[1], max(shape.dim, shape.value_dim), machine, codes=codes)
+    dtype, apart = "float32" if "float32" in of else of[1], states.is_apart(states.named(shape.names))
+    return candidates(kind, dtype, max(shape.dim, shape.value_dim), machine, codes=codes, apart=apart)
 
 
 def order(shape: Shape, kind: Kind, blocks: Blocks, machine: str, group: int = 0, wanted: Collection[str] = ()) -> Order:
@@ -56,7 +57,8 @@ def suits(shape: Shape, blocks: Blocks, group: int) -> bool:
 def text(shape: Shape, kind: Kind, blocks: Blocks, group: int, wanted: Collection[str] = ()) -> str:
     """The kernel."""
     if kind in states.FILES:
-        return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=bool(shape.names))
+        fades = states.named(shape.names)
+        return states.source(kind, shape.dim, shape.value_dim, shape.dtype, states.SEGMENT, blocks.width, fades=fades)
     members, variant = head_groups(shape.variant, shape.heads)[group]
     spec = spec_of(shape, kind, variant)
     if kind == "decode":

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from attn_compiler.algebra.feature import component
 from attn_compiler.algebra.storage import PLAIN
 from attn_compiler.algebra.variant import passed_over
 from attn_compiler.errors import ShapeError
@@ -25,7 +26,7 @@ from attn_compiler.targets.triton.coded import tables as tables_of_codes
 from attn_compiler.targets.triton.launch import program, program_clipped, program_for_few, program_of_states
 from attn_compiler.targets.triton.precision import TF32, in_memory
 from attn_compiler.targets.triton.skeleton import joined
-from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, source
+from attn_compiler.targets.triton.states import KERNELS, SCANNED, SEGMENT, Fades, is_apart, source
 
 Programs = tuple[tuple[tuple[int, ...], str], ...]  # and the heads that each is for
 
@@ -43,19 +44,21 @@ def programs(shape: Shape) -> Programs:
 
 def gathered(shape: Shape) -> Linear | None:
     """What makes a call linear whose keys are added up to states."""
-    if shape.variant.groups or passed_over(shape.variant, ("feature", "seen", "output")):
+    if shape.variant.groups or passed_over(shape.variant, ("feature", "gates", "seen", "output")):
         return None
     return linear(shape.variant)
 
 
 def _of_states(shape: Shape, found: Linear) -> str:
     dtype = TF32 if shape.dtype == "float16" else shape.dtype
-    blocks, *_ = candidates("gather", dtype, shape.dim)
+    fades: Fades = "" if found.fades is None else "rows" if found.fades.mentions(component) else "whole"
+    blocks, *_ = candidates("gather", dtype, shape.dim, apart=is_apart(fades))
     sizes = shape.variant.feature.width(shape.dim), shape.value_dim
-    kernels = [source(one, *sizes, dtype, SEGMENT, blocks.width, fades=found.fades is not None) for one in KERNELS]
+    kernels = [source(one, *sizes, dtype, SEGMENT, blocks.width, fades=fades) for one in KERNELS]
     own = {
         "OFFSET": shape.k_len if found.behind is None else shape.first_query - shape.first_key - found.behind,
-        "FADES": found.fades is not None,
+        "FADES": bool(fades),
+        "APART": is_apart(fades),
         "SCANNED": SCANNED,
     }
     constants = {**_constants(replace(shape, dtype=dtype), blocks), **own}

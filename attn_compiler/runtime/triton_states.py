@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_compiler.runtime.ahead import Order
 from attn_compiler.runtime.kernels import Shape
-from attn_compiler.runtime.states import LOG_AT_K, LOG_AT_Q, Call
+from attn_compiler.runtime.states import Call
 from attn_compiler.runtime.triton_launch import call, load, operand
 from attn_compiler.runtime.triton_orders import text
 from attn_compiler.runtime.tuning import chosen
@@ -20,6 +20,8 @@ from attn_compiler.targets.cpp.states import GATHERED
 from attn_compiler.targets.past import Earlier
 from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks, Kind
+
+_LOGS = ("at_query", "at_key", "before")
 
 
 def gather(told: Call, dtype: str) -> None:
@@ -65,7 +67,7 @@ class Run:
     def add_up(self, blocks: Blocks) -> None:
         """Let the keys of each segment become a state."""
         k, v = self.told.k, self.told.v
-        of_key, of_value = states.widths(k.shape[3], v.shape[3], blocks.width)
+        of_key, of_value = states.widths(k.shape[3], v.shape[3], blocks.width, fading(self.told))
         pieces = -(-k.shape[3] // of_key) * -(-v.shape[3] // of_value)
         given = (*map(self._operand, (k, v)), self.held, self._logs[1], self._sharing, self.count)
         self._start("states", blocks, (self.count * pieces, self.held.shape[1]), given, {"BLOCK_K": blocks.keys})
@@ -81,7 +83,7 @@ class Run:
         told, (q_len, k_len) = self.told, (self.told.q.shape[2], self.told.k.shape[2])
         operands = [self._operand(x) for x in (told.q, told.k, told.v, told.out)]
         given = (*operands, told.mass, self.held, *self._logs, *self._past, self._sharing, q_len, k_len, told.ahead, self.count)
-        _, of_value = states.widths(told.k.shape[3], told.v.shape[3], blocks.width)
+        _, of_value = states.widths(told.k.shape[3], told.v.shape[3], blocks.width, fading(told))
         grid = -(-q_len // blocks.queries) * -(-told.v.shape[3] // of_value), told.out.shape[1]
         self._start(_meeting(told), blocks, grid, given, blocks.sizes())
 
@@ -105,6 +107,7 @@ class Run:
         return tuple(map(self._halves, self.told.logs)) if self.told.logs else (None, None)
 
     def _halves(self, log: Tensor) -> tuple[object, ...]:
+        log = log.flatten(3) if log.ndim > 4 else log
         high = log.float()
         low = torch.where(high.isinf(), 0.0, log - high)
         halves = torch.stack((high, low.float())) * (-1.0 if self.told.reverse else 1.0)
@@ -129,19 +132,28 @@ class Run:
 def likely(told: Call, dtype: str) -> Shape:
     """What calls have in common whose kernels are cut alike: their lengths are of one magnitude."""
     (_, _, q_len, dim), (_, _, k_len, value_dim) = told.q.shape, told.v.shape
-    names = (LOG_AT_Q, LOG_AT_K) if told.logs else ()
+    fades = fading(told)
+    names = (fades,) if fades else ()
     heads = told.out.shape[1], max(told.k.shape[1], told.v.shape[1])
     lengths = 1 << q_len.bit_length(), 1 << k_len.bit_length()
+    stored = (Stored("float64", 4 if states.is_apart(fades) else 3),) * len(names)
     return Shape(
-        GATHERED, names, (Stored("float64", 3),) * len(names), True, True, 1, *heads, *lengths, dim, value_dim, dtype, 0, 1, 0, 0,
-        (None,) * len(names),
+        GATHERED, names, stored, True, True, 1, *heads, *lengths, dim, value_dim, dtype, 0, 1, 0, 0, (None,) * len(names)
     )  # fmt: skip
 
 
-def order(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks) -> Order:
+def fading(told: Call) -> states.Fades:
+    """What of a state the running logs of a call are those of."""
+    if told.logs is None:
+        return ""
+    of_axes: Mapping[int, states.Fades] = {3: "whole", 4: "rows", 5: "columns"}
+    return of_axes[told.logs[0].ndim]
+
+
+def order(kind: Kind, dim: int, dtype: str, machine: str, blocks: Blocks, fades: states.Fades = "whole") -> Order:
     """A kernel of a call with a decay, as `ahead` takes it."""
-    text = states.source(kind, dim, dim, dtype, states.SEGMENT, blocks.width, fades=True)
-    return Order(text, dtype, (), machine, blocks)
+    text = states.source(kind, dim, dim, dtype, states.SEGMENT, blocks.width, fades=fades)
+    return Order(text, dtype, (), machine, blocks, rows=_LOGS if states.is_apart(fades) else ())
 
 
 @lru_cache(maxsize=128)
@@ -159,11 +171,11 @@ def _attempt(kind: Kind, shape: Shape, device: torch.device, blocks: Blocks) -> 
 
     q, k = drawn(shape.heads, shape.q_len, shape.dim), drawn(shape.kv_heads, shape.k_len, shape.dim)
     v, out = drawn(shape.kv_heads, shape.k_len, shape.value_dim), drawn(shape.heads, shape.q_len, shape.value_dim).float()
-    logs = [torch.zeros(1, shape.heads, x.shape[2], dtype=torch.float64, device=device) for x in (q, k)]
-    sums, fades = torch.zeros(1, shape.kv_heads, shape.dim, shape.value_dim + 1, device=device), bool(shape.names)
-    past = Earlier(sums, logs[1][..., :1] if fades else None) if kind == "step" else None
-    told = Call(
-        q, k, v, out, out[..., 0].clone(), (logs[0], logs[1]) if fades else None, None, shape.k_len - shape.q_len, past=past
-    )
+    fades = states.named(shape.names)
+    numbers = {"rows": (shape.dim,), "columns": (1, shape.value_dim)}.get(fades, ())
+    at_q, at_k = (torch.zeros(1, shape.heads, x.shape[2], *numbers, dtype=torch.float64, device=device) for x in (q, k))
+    sums, logs = torch.zeros(1, shape.kv_heads, shape.dim, shape.value_dim + 1, device=device), (at_q, at_k) if fades else None
+    past = Earlier(sums, at_k[:, :, :1] if fades else None) if kind == "step" else None
+    told = Call(q, k, v, out, out[..., 0].clone(), logs, None, shape.k_len - shape.q_len, past=past)
     run = Run(told, shape, blocks.queries)
     return partial(run.add_up if kind == "states" else run.meet, blocks)

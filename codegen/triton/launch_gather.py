@@ -9,17 +9,17 @@ from states import states
 # <constants>
 BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN = 1, 8, 8, 4096, 4096
 OFFSET = 0
-FADES = False
+FADES, APART = False, False  # weights, and whether each feature does by itself
 BLOCK_Q, BLOCK_K, SCANNED, WARPS, STAGES = 64, 64, 512, 4, 2
 DTYPE = torch.float32
 # </constants>
 
 
 def halves(log):
-    """A running log, [batch, heads, tokens] of float64, as a float, and far behind it what rounding left."""
+    """A running log, [batch, heads, tokens] or [..., features] of float64, as a float, and far behind it what rounding left."""
     high = log.float()
     both = torch.stack((high, (log - high).float()))
-    return (both, *both.stride()[1:], high.numel())
+    return (both, *both.stride()[1:4], high.numel())
 
 
 def attend(q, k, v, at_query=None, at_key=None):
@@ -59,4 +59,6 @@ if __name__ == "__main__":
     k = torch.randn(BATCH, KV_HEADS, K_LEN, DIM.value, dtype=DTYPE, device=device)
     v = torch.randn(BATCH, KV_HEADS, K_LEN, VALUE_DIM.value, dtype=DTYPE, device=device)
     logs = [torch.arange(n, device=device).double().expand(BATCH, HEADS, -1) * -0.01 for n in (Q_LEN, K_LEN)]
+    if APART:
+        logs = [log[..., None].expand(-1, -1, -1, DIM.value) for log in logs]
     print(*attend(q, k, v, *(logs if FADES else ())))

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from apart import faded, logs
 from tiles import left, logged, piece, rows, state_of
 
 # <constants>
@@ -10,6 +11,7 @@ WIDTH, VALUE_WIDTH = tl.constexpr(64), tl.constexpr(64)  # of which so many are 
 SEGMENT = tl.constexpr(256)  # keys between two states
 PRECISION = tl.constexpr("ieee")
 FADES = False
+APART, ROWS_FADE, COLUMNS_FADE = False, False, False  # parts of a state fade each by itself: which ones
 # </constants>
 
 
@@ -27,6 +29,8 @@ def states(k, v, held, at_key, sharing, count, BLOCK_K: tl.constexpr):
     h = member * sharing[3]
     if FADES:
         end = logged(at_key, b, h, segment * SEGMENT + SEGMENT - 1)
+    if APART:
+        end = logs(at_key, b, h, segment * SEGMENT + SEGMENT - 1)
     acc, total = tl.zeros([WIDTH, VALUE_WIDTH], tl.float32), tl.zeros([1, WIDTH], tl.float32)
     for near in tl.range(0, SEGMENT, BLOCK_K):
         j = segment * SEGMENT + near + tl.arange(0, BLOCK_K)[:, None]
@@ -36,6 +40,11 @@ def states(k, v, held, at_key, sharing, count, BLOCK_K: tl.constexpr):
         if FADES:
             fade = left(end, logged(at_key, b, h, j))
             counted, values = counted * fade, (values.to(tl.float32) * fade).to(values.dtype)
+        if ROWS_FADE:
+            counted = faded(keys, end, logs(at_key, b, h, j), first, DIM, WIDTH)
+            keys = counted.to(keys.dtype)
+        if COLUMNS_FADE:
+            values = faded(values, end, logs(at_key, b, h, j), first_value, VALUE_DIM, VALUE_WIDTH).to(values.dtype)
         acc = tl.dot(keys.T, values, acc, input_precision=PRECISION)
         total += tl.sum(counted, 0, keep_dims=True)
     state = state_of(held, b * tl.num_programs(1) + member, count, segment, DIM * VALUE_DIM + DIM)

@@ -12,20 +12,33 @@ from attn_compiler.runtime.ahead import MACHINES, Compiled, Order, compile_ahead
 from attn_compiler.runtime.triton_states import order
 from attn_compiler.targets.triton.blocks import STATES, Blocks, Kind, candidates
 from attn_compiler.targets.triton.precision import TF32
+from attn_compiler.targets.triton.states import Fades, is_apart
 
 pytest.importorskip("triton")
 
 DTYPES = ("bfloat16", TF32)  # TF32: what calls in float16 are multiplied as
 
 
-def first(kind: Kind, dim: int, dtype: str, machine: str) -> Order:
-    return order(kind, dim, dtype, machine, candidates(kind, dtype, dim, machine)[0])
+APART: tuple[tuple[Kind, Fades], ...] = (
+    ("states", "rows"), ("states", "columns"), ("gather", "rows"), ("gather", "columns"), ("step", "rows"),
+)  # fmt: skip
+
+
+def tried(kind: Kind, dim: int, dtype: str, machine: str, fades: Fades = "whole") -> list[Order]:
+    some = candidates(kind, dtype, dim, machine, apart=is_apart(fades))
+    return [order(kind, dim, dtype, machine, blocks, fades) for blocks in some]
+
+
+def first(kind: Kind, dim: int, dtype: str, machine: str, fades: Fades = "whole") -> Order:
+    return tried(kind, dim, dtype, machine, fades)[0]
 
 
 QUICK = {
     **{f"{kind}, 128, {dtype}": first(kind, 128, dtype, "sm_90") for kind, dtype in product(STATES, DTYPES)},
     "gather, 64": first("gather", 64, "bfloat16", "sm_90"),
     "scan": order("scan", 128, "float32", "sm_90", Blocks()),
+    **{f"{kind} by {fades}, 128": first(kind, 128, "bfloat16", "sm_90", fades) for kind, fades in APART},
+    **{f"scan by {fades}": order("scan", 128, "float32", "sm_90", Blocks(), fades) for fades in ("rows", "columns")},
 }
 CONTROLS = {
     "spilling": order("states", 128, TF32, "sm_80", Blocks(64, 64, 4, 2)),
@@ -42,13 +55,13 @@ def compiled() -> Mapping[str, Compiled]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_cut_that_is_tried_first_is_sound(name: str) -> None:
-    if name == "scan":  # which multiplies no matrices
+    if name.startswith("scan"):  # which multiplies no matrices
         assert not compiled()[name].spills
     else:
         assert is_sound(compiled()[name], QUICK[name])
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if not name.startswith(("scan", "step"))])
+@pytest.mark.parametrize("name", [name for name in QUICK if not name.startswith(("scan", "step", "gather by"))])
 def test_warp_groups_multiply_on_hopper(name: str) -> None:
     assert compiled()[name].count("HGMMA")
     assert not compiled()[name].count("HMMA")
@@ -59,7 +72,7 @@ def wide(name: str) -> int:
     return sum(count for stem, count in compiled()[name].opcodes.items() if stem.startswith("LDGSTS") and "128" in stem)
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if name != "scan"])
+@pytest.mark.parametrize("name", [name for name in QUICK if not name.startswith("scan")])
 def test_rows_are_copied_in_steps_of_16_bytes(name: str) -> None:
     """Logs are single numbers of each token, and what TF32 needs turned is copied number by number."""
     assert wide(name)
@@ -83,5 +96,14 @@ def test_float32_is_not_multiplied_in_less() -> None:
 @pytest.mark.parametrize(("dim", "dtype"), list(product((64, 128), DTYPES)))
 @pytest.mark.parametrize("kind", STATES)
 def test_some_candidate_of_every_kernel_is_sound(kind: Kind, dim: int, dtype: str, machine: str) -> None:
-    orders = [order(kind, dim, dtype, machine, blocks) for blocks in candidates(kind, dtype, dim, machine)]
+    orders = tried(kind, dim, dtype, machine)
+    assert any(map(is_sound, compile_ahead(orders), orders))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("dim", "dtype"), list(product((64, 128), DTYPES)))
+@pytest.mark.parametrize(("kind", "fades"), APART)
+def test_some_candidate_is_sound_where_parts_fade_apart(kind: Kind, fades: Fades, dim: int, dtype: str, machine: str) -> None:
+    orders = tried(kind, dim, dtype, machine, fades)
     assert any(map(is_sound, compile_ahead(orders), orders))

@@ -9,7 +9,6 @@ from torch import Tensor
 import attn_compiler as attn
 from attn_compiler.errors import ShapeError
 from attn_compiler.runtime import triton_programs
-from attn_compiler.runtime.gather import CPP
 from attn_compiler.runtime.triton_launch import load
 from attn_compiler.testing import assert_all_within_budget
 
@@ -24,30 +23,32 @@ def source(slots: object, *, tokens: int = 160, dtype: str = "float32") -> str:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("fades", [False, True])
-def test_what_is_printed_runs_alone_and_gathers(fades: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", ["", "scalar", "vector"])
+def test_what_is_printed_runs_alone_and_gathers(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_programs, "SEGMENT", 32)
-    program = load(source(LINEAR | ({"state": "gate(scalar)"} if fades else {})))
+    program = load(source(LINEAR | ({"state": f"gate({gate})"} if gate else {})))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 160, 8, generator=generator) for heads in (2, 1, 1))
-    logs = [torch.rand(1, 2, 160, generator=generator, dtype=torch.float64).cumsum(-1).neg()] * 2 if fades else []
+    rates = {"": 0.0, "scalar": 1.0, "vector": torch.linspace(0.5, 2, 8)}[gate]
+    log = -torch.rand(1, 2, 160, 1, generator=generator, dtype=torch.float64).cumsum(2) * rates
+    logs = {"": (), "scalar": (log[..., 0],) * 2, "vector": (log,) * 2}[gate]
 
     def gathered(real: torch.dtype) -> list[Tensor]:
-        return list(torch.ops.attn_compiler.gather(*(x.to(real) for x in (q, k, v)), logs, 0, False, CPP))
+        left = (log[:, :, :, None] - log[:, :, None]).clamp(max=0).exp().to(real)
+        weights = (q.to(real)[:, :, :, None] * k.to(real)[:, :, None] * left).sum(-1).tril()
+        return [weights @ v.to(real), weights.sum(-1)]
 
-    left = (logs[0][..., None] - logs[1][..., None, :]).exp().tril() if fades else torch.ones(160, 160).tril()
-    weights = q.double() @ k.double().mT * left
-    assert_all_within_budget(
-        list(program.attend(q, k, v, *logs)), [weights @ v.double(), weights.sum(-1)], lambda: gathered(torch.float32),
-        ["sums", "masses"],
-    )  # fmt: skip
+    found = list(program.attend(q, k, v, *logs))
+    assert_all_within_budget(found, gathered(torch.float64), lambda: gathered(torch.float32), ["sums", "masses"])
 
 
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_lines_are_short_and_no_hole_is_left(dtype: str) -> None:
-    lines = source(LINEAR | {"state": "gate(scalar)"}, dtype=dtype).splitlines()
+def test_lines_are_short_and_no_hole_is_left(dtype: str, gate: str) -> None:
+    lines = source(LINEAR | {"state": f"gate({gate})"}, dtype=dtype).splitlines()
     assert all(len(line) <= 130 for line in lines)
-    assert not any(line.strip().startswith(("# <", "from tiles", "if FADES")) for line in lines if "logs" not in line)
+    left = ("# <", "from tiles", "if FADES", "if ROWS_FADE", "if COLUMNS_FADE")
+    assert not any(line.strip().startswith(left) for line in lines if "logs" not in line)
     assert ('"tf32"' in "\n".join(lines)) == (dtype == "float16")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 from end_to_end.models import interpreted
 from end_to_end.test_state_caches import EVERYWHERE, FADES, SHARED, generated, llama, prompt
+from end_to_end.test_state_traits import llama as gated_llama
+from end_to_end.test_state_traits import prompt as gated_prompt
+from end_to_end.test_state_traits import ready, trained
 
 pytest.importorskip("triton")
 
@@ -32,6 +36,7 @@ GENERATOR = torch.Generator().manual_seed(4)
 TABLES = {
     "padding": torch.arange(TOKENS) >= torch.tensor([[0], [11]]),
     "gate": torch.rand(2, 4, TOKENS, generator=GENERATOR).sigmoid().log().cumsum(-1),
+    "gates": torch.rand(2, 4, TOKENS, 8, generator=GENERATOR).sigmoid().log().cumsum(2),
     "beta": torch.rand(2, 4, TOKENS, generator=GENERATOR),
     "hedgehog_q": torch.randn(4, 8, 4, generator=GENERATOR),
     "hedgehog_k": torch.randn(4, 8, 4, generator=GENERATOR),
@@ -45,6 +50,8 @@ VARIANTS: Mapping[str, tuple[Mapping[str, object], torch.dtype]] = {
     "padding and means": ({**ELU, "mask": "causal & valid(padding)", "normalizer": "linear(mean)"}, torch.float32),
     "decay": ({"feature": "silu", "mask": "causal", "state": "decay((h + 1) / 8)", "normalizer": "linear(none)"}, torch.float32),
     "gate, in bfloat16": ({**ELU, "mask": "causal & valid(padding)", "state": "gate(scalar)"}, torch.bfloat16),
+    "gates of features": ({**ELU, "mask": "causal & valid(padding)", "state": "gate(vector, running=gates)"}, torch.float32),
+    "gates of features, in bfloat16": ({**ELU, "state": "gate(vector, running=gates)"}, torch.bfloat16),
     "learned features": ({"feature": "hedgehog", "mask": "causal"}, torch.float32),
     "gated delta": ({"feature": "cosine", "mask": "causal", "state": "gated_delta"}, torch.float32),
     "shared denominator": (
@@ -75,7 +82,7 @@ def operands(dtype: torch.dtype) -> list[Tensor]:
 
 
 def tables(slots: Mapping[str, object], dtype: torch.dtype) -> dict[str, Tensor]:
-    read = ("hedgehog_q", "hedgehog_k") if "hedgehog" in str(slots) else ("padding", "gate", "beta")
+    read = ("hedgehog_q", "hedgehog_k") if "hedgehog" in str(slots) else ("padding", "gate", "gates", "beta")
     return {name: TABLES[name].to(dtype) if TABLES[name].dtype.is_floating_point else TABLES[name] for name in read}
 
 
@@ -104,7 +111,7 @@ def test_steps_are_the_parallel_form(name: str, runs: list[Call]) -> None:
     assert any(told.past is not None for told in runs)
 
 
-@pytest.mark.parametrize("name", ["decay", "shared denominator"])
+@pytest.mark.parametrize("name", ["decay", "gates of features", "shared denominator"])
 def test_their_gradients_are_those_of_the_parallel_form(name: str, runs: list[Call]) -> None:
     slots, dtype = VARIANTS[name]
 
@@ -133,18 +140,21 @@ def test_a_token_behind_a_state_is_one_launch(runs: list[Call], monkeypatch: pyt
     assert launched == ["step"]
 
 
-@pytest.mark.parametrize("fades", [False, True])
-def test_the_operator_is_what_autograd_and_compiled_graphs_take_it_for(fades: bool, runs: list[Call]) -> None:
+@pytest.mark.parametrize("fades", ["", "whole", "rows"])
+def test_the_operator_is_what_autograd_and_compiled_graphs_take_it_for(fades: str, runs: list[Call]) -> None:
     q, k, v = (x.detach()[:1, :, :7].requires_grad_() for x in operands(torch.float32))
     sums = torch.randn(1, 4 if fades else 2, 8, 7, generator=GENERATOR).requires_grad_()
-    log, before = torch.arange(7).mul(-0.1).expand(1, 4, 7).double(), torch.full((1, 4, 1), 0.2).double()
-    logs, state = ([log.clone().requires_grad_()] * 2, (sums, before.requires_grad_())) if fades else ([], (sums,))
+    rate = torch.linspace(0.1, 0.3, 8).double() if fades == "rows" else torch.tensor([0.1]).double()
+    log, before = -torch.arange(7)[:, None] * rate.expand(1, 4, 1, -1), (2 * rate).expand(1, 4, 1, -1)
+    if fades != "rows":
+        log, before = log[..., 0], before[..., 0]
+    logs, state = ([log.clone().requires_grad_()] * 2, (sums, before.clone().requires_grad_())) if fades else ([], (sums,))
     given = (q, k, v, logs, 0, False, "float32", *state)
     torch.library.opcheck(torch.ops.attn_compiler.gather.default, given)
-    left = (log[..., None] - log[..., None, :]).clamp(max=0).exp() if fades else torch.ones(1, 4, 7, 7)
-    weights = ((q.double() @ k.double().repeat_interleave(2, 1).mT) * left).tril()
-    reached = q.double() * ((log - before).exp()[..., None] if fades else 1.0)
-    met = reached @ sums.double().repeat_interleave(4 // sums.shape[1], 1)
+    now, then = (x.reshape(1, 4, x.shape[2], -1) if fades else torch.zeros(()) for x in (log, state[-1]))
+    left = (now[:, :, :, None] - now[:, :, None]).clamp(max=0).exp() if fades else torch.ones(())
+    weights = (q.double()[:, :, :, None] * k.double().repeat_interleave(2, 1)[:, :, None] * left).sum(-1).tril()
+    met = (q.double() * (now - then).exp()) @ sums.double().repeat_interleave(4 // sums.shape[1], 1)
     exact = weights @ v.double().repeat_interleave(2, 1) + met[..., :-1], weights.sum(-1) + met[..., -1]
     found = torch.ops.attn_compiler.gather(*given)
     for one, meant in zip(found, exact, strict=True):
@@ -184,6 +194,21 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonTarget, "carry", planned)
     monkeypatch.setattr(private, "inductor", lambda: interpreted)
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_model_whose_gates_follow_from_its_input_generates_what_it_does_on_torch(runs: list[Call], tmp_path: Path) -> None:
+    model, (tokens, valid) = gated_llama(), gated_prompt(3)
+    asked, forward, found = trained(model, ready("gla"), tmp_path), model.forward, []
+    for target in ("torch", "triton"):
+        torch.compiler.reset()
+        model.forward = torch.compile(forward, backend="attn", options={"policy": asked, "target": target})  # type: ignore[method-assign]
+        settings = {"max_new_tokens": 5, "do_sample": False, "disable_compile": True, "past_key_values": attn.cache(model, asked)}
+        found.append(model.generate(tokens, attention_mask=valid, **settings))
+        assert bool(runs) == (target == "triton")
+    assert torch.equal(*found)
+    assert sum(told.past is not None for told in runs) == 4  # each token behind the prompt
+    assert all(told.logs is not None and told.logs[0].ndim == 4 for told in runs)
 
 
 @pytest.mark.usefixtures("on_a_gpu")

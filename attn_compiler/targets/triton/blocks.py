@@ -18,8 +18,8 @@ class Blocks:
     """Queries and keys of a tile, warps that share it, and tiles that are loaded ahead.
 
     `specialized` kernels have four more warps, which do nothing but copy; where the compiler does not make them so, they are
-    not worth trying. Kernels of linear attention have `width` numbers of a value at work at once, twice as many
-    of a key.
+    not worth trying. Kernels of linear attention have `width` numbers of a value at work at once, twice as many of a key;
+    where parts of a state fade apart, it is the other way round.
     """
 
     queries: int = 64
@@ -38,12 +38,17 @@ class Blocks:
         return {**self.sizes(), "num_warps": self.warps, "num_stages": self.stages}
 
 
-def candidates(kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bool = False) -> tuple[Blocks, ...]:
+def candidates(
+    kind: Kind, dtype: str, dim: int, machine: str = "", *, codes: bool = False, apart: bool = False
+) -> tuple[Blocks, ...]:
     """What is worth trying for heads of `dim` numbers, what any call can be cut into first.
 
     The queries of `decode` are those that there are. Without a `machine`, what any of NVIDIA's takes. Products of `codes` need
-    more registers: those of whole numbers, and of them as floats.
+    more registers: those of whole numbers, and of them as floats. Where parts of a state fade `apart`, queries of a tile meet
+    as many keys one by one.
     """
+    if apart:
+        return (_APART_FLOAT32 if dtype == "float32" else _APART)[kind]
     if kind == "step":
         return _STEP
     if kind in STATES:
@@ -96,5 +101,15 @@ _LINEAR: Mapping[str, tuple[Blocks, ...]] = {
     "narrow": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
     "float32": (Blocks(32, 32, 4, 2, width=32), Blocks(16, 16, 4, 1, width=32)),
     "amd": (Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1, width=32)),
+}
+_APART: Mapping[Kind, tuple[Blocks, ...]] = {
+    "states": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1, width=32)),
+    "gather": (Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2, width=32)),
+    "step": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2, width=32), Blocks(16, 16, 4, 2, width=16)),
+}
+_APART_FLOAT32: Mapping[Kind, tuple[Blocks, ...]] = {
+    "states": (Blocks(32, 32, 4, 2, width=32), Blocks(32, 16, 4, 1, width=32)),
+    "gather": (Blocks(16, 32, 4, 2, width=32), Blocks(16, 16, 4, 1, width=32)),
+    "step": (Blocks(16, 16, 4, 2, width=32), Blocks(16, 16, 4, 1, width=32)),
 }
 _STEP = (Blocks(16, 32, 4, 2, width=32), Blocks(64, 32, 4, 2, width=32))  # behind a state queries are few, mostly one

@@ -78,8 +78,8 @@ def tools() -> Mapping[str, str]:
 
 
 _FUNCTION = re.compile(r"^@triton\.jit\ndef (\w+)\(.*\n(?:(?:    .*)?\n)*", re.MULTILINE)
-_TOOLS = ("tiles.py", "codes.py")
-_IMPORT = re.compile(r"^from (?:tiles|codes) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
+_TOOLS = ("tiles.py", "codes.py", "apart.py")
+_IMPORT = re.compile(r"^from (?:tiles|codes|apart) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
 
 @lru_cache
