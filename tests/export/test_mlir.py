@@ -162,6 +162,20 @@ def test_results_may_be_of_any_kind(tmp_path: Path) -> None:
     assert len(report.checks) == 1
 
 
+class Sorted(nn.Module):
+    """Something that torch-mlir has an operator of its own for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(dim=-1)[0]
+
+
+def test_operators_that_only_torch_mlir_can_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.mlir"
+    with pytest.raises(ExportError, match=r"only it can read: tm_tensor\.sort"):
+        attn.export_mlir(Sorted().eval(), (torch.zeros(2, 5),), path)
+    assert not path.exists()
+
+
 class Inner(nn.Module):
     """Something that torch-mlir does not have."""
 

@@ -60,6 +60,23 @@ def run_passes(module: Any, pipeline: str) -> None:
             PassManager.parse(f"builtin.module({pipeline})").run(module.operation)
         except MLIRError as failure:
             raise ExportError(f"torch-mlir cannot lower the model: {_complaint(failure)}") from failure
+        own = _own_operators(module)
+        if own:
+            raise ExportError(f"torch-mlir lowers the model to operators that only it can read: {', '.join(own)}")
+
+
+def _own_operators(module: Any) -> list[str]:
+    """What is left of torch-mlir's dialect of sorting and scattering, which files cannot hold."""
+    from torch_mlir.ir import WalkResult
+
+    names: set[str] = set()
+
+    def look(operation: Any) -> Any:
+        names.add(str(operation.name))
+        return WalkResult.ADVANCE
+
+    module.operation.walk(look)
+    return sorted(name for name in names if name.startswith("tm_tensor.") and not name.endswith(".yield"))
 
 
 def _complaint(failure: Any) -> str:
