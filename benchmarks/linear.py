@@ -4,7 +4,7 @@
 
 Writes `linear.json` and `linear.md` to FOLDER. Causal, 8 heads of 64, float32. Dense causal SDPA is the yardstick up to
 `--longest` tokens; beyond, only the kernel runs, whose time for a token should not change. `--inductor` adds the same operators
-compiled, `--fla` FLA's chunks in PyTorch (`pip install --no-deps fla-core einops`). Times are of the processor, not of the clock
+compiled, `--fla` FLA's forms in PyTorch (`pip install --no-deps fla-core einops`). Times are of the processor, not of the clock
 on the wall, so that other programs disturb them less.
 """
 
@@ -25,6 +25,7 @@ from _tables import features, markdown, processor, write_json
 
 HEADS, DIM = 8, 64
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+GATED = {"mask": "causal", "state": "gate(vector)", "normalizer": "linear(none)", "scale": "1 / sqrt(dim)"}
 MUST = {512: 3, 2048: 7, 8192: 25}  # times dense SDPA, where the machine has AVX-512
 ELU = {"feature": "elu_one", "mask": "causal"}
 FADING = {**ELU, "state": "decay(2 ** (-8 * (h + 1) / heads))"}
@@ -36,19 +37,26 @@ def runs(length: int, longest: int, *, inductor: bool, fla: bool) -> dict[str, R
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(3))
 
-    def attend(variant: object, target: str) -> Run:
-        return lambda: attn.attend(q, k, v, variant, target=target)  # type: ignore[arg-type,return-value]
+    steps = torch.randn(1, HEADS, length, DIM, generator=generator).sub(3).sigmoid().neg().log1p()  # logs of gates
+    running = steps.double().cumsum(2)
 
-    ours = {"cpp": attend(ELU, "cpp"), "cpp, decay": attend(FADING, "cpp")}
+    def attend(variant: object, target: str) -> Run:
+        tables = {"gate": running} if variant is GATED else {}
+        return lambda: attn.attend(q, k, v, variant, tables=tables, target=target)  # type: ignore[arg-type,return-value]
+
+    ours = {"cpp": attend(ELU, "cpp"), "cpp, decay": attend(FADING, "cpp"), "cpp, gates": attend(GATED, "cpp")}
     if length > longest:
         return ours
     dense: dict[str, Run] = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    found = dense | ours | {"torch": attend(ELU, "torch"), "torch, decay": attend(FADING, "torch")}
+    theirs = {"torch": ELU, "torch, decay": FADING, "torch, gates": GATED}
+    found = dense | ours | {name: attend(variant, "torch") for name, variant in theirs.items()}
     if inductor:
         found["inductor"] = torch.compile(attend(ELU, "torch"), dynamic=False)
     if fla:
         found["fla naive"] = naive(q, k, v)
-        torch.testing.assert_close(found["fla naive"](), ours["cpp"](), rtol=1e-3, atol=1e-4)
+        found["fla naive, gates"] = naive_gates(q, k, v, steps)
+        for one in ("", ", gates"):
+            torch.testing.assert_close(found[f"fla naive{one}"](), ours[f"cpp{one}"](), rtol=1e-3, atol=1e-4)
     return found
 
 
@@ -59,6 +67,17 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Run:
     def run() -> Tensor:
         q_, k_, v_ = (x.transpose(1, 2) for x in (F.elu(q) + 1, F.elu(k) + 1, v))
         out = naive_chunk_linear_attn(q_, k_, v_, scale=1.0, normalize=True)
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    return run
+
+
+def naive_gates(q: Tensor, k: Tensor, v: Tensor, steps: Tensor) -> Run:
+    """FLA's own form of GLA without Triton, token by token."""
+    from fla.ops.gla.naive import naive_recurrent_gla  # type: ignore[import-not-found]
+
+    def run() -> Tensor:
+        out, _ = naive_recurrent_gla(*(x.transpose(1, 2) for x in (q, k, v, steps)))
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
     return run
@@ -88,7 +107,8 @@ def milliseconds(run: Run, least: float = 0.03) -> float:
 def row(length: int, found: dict[str, float]) -> dict[str, object]:
     """What a table shows: how many times faster than the yardstick everybody is, and what a token costs the kernel."""
     dense = found.get("sdpa")
-    others = ("cpp", "cpp, decay", "torch", "torch, decay", "inductor", "fla naive")
+    states = (f"{target}{what}" for target in ("cpp", "torch") for what in ("", ", decay", ", gates"))
+    others = (*states, "inductor", "fla naive", "fla naive, gates")
     ratios = {name: f"{dense / found[name]:.2f}x" if dense and name in found else "" for name in others}
     shown: dict[str, object] = {"tokens": length, "sdpa ms": f"{dense:.2f}" if dense else "", **ratios}
     return shown | {"must": f"{MUST[length]}x" if length in MUST else "", "cpp µs a token": f"{found['cpp'] / length * 1e3:.2f}"}
@@ -111,9 +131,9 @@ def main() -> None:
             print(length, row(length, found[length]), flush=True)
     given.folder.mkdir(parents=True, exist_ok=True)
     rows = [row(length, times) for length, times in found.items()]
-    title = (
-        f"Causal linear attention (elu + 1), {HEADS} heads of {DIM}, float32, {given.threads} thread, over dense causal SDPA.\n"
-    )
+    what = "elu + 1; `gates`: of each feature, as in GLA"
+    sizes = f"{HEADS} heads of {DIM}, float32, {given.threads} thread"
+    title = f"Causal linear attention ({what}), {sizes}, over dense causal SDPA.\n"
     where = f"{processor()} ({features()}), torch {torch.__version__}.\n"
     (given.folder / "linear.md").write_text(f"# Linear attention on a CPU\n\n{title}{where}\n{markdown(rows)}")
     write_json(given.folder / "linear.json", {"milliseconds": {str(length): times for length, times in found.items()}})

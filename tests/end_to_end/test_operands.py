@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import attn_compiler as attn
 from attn_compiler.backend import attn_eagerly
 from attn_compiler.errors import RefusedError
 from attn_compiler.library import folder
-from attn_compiler.testing import assert_within_budget
+from attn_compiler.runtime import gather, linear
+from attn_compiler.targets import gathered
+from attn_compiler.testing import assert_all_within_budget, assert_within_budget
 
 HEADS, KV_HEADS, DIM, WIDTH, TOKENS = 4, 2, 8, 24, 140
 DISTANCE = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
@@ -169,6 +172,28 @@ def test_gates_are_trained_through_the_input_of_the_block(name: str) -> None:
     adapted, _ = with_parameters(of, x, slots_of(name))
     adapted(x).square().sum().backward()
     assert all(value.grad is not None and value.grad.abs().max() > 0 for value in adapted.learned.values())
+
+
+def test_a_gate_for_each_feature_runs_and_trains_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gathered, linear):
+        monkeypatch.setattr(module, "pays", lambda *_: True)
+    monkeypatch.setattr(linear, "gain", lambda **_: 2.0)
+    run, runs = gather.run, []
+    monkeypatch.setattr(gather, "run", lambda call: runs.append(call.reverse) or run(call))
+    of, x = model()
+    adapted, parameters = with_parameters(of, x, slots_of("gla"))
+
+    def trained(found: Tensor, of_these: Iterable[Tensor]) -> list[Tensor]:
+        return [found, *torch.autograd.grad((found * found.detach().sin()).sum(), list(of_these))]
+
+    def by_formula(dtype: torch.dtype) -> list[Tensor]:
+        p = {name: value.to(dtype).requires_grad_() for name, value in parameters.items()}
+        return trained(gla(copy.deepcopy(of).to(dtype), x.to(dtype), p), p.values())
+
+    found = trained(adapted(x), (adapted.learned[name] for name in parameters))
+    assert runs == [False, False, True, True]  # forward, and the gradients of q, of k and of v
+    joined = [found[0], *(gradient[0] for gradient in found[1:])]
+    assert_all_within_budget(joined, by_formula(torch.float64), lambda: by_formula(torch.float32), ["output", *parameters])
 
 
 @pytest.mark.parametrize(
