@@ -19,6 +19,7 @@ from attn_compiler.export.decoder import PADDING
 from attn_compiler.export.kept import kept
 from attn_compiler.export.prepared import Inputs, Prepared
 from attn_compiler.export.program import module_of, renamed, results, rewritten, traced
+from attn_compiler.export.recalling import check_recalled, handed_on
 from attn_compiler.export.states import Remembering, remember
 from attn_compiler.export.stepwise import WRAPPED, Stepwise
 from attn_compiler.planning.kept import FAR, Kept
@@ -52,7 +53,8 @@ def decoding(
     `codes`: whether caches may hold them, where a policy wants that.
     """
     program = traced(step.module, step.args, {}, step.dynamic_shapes)
-    result = rewritten(program, policy, given, partial(OnnxTarget, decodes=codes), partial(_at_any_length, policy))
+    result = rewritten(program, policy, given, partial(OnnxTarget, decodes=codes), partial(at_any_length, policy))
+    check_recalled(result.plan.decisions)
     decided = {name: one for name, one in zip(result.names, result.plan.decisions, strict=True) if one.target}
     linear = {name: one.variant for name, one in decided.items() if remembering(one.variant)}
     needs = {name: need for name, one in decided.items() if (need := hold(one.variant, one.site.heads)) is not None}
@@ -61,7 +63,7 @@ def decoding(
     before = results(program)
     private.drop_claims(program)
     scales = with_scales(program, coded)
-    remembered = remember(program.graph, linear)
+    remembered = handed_on(program.graph) | remember(program.graph, linear)
     folded = fold(program.graph, dict.fromkeys(coded, Kept(0, FAR)) | needs, scales)
     program.graph_module.recompile()
     renamed(program, before)
@@ -111,7 +113,7 @@ def _with_states(step: Stepwise, states: Mapping[str, Remembering]) -> Stepwise:
     return replace(step, inputs=inputs, outputs=tuple(outputs.get(name, name) for name in step.outputs))
 
 
-def _at_any_length(policy: Policy, site: Site) -> Site:
+def at_any_length(policy: Policy, site: Site) -> Site:
     """The site, for which a policy must want the same whatever is generated."""
     plain = replace(site.likely(), name=site.name.removeprefix(WRAPPED))
     asked = [

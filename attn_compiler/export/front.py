@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -89,9 +90,11 @@ def _stepwise(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, tables: Mapping[str, Tensor], path: Path
 ) -> Prepared:
     from attn_compiler.export.decoding import decoding
+    from attn_compiler.export.recalling import recalling
     from attn_compiler.export.stepwise import stepwise
 
-    return decoding(stepwise(model, args, kwargs), policy, tables)
+    states = partial(recalling, model, policy=policy, given=tables)
+    return decoding(stepwise(model, args, kwargs, states=states), policy, tables)
 
 
 def _for_genai(

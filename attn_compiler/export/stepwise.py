@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from attn_compiler import torch_private as private
 from attn_compiler.errors import ExportError
 from attn_compiler.export.decoder import PADDING
+from attn_compiler.generation.remembered import Remembered
 
 PAST = 32  # tokens of the past that a model is traced with: any other number serves as well
 WRAPPED = "model."  # what the names of modules begin with once they are part of what is traced
 BEFORE = ("input_ids", "position_ids")
+CACHE, STATE = ("key", "value"), ("state", "seen")
 
 
 @dataclass(frozen=True)
@@ -37,54 +39,76 @@ class Stepwise:
         return len(self.inputs) - len(self.outputs) + 1
 
 
-def stepwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], logits: int = 1) -> Stepwise:
+def stepwise(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    logits: int = 1,
+    states: Callable[[Tensor], Mapping[int, Remembered]] = lambda _: {},
+) -> Stepwise:
     """Let the cache of a model be inputs and outputs: those of each layer are called as onnxruntime's own examples do.
 
-    Of so many of the last tokens there are logits; 0 are all.
+    Of so many of the last tokens there are logits; 0 are all. The past of some layers is a state: `states` says which, and of
+    what, given the tokens.
     """
     ids = _tokens(model, args, kwargs)
     config: Any = model.config
     rows, length = max(2, ids.shape[0]), max(2, ids.shape[1])
-    past = [torch.zeros(rows, heads, PAST, dim, dtype=dtype) for heads, dim, dtype in _sides(model, ids)]
+    recalls = states(ids)
+    held = [x for layer, pair in enumerate(_sides(model, ids)) for x in _past(pair, recalls.get(layer), rows)]
     tokens = (ids.new_zeros(rows, length), torch.arange(PAST, PAST + length).expand(rows, -1))
     batch, new, before = map(torch.export.Dim, ("batch", "tokens", "past"))
     padded = kwargs.get(PADDING)
     masks = [] if padded is None else [torch.ones(rows, PAST + length, dtype=padded.dtype)]
-    sides = [(layer, side) for layer in range(len(past) // 2) for side in ("key", "value")]
+    names = [f"{layer}.{side}" for layer in range(len(held) // 2) for side in (STATE if layer in recalls else CACHE)]
+    grows = [place // 2 not in recalls for place in range(len(held))]
     return Stepwise(
-        (_Padded if masks else _Stepwise)(model, logits),
-        (*tokens, *masks, *past),
+        (_Padded if masks else _Stepwise)(model, logits, recalls),
+        (*tokens, *masks, *held),
         (
             *({0: batch, 1: new} for _ in tokens),
             *({0: batch, 1: torch.export.Dim.AUTO} for _ in masks),
-            tuple({0: batch, 2: before} for _ in past),
+            tuple({0: batch, 2: before} if one else {0: batch} for one in grows),
         ),
-        (*BEFORE, *(PADDING for _ in masks), *(f"past_key_values.{layer}.{side}" for layer, side in sides)),
-        ("logits", *(f"present.{layer}.{side}" for layer, side in sides)),
+        (*BEFORE, *(PADDING for _ in masks), *(f"past_key_values.{name}" for name in names)),
+        ("logits", *(f"present.{name}" for name in names)),
         config.vocab_size,
         getattr(config, "max_position_embeddings", None) or 1 << 20,
         (
             ids,
             torch.arange(ids.shape[1]).expand(ids.shape[0], -1),
             *([] if padded is None else [padded]),
-            *(x[:1, :, :0].expand(ids.shape[0], -1, -1, -1) for x in past),
+            *((x[:1, :, :0] if one else x[:1]).expand(ids.shape[0], -1, -1, -1) for x, one in zip(held, grows, strict=True)),
         ),
     )
+
+
+def _past(sides: Sequence[Tensor], recalls: Remembered | None, rows: int) -> tuple[Tensor, ...]:
+    """What a layer is traced with that leaves such keys and values of a token behind: of so many tokens, or their state."""
+    from attn_compiler.export.recalling import state_of
+
+    if recalls is None:
+        return tuple(x.new_zeros(rows, x.shape[1], PAST, x.shape[3]) for x in sides)
+    state = state_of(recalls, *sides).expand(rows, -1, -1, -1)
+    return state[:, :, :-1].clone(), state[:, :, -1:].clone()
 
 
 class _Model(nn.Module):
     """A model whose cache is handed in and out."""
 
-    def __init__(self, model: nn.Module, logits: int) -> None:
+    def __init__(self, model: nn.Module, logits: int, recalls: Mapping[int, Remembered]) -> None:
         super().__init__()
-        self.model, self.logits = model, logits
+        self.model, self.logits, self.recalls = model, logits, recalls
         self.training = model.training
 
     def run(self, past: Sequence[Tensor], **given: Tensor) -> tuple[Tensor, ...]:
-        """The logits of the last tokens, and the keys and values of all tokens of each layer."""
-        for x in past:  # torch.export takes each length for one of its own
-            private.require(x.shape[2] == past[0].shape[2])
-        cache = _cache(past)
+        """The logits of the last tokens, and the keys and values of all tokens of each layer, or their state."""
+        grown = [x.shape[2] for place, x in enumerate(past) if place // 2 not in self.recalls]
+        if PADDING in given:
+            grown.append(given[PADDING].shape[1] - given["input_ids"].shape[1])
+        for length in grown:  # torch.export takes each length for one of its own
+            private.require(length == grown[0])
+        cache = _cache(past, self.recalls, grown[0] if grown else 0)
         out = self.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=self.logits)
         return (out.logits, *_held(cache))
 
@@ -98,7 +122,6 @@ class _Stepwise(_Model):
 class _Padded(_Model):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """The mask is 1 for the tokens of a row, those of the past included, and 0 in front of them."""
-        private.require(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
         return self.run(past, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask)
 
 
@@ -120,8 +143,8 @@ def _tokens(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     return ids
 
 
-def _sides(model: nn.Module, ids: Tensor) -> list[tuple[int, int, torch.dtype]]:
-    """Heads, size and type of the keys, then of the values, of each layer, as the model leaves them behind."""
+def _sides(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of each layer, as the model leaves them behind."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -129,15 +152,21 @@ def _sides(model: nn.Module, ids: Tensor) -> list[tuple[int, int, torch.dtype]]:
         model(input_ids=ids[:1, :1], past_key_values=cache, use_cache=True)
     if not all(hasattr(layer, "keys") for layer in cache.layers):
         raise ExportError(f"{type(model).__name__} has layers that remember something else than keys and values")
-    return [(x.shape[1], x.shape[3], x.dtype) for x in _held(cache)]
+    held = _held(cache)
+    return list(zip(held[::2], held[1::2], strict=True))
 
 
-def _cache(past: Sequence[Tensor]) -> Any:
+def _cache(past: Sequence[Tensor], recalls: Mapping[int, Remembered], before: int) -> Any:
     """A cache that holds this much already."""
     from transformers import DynamicCache
 
+    from attn_compiler.export.recalling_layer import RecallingLayer
+
     cache: Any = DynamicCache()
     for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        if layer in recalls:
+            cache.layers.append(RecallingLayer(recalls[layer], (keys, values), before))
+            continue
         cache.update(keys[:, :, :0], values[:, :, :0], layer)
         cache.layers[layer].keys, cache.layers[layer].values = keys, values
     return cache

@@ -129,7 +129,8 @@ def _from_cache(site: GraphSite, reader: SymbolicReader) -> Frame | None:
                 return Frame(i + (k_len - q_len), "the cache that new keys are appended to")
             return None
         if read.op == "recall":
-            return Frame(i + (k_len - q_len), "the state that stands for the past", slides=True)
+            position = i if equal(*site.lengths) else i + (k_len - q_len)
+            return Frame(position, "the state that stands for the past", slides=True)
         if read.op in ("index_copy", "index_put"):
             return _written(node, site, reader)
         if _ends_in_queries(node, site, reader.versions):

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_compiler.algebra.expr import score
+from attn_compiler.algebra.expr import const, score, table
 from attn_compiler.algebra.variant import SOFTMAX, How, Variant, passed_over
 from attn_compiler.planning.plan import Refusal
 from attn_compiler.planning.planner import Carried
 from attn_compiler.planning.site import Site
 from attn_compiler.targets import around, corrected
-from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, Call
+from attn_compiler.targets.exported import FIRST_QUERY, Q_POSITIONS, SCALES, UNROTATED, Call
+from attn_compiler.targets.held_past import unremembered
 from attn_compiler.targets.onnx.codes import Codes
 from attn_compiler.targets.onnx.operators import not_coded
 from attn_compiler.targets.operands import Operands
-from attn_compiler.targets.past import remembered
+from attn_compiler.targets.past import continued, remembered
 from attn_compiler.targets.rows import without_cache
 from attn_compiler.targets.tilings import Tilings
 from attn_compiler.targets.torch_target import Result, Way, attend_torch
+from attn_compiler.targets.traits import FIRST
 
 DTYPES = ("float32", "float16", "float64")
-CARRIED = ("feature", "seen", "mix", "delta", "gates", *around.CARRIED)
+CARRIED = ("feature", "seen", "mix", "delta", "gates", "unrotated", *around.CARRIED)
 
 _library = torch.library.Library("attn_compiler", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("exported(Tensor[] operands, str what) -> Tensor")  # type: ignore[no-untyped-call]
@@ -52,6 +54,10 @@ class OnnxTarget:
         return around.around(operands, variant, lambda inner, one: (record(self.site, inner, one), None), attend_torch)
 
     def carry(self, site: Site, variant: Variant) -> Carried | Refusal:
+        if site.recalls:
+            behind = continued(variant)
+            reason = objection(site, behind) or unremembered(site, behind)
+            return Refusal(self.name, reason) if reason else Carried("an ONNX function behind a state", gains=True)
         reason = objection(site, without_cache(variant) if self.decodes else variant)
         reason = reason or (not_coded(site, variant) if variant.storage.kv_cache else None)
         if reason:
@@ -64,16 +70,33 @@ class OnnxTarget:
 
 def record(site: str, operands: Operands, variant: Variant) -> Tensor:
     """Put the operator into the graph that is traced; `site` names the attention that it stands for."""
+    if operands.past:
+        operands, variant = _from_new(operands, variant)
     tables = {name: operands.tables[name] for name in sorted(variant.tables())}
+    if operands.unrotated and any(part.unrotated for part in variant.parts()):
+        tables |= dict(zip(UNROTATED, operands.unrotated, strict=True))
     first, at = operands.first_query, operands.q_positions
     if isinstance(at, Tensor):
         tables[Q_POSITIONS] = at
     elif isinstance(first, torch.SymInt) and at is not None:
         tables[FIRST_QUERY] = torch.ops.aten.full.default([], first, dtype=torch.int64)
     counted = first if isinstance(first, int) and at is not None else None
-    call = Call(site, variant, tuple(tables), counted, operands.layer, operands.layers)
-    given = [operands.q, operands.k, operands.v, *tables.values()]
-    return torch.ops.attn_compiler.exported(given, call.write())  # type: ignore[no-any-return]
+    call = Call(site, variant, tuple(tables), counted, operands.layer, operands.layers, remembers=bool(operands.past))
+    given = [operands.q, operands.k, operands.v]
+    if operands.past:
+        (past,) = operands.past
+        given += [past[:, :, :-1], past[:, :, -1:]]
+        return torch.ops.attn_compiler.exported_with_state([*given, *tables.values()], call.write())[0]  # type: ignore[no-any-return]
+    return torch.ops.attn_compiler.exported([*given, *tables.values()], call.write())  # type: ignore[no-any-return]
+
+
+def _from_new(operands: Operands, variant: Variant) -> tuple[Operands, Variant]:
+    """The same call where places count from the first new token: a file does not know how many were before."""
+    before, own = operands.k_positions, Call("", variant, (), None, 0, 0).along_keys
+    assert not isinstance(before, Tensor)
+    cut = {name: x[..., before:] if name in own and x.shape[-1] != 1 else x for name, x in operands.tables.items()}
+    variant = variant.map(lambda x: x.substitute({table(FIRST): const(0)}))
+    return replace(operands, tables=cut, k_positions=0), variant
 
 
 def objection(site: Site, variant: Variant) -> str | None:
@@ -113,10 +136,12 @@ def attend_by(operands: Sequence[Tensor], call: Call, by: Tilings) -> Tensor:
 def _given(call: Call, qkv: Sequence[Tensor], given: Sequence[Tensor], past: tuple[Tensor, ...] = ()) -> Operands:
     q, k, v = qkv
     tables, heads = dict(zip(call.tables, given, strict=True)), q.shape[1]
+    unrotated = tuple(tables.pop(name) for name in UNROTATED if name in tables)
     first: Any = tables.pop(FIRST_QUERY, call.first)
     at = tables.get(Q_POSITIONS, int(first) if isinstance(first, Tensor) else first)
     return Operands(
-        q, k, v, tables, at, 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers, past=past
+        q, k, v, tables, at, 0, tuple(range(heads)), heads, k.shape[1], call.layer, call.layers, past=past,
+        unrotated=(unrotated[0], unrotated[1]) if unrotated else None,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from attn_compiler.targets.operands import PLACE
 from attn_compiler.targets.reach import shows_itself
 
 FIRST_QUERY, Q_POSITIONS = "attn.first_query", "attn.q_positions"
+UNROTATED = ("attn.q_unrotated", "attn.k_unrotated")  # q and k before the rotary embedding, for parts that work on these
 SCALES = ("attn.key_scale", "attn.value_scale")  # of a cache in codes: [1, kv heads, 1, channels]
 
 

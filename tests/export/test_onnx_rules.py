@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch import Tensor
 import attn_compiler as attn
 from attn_compiler.targets.onnx.fit import refusal
 from attn_compiler.targets.onnx.opsets import OPSET
-from attn_compiler.testing import variant_of
+from attn_compiler.testing import assert_within_budget, variant_of
+from end_to_end.test_state_traits import ready, trained
 from export.single import spec_of
 from export.test_onnx_states import HEADS, Attention, assert_right, case_of
+from export.test_recalled_decoding import in_parallel, llama, text
 
 RULES = {
     "delta": {"feature": "cosine", "state": "delta", "mask": "causal"},
@@ -107,3 +110,15 @@ def test_an_exported_model_is_checked_beside_its_rewritten_form(name: str, tmp_p
     report = attn.export_onnx(Attention().eval(), (torch.randn(1, 2, 200, 8),), tmp_path / "model.onnx", policy, tables=tables)
     assert report.strategies == {"attention": "states"}
     assert len(report.checks) == 1
+
+
+@pytest.mark.parametrize("name", ["lizard", "gla", "infinitevl"])
+def test_a_ready_policy_is_exported_with_all_that_it_reads_of_the_input_of_a_block(name: str, tmp_path: Path) -> None:
+    """A branch on q and k before the rotary embedding stands beside one behind it."""
+    model = llama(1)
+    policy, ids = trained(model, ready(name), tmp_path), text(2, 70)
+    attn.export_onnx(model, (ids,), tmp_path / "model.onnx", policy, kwargs={"use_cache": False})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    plain = in_parallel(model, policy, ids)
+    assert_within_budget(torch.from_numpy(found), in_parallel(model.double(), policy, ids), plain)

@@ -14,7 +14,7 @@ from attn_compiler.algebra.expr import acc
 from attn_compiler.algebra.variant import EmptyRows, How, Variant
 from attn_compiler.planning.kept import FAR
 from attn_compiler.planning.layout import dilation
-from attn_compiler.targets.exported import SCALES, Call, Spec
+from attn_compiler.targets.exported import SCALES, UNROTATED, Call, Spec
 from attn_compiler.targets.linear import linear
 from attn_compiler.targets.onnx import attention, contrib, formula
 from attn_compiler.targets.onnx.cache import appended, latest_of, let_go
@@ -80,7 +80,30 @@ def _past(call: Call) -> tuple[str, ...]:
 
 
 def _continued(spec: Spec, nodes: Nodes, inputs: Inputs, past: State) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """What all heads compute where the past is a state, and the state after them."""
+    """What all heads compute where the past is a state, and the state after them; a chunk of one size is apart from one token."""
+    variant = spec.call.variant
+    if is_static(spec) or (variant.delta is None and variant.gates is None):
+        return _behind(spec, nodes, inputs, past)
+
+    def branch(here: Spec) -> Callable[[Nodes], tuple[Sequence[ir.Value], Sequence[ir.Value]]]:
+        return lambda inner: ([], _behind(here, inner, inputs, past))
+
+    one = nodes.op("Equal", nodes.size(inputs.q, 2), nodes.index(1))
+    results = nodes.named("attended"), nodes.named("sums"), nodes.named("count")
+    bodies = {"then_branch": _at_one_token(spec), "else_branch": spec}
+    nodes.write("If", [one], results, {name: nodes.inside(branch(here), name) for name, here in bodies.items()})
+    return results
+
+
+def _at_one_token(spec: Spec) -> Spec:
+    """The same where a call brings a single token: tables along the tokens have one row, or one more than that."""
+    known = {spec.q_len: 1, f"{spec.q_len} + 1": 2}
+    stored = tuple(replace(x, shape=tuple(known.get(size, size) for size in x.shape)) for x in spec.stored)
+    return replace(spec, stored=stored, q_len=1, k_len=1)
+
+
+def _behind(spec: Spec, nodes: Nodes, inputs: Inputs, past: State) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The same in one way for any number of tokens."""
     variant = spec.call.variant
     found, group = linear(variant), _group(spec, nodes, inputs, range(spec.heads), variant)
     assert found is not None
@@ -178,8 +201,10 @@ def _computed(group: Group, strategy: Strategy) -> ir.Value:
 def _group(spec: Spec, nodes: Nodes, inputs: Inputs, heads: Sequence[int], variant: Variant) -> Group:
     """Some of the heads, their operands mapped and scaled."""
     kv = kv_owners(heads, spec.heads // spec.kv_heads)
-    q = picked(nodes, inputs.q, heads, spec.heads, 1)
-    k, v = (picked(nodes, x, kv, spec.kv_heads, 1) for x in (inputs.k, inputs.v))
+    earlier = dict(zip(("q", "k"), UNROTATED, strict=True))
+    q, k = (inputs.tables[earlier[name]] if name in variant.unrotated else x for name, x in (("q", inputs.q), ("k", inputs.k)))
+    q = picked(nodes, q, heads, spec.heads, 1)
+    k, v = (picked(nodes, x, kv, spec.kv_heads, 1) for x in (k, inputs.v))
     q_len = spec.q_len if isinstance(spec.q_len, int) else nodes.size(inputs.q, 2)
     k_len = spec.k_len if isinstance(spec.k_len, int) else nodes.size(inputs.k, 2)
     scope = Scope(spec, nodes, inputs, tuple(heads), All(q_len), All(k_len))

@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from attn_compiler.algebra import expr as e
 from attn_compiler.algebra.expr import Expr, Sort
+from attn_compiler.algebra.linear import linear as sum_of
+from attn_compiler.planning.site import Length
 from attn_compiler.targets.exported import Spec, Stored, sort_of
 from attn_compiler.targets.onnx.nodes import DTYPES, Nodes, Value, type_of
 from attn_compiler.targets.onnx.printer import Printer
@@ -195,23 +197,30 @@ class Scope:
         return read if stored.dtype == wanted else self.nodes.op("Cast", read, to=int(DTYPES[wanted]))
 
     def _counts(self, coordinates: Sequence[Expr], stored: Stored) -> bool:
-        """Whether a table's axes are those of the call, so that it is a view."""
-        places = [self.axes.get(coordinate, 0) for coordinate in coordinates]
-        spec = self.spec
+        """Whether a table's axes are those of the call, or begin some tokens before these, so that it is a view."""
+        spec, apart = self.spec, [_from(coordinate) for coordinate in coordinates]
+        places = [self.axes.get(axis, 0) for axis, _ in apart]
         sizes = {e.b: spec.batch, e.h: spec.heads, e.i: spec.q_len, PLACE: spec.k_len}
-        fits = all(size in (1, sizes.get(x)) for x, size in zip(coordinates, stored.shape, strict=True))
+        fits = all(
+            (size == 1 and not first) or (axis in sizes and size == _longer(sizes[axis], first))
+            for (axis, first), size in zip(apart, stored.shape, strict=True)
+        )
         return fits and 0 not in places and sorted(set(places), reverse=True) == places
 
     def _view(self, table: ir.Value, coordinates: Sequence[Expr], stored: Stored) -> ir.Value:
+        places = set()
         for axis, (coordinate, size) in enumerate(zip(coordinates, stored.shape, strict=True)):
-            if size == 1 or coordinate == e.b:
+            counted, first = _from(coordinate)
+            places.add(self.axes[counted])
+            if size == 1 or counted == e.b:
                 continue
-            if coordinate == e.h:
+            if counted == e.h:
                 table = picked(self.nodes, table, self.heads, self.spec.heads, axis)
-            else:
-                tokens = self.queries if coordinate == e.i else self.keys
-                table = tokens.pick(self.nodes, table, axis)
-        places = {self.axes[coordinate] for coordinate in coordinates}
+                continue
+            if first:
+                table = self.nodes.slice(table, axis, first, np.iinfo(np.int64).max)
+            tokens = self.queries if counted == e.i else self.keys
+            table = tokens.pick(self.nodes, table, axis)
         rank = max(places, default=0)
         new = [rank - place for place in range(rank, 0, -1) if place not in places]
         return self.nodes.op("Unsqueeze", table, self.nodes.vector(*new)) if new else table
@@ -227,6 +236,20 @@ class Scope:
             inside = nodes.op("Max", nodes.op("Min", nodes.index(index), last), nodes.index(0))
             flat = nodes.op("Add", nodes.op("Mul", flat, extent), inside) if axis else inside
         return nodes.op("Gather", nodes.reshape(table, -1), flat, axis=0)
+
+
+def _from(coordinate: Expr) -> tuple[Expr, int]:
+    """The coordinate that counts tokens, and at which of them the count begins."""
+    if coordinate.op not in ("add", "sub"):
+        return coordinate, 0
+    found = sum_of(coordinate)
+    counted = next(iter(found.factors), coordinate)
+    return (counted, found.constant) if found.factors == {counted: 1} and found.constant > 0 else (coordinate, 0)
+
+
+def _longer(length: Length, tokens: int) -> Length:
+    """So many tokens more than a length, as a trace calls that."""
+    return length + tokens if isinstance(length, int) else f"{length} + {tokens}" if tokens else length
 
 
 def real_of(spec: Spec) -> str:
