@@ -5,7 +5,8 @@
 Writes `onnx.md` and `onnx.json` to FOLDER. The shapes were fixed before anything was measured: one row, 8 heads of 64. The
 yardstick is one `Attention` of opset 24 with the mask as the model wrote it, made while the model runs where lengths change.
 Ours is the same model, its mask recovered. Where the mask is a causal window, onnxruntime's own GroupQueryAttention, which has
-one, stands beside both.
+one, stands beside both. Linear attention stands beside the softmax that it takes the place of, with gates and deltas as inputs;
+it is compared with PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -73,6 +74,31 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Linear attention at a length, and how many times less time than a softmax it must take."""
+
+    name: str
+    slots: Mapping[str, str]
+    must: float
+    length: int = 4096
+
+
+RULES = (
+    Rule("elu + 1 at 4096", {"feature": "elu_one"}, 8),
+    Rule("delta at 4096", {"feature": "cosine", "state": "delta"}, 8),
+    Rule("gated delta at 4096", {"feature": "cosine", "state": "gated_delta"}, 8),
+    Rule("a gate for each feature at 4096", {"state": "gate(vector)", "normalizer": "linear(none)"}, 8),
+)
+
+
+class Causal(nn.Module):
+    """Attention with what a rule may ask for beside it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Dense(nn.Module):
     """Attention under a mask, as models write it."""
 
@@ -98,7 +124,7 @@ class Session:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         wall, processor_time = time.perf_counter(), time.process_time()
-        (out,) = self.session.run(None, feeds)
+        (out,) = self.session.run(None, {x.name: feeds[x.name] for x in self.session.get_inputs()})
         spent = time.perf_counter() - wall, time.process_time() - processor_time
         self.best = min(self.best[0], spent[0]), min(self.best[1], spent[1])
         return out  # type: ignore[no-any-return]
@@ -140,6 +166,39 @@ def measured(case: Case, folder: Path, threads: int, rounds: int, strategy: str)
     return {"attention": case.name, **milliseconds, **ratios}
 
 
+def ruled(rule: Rule, folder: Path, threads: int, rounds: int) -> dict[str, object]:
+    """One row of the second table."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, HEADS, rule.length, DIM, generator=generator)
+    steps = torch.randn(1, HEADS, rule.length, DIM, generator=generator, dtype=torch.float64).sigmoid().log() / 16
+    beta = torch.rand(1, HEADS, rule.length, generator=generator)
+    slots = {"mask": "causal", **rule.slots}
+    gate = steps.cumsum(2) if "vector" in str(slots) else steps[..., 0].cumsum(2)
+    inputs = {"q": q, "k": k, "v": v, "gate": gate, "beta": beta}
+    dense, ours = folder / "softmax.onnx", folder / "ruled.onnx"
+    program = torch.onnx.export(Causal().eval(), tuple(inputs.values()), dynamo=True, opset_version=24, verbose=False)
+    assert program is not None
+    program.save(dense)
+    policy = {
+        "version": 1,
+        "labels": {name: {"input": name} for name in ("gate", "beta")},
+        "rules": [{"match": {}, "attn": slots, "fallback": "error"}],
+    }
+    attn.export_onnx(Causal().eval(), tuple(inputs.values()), ours, policy, check=False)
+    tables = {name: inputs[name] for name in ("gate", "beta")}
+    expected = attn.attend(q, k, v, slots, tables=tables, target="torch")
+    feeds = {name: x.numpy() for name, x in inputs.items()}
+    sessions = softmax, linear = Session(dense, threads), Session(ours, threads)
+    apart = float(np.abs(linear.run(feeds) - expected.numpy()).max())
+    for _ in range(rounds):
+        for one in sessions:
+            one.run(feeds)
+    wall, busy = (softmax.best[n] / linear.best[n] for n in (0, 1))
+    milliseconds = {"softmax ms": f"{1e3 * softmax.best[0]:.2f}", "ours ms": f"{1e3 * linear.best[0]:.2f}"}
+    ratios = {"wall": f"{wall:.2f}x", "processor time": f"{busy:.2f}x", "must": f"{rule.must}x", "apart": f"{apart:.0e}"}
+    return {"attention": rule.name, **milliseconds, **ratios}
+
+
 def _own_window(case: Case, folder: Path, threads: int) -> Session | None:
     if case.window is None:
         return None
@@ -163,9 +222,12 @@ def main() -> None:
             if given.only in case.name:
                 rows.append(measured(case, Path(folder), given.threads, given.rounds, given.strategy))
                 print(*rows[-1].values(), sep="  ", flush=True)
+        linear = [ruled(rule, Path(folder), given.threads, given.rounds) for rule in RULES if given.only in rule.name]
+    print(*(" ".join(map(str, row.values())) for row in linear), sep="\n")
     title = f"onnxruntime {onnxruntime.__version__} on {processor()}, {given.threads} thread{'s' * (given.threads > 1)}"
-    (given.folder / "onnx.md").write_text(f"{title}\n\n{markdown(rows)}")
-    write_json(given.folder / "onnx.json", {"onnxruntime": onnxruntime.__version__, "rows": rows})
+    tables = [markdown(found) for found in (rows, linear) if found]
+    (given.folder / "onnx.md").write_text("\n".join([f"{title}\n", *tables]))
+    write_json(given.folder / "onnx.json", {"onnxruntime": onnxruntime.__version__, "rows": [*rows, *linear]})
 
 
 if __name__ == "__main__":
