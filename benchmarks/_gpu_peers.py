@@ -94,13 +94,23 @@ def natten(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return natten.na2d(q, k, v, kernel_size=(kernel, kernel)).flatten(1, 2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def fla(shape: Shape, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+@lru_cache(maxsize=1)
+def _steps(running: Tensor) -> Tensor:
+    """The logs of single tokens' gates, as FLA takes them: made before anything is timed."""
+    return running.diff(dim=2, prepend=running[:, :, :1]).transpose(1, 2).float().contiguous()
+
+
+def fla(shape: Shape, tables: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     needs(shape.window == 0 or bool(shape.linear))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if shape.linear == "retention":
         from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
 
         out, _ = chunk_retention(q, k, v)
+    elif shape.linear == "gla":
+        from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
+
+        out, _ = chunk_gla(q, k, v, _steps(tables["gate"]), scale=shape.dim**-0.5)
     elif shape.linear:
         from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attn_compiler.algebra.storage import Held
@@ -57,7 +59,8 @@ class Shape:
     def tiny(self) -> Shape:
         """The same at a length that an interpreter bears, without what would need the real one: tables do not."""
         if self.linear:  # which pays from so many tokens on
-            return replace(self, length=256, dim=16, heads=2, kv_heads=2)
+            tables = {"gate": partial(gates, heads=2, dim=16)} if self.tables else {}
+            return replace(self, length=256, dim=16, heads=2, kv_heads=2, tables=tables)
         variant, length = (self.variant, TILE) if self.tables else ("causal", 16)
         return replace(self, variant=variant, length=length, dim=16, heads=2, kv_heads=2, apart={}, grid=None)
 
@@ -90,6 +93,13 @@ def chosen(blocks: int, some: int) -> Tensor:
     return order < max(1, some)
 
 
+@lru_cache(maxsize=1)
+def gates(length: int, heads: int = 16, dim: int = 128) -> Tensor:
+    """Running logs of gates that close a feature to a half within some ten tokens, [batch, heads, tokens, features]."""
+    drawn = torch.randn(1, heads, length, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return F.logsigmoid(drawn).div(16).cumsum(2)
+
+
 def within(window: int, length: int) -> float:
     """The share of pairs that a causal window shows."""
     return window / length * (1 - window / (2 * length))
@@ -109,6 +119,7 @@ RETENTION = {
     "state": "decay(-log(1 - 2 ** (-5 - h)))",
     "normalizer": "linear(none)",
 }
+GLA = {**RETENTION, "state": "gate(vector)"}
 NEAR = "causal & window(1024)"
 INT8 = {"qk": {"type": "int8", "smooth": True}}
 SHAPES = (
@@ -138,5 +149,6 @@ SHAPES = (
     Shape("linear", {"mask": "causal", "feature": "elu_one"}, 16384, 0.5, linear="linear_attn", trains=True),
     Shape("linear, heads of 64", {"mask": "causal", "feature": "elu_one"}, 16384, 0.5, dim=64, linear="linear_attn", trains=True),
     Shape("retention", RETENTION, 16384, 0.5, linear="retention", trains=True),
+    Shape("gated linear attention", GLA, 16384, 0.5, linear="gla", tables={"gate": gates}, trains=True),
     Shape("ALiBi, causal", {"mask": "causal", "score": "score + alibi()"}, 8192, 0.5),
 )
