@@ -64,6 +64,7 @@ memory that fits, and warps that are divided where they were to be (`forward, sp
 (`tensors`), the others take over their registers. The last kernel of each machine, and of this form, is a control, which must not
 be sound. `diagonals` finds the gradients of a table that is read by distance. `states`, `gather` and, behind the state of earlier
 tokens, `step` are linear attention with a decay, and have a control of their own; `tfloat32` is what calls in float16 are there.
+Where each feature fades by a gate of its own, rows of a state do (`states, rows`) and, in the gradients of q and k, its columns.
 
 {table}"""
 

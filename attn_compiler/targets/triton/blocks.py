@@ -105,7 +105,7 @@ _LINEAR: Mapping[str, tuple[Blocks, ...]] = {
 _APART: Mapping[Kind, tuple[Blocks, ...]] = {
     "states": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1, width=32)),
     "gather": (Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2, width=32)),
-    "step": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2, width=32), Blocks(16, 16, 4, 2, width=16)),
+    "step": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2, width=32), Blocks(16, 32, 4, 2)),
 }
 _APART_FLOAT32: Mapping[Kind, tuple[Blocks, ...]] = {
     "states": (Blocks(32, 32, 4, 2, width=32), Blocks(32, 16, 4, 1, width=32)),
