@@ -66,6 +66,16 @@ def test_a_rule_means_the_same_in_onnxruntime(name: str, strategy: str, dynamic:
         assert_right(case_of(slots, queries, keys, tables_of(slots, keys)), strategy, dynamic=dynamic)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in RULES if "near" not in name and name != "gates, far"])
+def test_onnxruntimes_own_linear_attention_gathers_what_keys_add(name: str, dynamic: bool) -> None:
+    slots = RULES[name]
+    for length in (1, 150):
+        case = case_of(slots, length, length, tables_of(slots, length))
+        assert refusal(spec_of(case)[0], "contrib", OPSET) is None
+        assert_right(case, "contrib", dynamic=dynamic)
+
+
 @pytest.mark.parametrize("name", ["gated", "gla", "gates, mapped"])
 def test_gates_may_close_all_but_wholly_in_a_long_text(name: str) -> None:
     """Logs then differ by thousands within a chunk, where exp(-log) of single tokens would overflow."""

@@ -69,7 +69,7 @@ def test_a_linear_variant_means_the_same_in_onnxruntime(name: str, strategy: str
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["causal", "far", "powers", "unit", "means", "inline causal"])
+@pytest.mark.parametrize("name", ["causal", "far", "powers", "unit", "faded", "means", "inline causal"])
 def test_onnxruntimes_own_linear_attention_is_ours(name: str, dynamic: bool) -> None:
     for length in (1, 150):
         assert_right(case_of(VARIANTS[name], length, length), "contrib", dynamic=dynamic)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from attn_compiler.targets.onnx.formula import Group
-from attn_compiler.targets.onnx.nodes import Attribute, Nodes, Value
+from attn_compiler.targets.onnx.nodes import DTYPES, Attribute, Nodes, Value
 from attn_compiler.targets.onnx.states import Tokens
 
 DOMAIN = "com.microsoft"
@@ -46,17 +46,27 @@ def _group_query(
 def linear_attention(tokens: Tokens) -> ir.Value:
     """What all queries gather."""
     scope, block = tokens.group.scope, tokens.group.block
-    nodes = scope.nodes
-    given = [packed(nodes, nodes.slice(x, 2, 0, scope.queries.count)) for x in (block.q, tokens.k, tokens.v)]
+    nodes, count = scope.nodes, scope.queries.count
+    given: list[ir.Value | None] = [packed(nodes, nodes.slice(x, 2, 0, count)) for x in (block.q, tokens.k, tokens.v)]
+    if tokens.logs:
+        given += [None, packed(nodes, _steps(nodes, nodes.slice(tokens.logs[1], 2, 0, count), block.q, scope.real))]
     results = [nodes.named(name) for name in ("gathered", "state")]
     attributes: Mapping[str, Attribute] = {
         "q_num_heads": len(scope.heads),
         "kv_num_heads": block.kv_heads,
-        "update_rule": "linear",
+        "update_rule": "gated" if tokens.logs else "linear",
         "scale": 1.0,
     }
     nodes.write("LinearAttention", given, results, attributes, DOMAIN)
     return unpacked(nodes, results[0], len(scope.heads), scope.spec.value_dim + 1)
+
+
+def _steps(nodes: Nodes, log: ir.Value, q: ir.Value, real: str) -> ir.Value:
+    """By how much running logs change at each token, for all rows and heads."""
+    before = nodes.op("Concat", nodes.slice(log, 2, 0, 1), nodes.slice(log, 2, 0, -1), axis=2)
+    steps = nodes.op("Min", nodes.op("Sub", log, before), nodes.constant(0.0, "float64"))
+    rows = nodes.vector(nodes.size(q, 0), nodes.size(q, 1), 1, 1)
+    return nodes.op("Expand", nodes.op("Cast", steps, to=int(DTYPES[real])), rows)
 
 
 def packed(nodes: Nodes, x: ir.Value) -> ir.Value:

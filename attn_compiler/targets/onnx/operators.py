@@ -61,12 +61,10 @@ def not_contrib(spec: Spec, variant: Variant) -> str | None:
 
 def _not_linear(spec: Spec, variant: Variant) -> str | None:
     found = linear(variant)
-    if found is None or found.fades is not None:
-        return "LinearAttention wants the decay of each step, where its variant has the running log"
     aligned = spec.first is not None and spec.position == e.i and spec.q_len == spec.k_len
-    if not aligned or found.behind is None or found.behind < 0:
+    if found is None or not aligned or found.behind is None or found.behind < 0:
         return "LinearAttention's queries see the keys up to their own"
-    return None
+    return "LinearAttention's keys fade until the query that sees them" if found.fades is not None and found.behind else None
 
 
 def _not_group_query(spec: Spec, variant: Variant) -> str | None:
