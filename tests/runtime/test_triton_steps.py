@@ -23,6 +23,7 @@ from attn_compiler.runtime.triton import TritonTarget
 from attn_compiler.targets.triton import states
 from attn_compiler.targets.triton.blocks import Blocks
 from attn_compiler.testing import assert_all_within_budget, assert_within_budget
+from end_to_end import test_operands
 from end_to_end.models import interpreted
 from end_to_end.test_state_caches import EVERYWHERE, FADES, SHARED, generated, llama, prompt
 from end_to_end.test_state_traits import llama as gated_llama
@@ -209,6 +210,34 @@ def test_a_model_whose_gates_follow_from_its_input_generates_what_it_does_on_tor
     assert torch.equal(*found)
     assert sum(told.past is not None for told in runs) == 4  # each token behind the prompt
     assert all(told.logs is not None and told.logs[0].ndim == 4 for told in runs)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_block_whose_gates_follow_from_its_input_is_trained_by_the_kernels(
+    runs: list[Call], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What gates are made of learns through them: the block's norm."""
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(test_operands, "TOKENS", 21)
+    of, x = test_operands.model()
+    shapes = {"gate_x": (1, 4, x.shape[2], 8), "gate_bias": (1, 4, 8), "output_gate_x": (1, 4, x.shape[2], 8)}
+    tables = {name: torch.randn(shape, generator=GENERATOR).div(3) for name, shape in shapes.items()}
+    save_file(tables, tmp_path / "trained.safetensors")
+    rule = {"match": {}, "attn": ready("gla"), "untrained": "allow", "fallback": "error"}
+    policy = {"version": 1, "parameters": str(tmp_path / "trained.safetensors"), "rules": [rule]}
+    compiled = torch.compile(of, backend="attn", options={"policy": policy, "target": "triton"})
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(out.square().sum(), list(of.parameters())))
+
+    def written_out(real: torch.dtype) -> list[Tensor]:
+        return gradients(test_operands.gla(of.to(real), x.to(real), {name: table[0].to(real) for name, table in tables.items()}))
+
+    found = gradients(compiled(x))
+    assert len(runs) == 4
+    plain = written_out(torch.float32)
+    assert_all_within_budget(found, written_out(torch.float64), lambda: plain)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
