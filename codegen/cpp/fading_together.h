@@ -10,12 +10,12 @@ struct alignas(64) Work {  // whole vectors come before pointers
   State state;
   float q[DIM * TILE], scores[(CHUNK + ROWS) * TILE], out[PANELS * TILE * TILE];
   float keys[CHUNK][padded(DIM)], values[PANELS][CHUNK * TILE];
-  float past[3 * TILE];  // 0 for what is ahead, then 1
+  int32_t past[3 * TILE];  // no bits for what is ahead, then all
   vf mass[VECTORS];
   double of_query[TILE], of_key[CHUNK];  // logs
   const float *key_rows[CHUNK + ROWS], *state_rows[DIM];
   Work() {
-    for (int m = 0; m < 3 * TILE; m++) past[m] = m < TILE ? 0.0f : 1.0f;
+    for (int m = 0; m < 3 * TILE; m++) past[m] = m < TILE ? 0 : -1;
   }
 };
 static_assert(CHUNK == TILE, "queries of a tile meet the keys beside them");
@@ -25,12 +25,12 @@ INLINE double log_at(const Call& call, const Task& task, const Log& log, int64_t
   return call.sign * log.data[task.b * log.stride[0] + task.h * log.stride[1] + n * log.stride[2]];
 }
 
-// What is left after a log went from `before` to `now`: never more than there was.
+// What is left after a log went from `before` to `now`: never more than there was, and NaN stays NaN.
 INLINE float left_of(double now, double before) { return std::exp(std::min((float)(now - before), 0.0f)); }
 INLINE vf left_of(const double* now, double before) {
   vd x;
   memcpy(&x, now, sizeof(x));
-  return weight_of(least(convert<vf>(x - before), vf{}));
+  return weight_of(least(vf{}, convert<vf>(x - before)));
 }
 
 // The state of no keys, of which this one will be the first.
@@ -131,11 +131,11 @@ INLINE void meet_keys(const Call& call, Work& work, int count, int skipped) {
     work.mass[n] *= keep[n];
   }
   for (int j = 0; j < count; j++) UNROLLED for (int n = 0; n < VECTORS; n++) {
-    vf left;
-    memcpy(&left, work.past + TILE + n * LANES - j - skipped, sizeof(vf));
-    if (call.at_key.data) left *= left_of(work.of_query + n * LANES, work.of_key[j]);
+    vi past;
+    memcpy(&past, work.past + TILE + n * LANES - j - skipped, sizeof(past));
     vf* score = at(work.scores, j, n);
-    *score *= left;
+    if (call.at_key.data) *score *= left_of(work.of_query + n * LANES, work.of_key[j]);
+    *score = (vf)((vi)*score & past);
     work.mass[n] += *score;
   }
   const float* rows[CHUNK];
