@@ -84,6 +84,8 @@ class Arrays:
         values = self._view(stored, node.args[len(at) - stored.ndim :])
         if values is None:
             places = [self._within(x, size) for x, size in zip(inner, stored.shape, strict=True)]
+            if any(place.ndim for place in places):  # traced, PyTorch forgets these axes beside an index that has none
+                places = [place if place.ndim else place[None] for place in places]
             # Python's brackets would ask a tensor without axes for its number, which nobody knows while tracing.
             values = torch.ops.aten.index.Tensor(stored, places) if places else stored
         return self.tensor(values, node.sort)

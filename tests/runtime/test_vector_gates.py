@@ -154,6 +154,24 @@ def test_open_gates_have_the_gradients_of_the_plain_formula() -> None:
     torch.testing.assert_close(found.sum(-1), expected)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_few_tokens_are_trained_under_torch_compile(backend: str) -> None:
+    case = case_of("gla", 20, 20, 2)
+    torch.compiler.reset()
+
+    def run(given: Case, *, compiled: bool = False) -> list[Tensor]:
+        def attend(*leaves: Tensor) -> Tensor:
+            out = attn.attend(*leaves[:3], given.variant, tables={"gate": leaves[3]}, target="torch")
+            assert isinstance(out, Tensor)
+            return out
+
+        found = (torch.compile(attend, backend=backend) if compiled else attend)(*given.leaves())
+        return [found, *torch.autograd.grad(found.sum(), given.leaves())]
+
+    low = case.to(torch.float32)
+    assert_all_within_budget(run(low, compiled=True), run(low.to(torch.float64)), lambda: run(low))
+
+
 def test_gates_travel_as_text() -> None:
     variant = variant_of(VARIANTS["mapped"])
     assert variant.gates is not None
