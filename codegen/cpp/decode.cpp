@@ -219,7 +219,7 @@ static void collect(const Call& call, Work& work, int64_t b, int64_t kv, int64_t
     bool none = false, whole = everything;
     if (!everything) {
       UNROLLED for (int n = 0; n < VECTORS; n++)
-        work.seen.lane[n] = convert<vindex>(least(numbers() + n * LANES, here - 1)) + (index_t)from;
+        work.seen.lane[n] = convert<vindex>(lower(numbers() + n * LANES, here - 1)) + (index_t)from;
       if (NORMS)
         for (int m = 0; m < TILE; m++) work.seen.data[m] = k + (from + std::min(m, here - 1)) * call.k_stride[2];
       look(work, some, all);

@@ -68,6 +68,9 @@ template <class T, class C, class A, class B> INLINE T choose(C c, A a, B b) {
 
 template <class T> INLINE T least(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T most(T a, T b) { return a > b ? a : b; }
+// As least and most, but NaN stays NaN, at no cost where `b` is a constant.
+template <class T> INLINE T lower(T a, T b) { return (b < a) | (b != b) ? b : a; }
+template <class T> INLINE T higher(T a, T b) { return (b > a) | (b != b) ? b : a; }
 template <class T> INLINE T magnitude(T a) { return a < 0 ? -a : a; }
 
 // `//` and `%` round down, as Python's do.
@@ -87,8 +90,8 @@ INLINE vl quotient(vl a, vl b) { return each([](int64_t x, int64_t y) { return q
 INLINE vf quotient(vf a, vf b) { return each([](float x, float y) { return quotient(x, y); }, a, b); }
 INLINE vd quotient(vd a, vd b) { return each([](double x, double y) { return quotient(x, y); }, a, b); }
 template <class T> INLINE T remainder_of(T a, T b) { return a - quotient(a, b) * b; }
-template <class V> INLINE V least(V a, typename Element<V>::type b) { return least(a, splat<V>(b)); }
-template <class V> INLINE V most(V a, typename Element<V>::type b) { return most(a, splat<V>(b)); }
+template <class V> INLINE V lower(V a, typename Element<V>::type b) { return lower(a, splat<V>(b)); }
+template <class V> INLINE V higher(V a, typename Element<V>::type b) { return higher(a, splat<V>(b)); }
 template <class V> INLINE V quotient(V a, typename Element<V>::type b) { return quotient(a, splat<V>(b)); }
 template <class V> INLINE V remainder_of(V a, typename Element<V>::type b) { return remainder_of(a, splat<V>(b)); }
 
@@ -118,7 +121,7 @@ INLINE vf weight_of(vf x) {
 }
 
 INLINE vf exponential(vf x) {
-  x = least(most(x * LOG2E, splat<vf>(-150.0f)), splat<vf>(129.0f)) + (x - x);  // NaN stays NaN
+  x = lower(higher(x * LOG2E, -150.0f), 129.0f);
   const vf rounding = splat<vf>(12582912.0f);
   vf shifted = x + rounding;
   vi n = (vi)shifted - (vi)rounding, half = n >> 1;
@@ -128,7 +131,7 @@ INLINE vf exponential(vf x) {
 
 // tanh by expm1, which keeps the precision of small arguments.
 INLINE vf tangent(vf x) {
-  vf y = 2.0f * least(most(x, splat<vf>(-10.0f)), splat<vf>(10.0f));
+  vf y = 2.0f * lower(higher(x, -10.0f), 10.0f);
   const vf rounding = splat<vf>(12582912.0f);
   vf shifted = y * LOG2E + rounding, n = shifted - rounding;
   vf f = y - n * 0.693145752f - n * 1.42860677e-6f;

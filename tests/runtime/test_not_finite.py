@@ -1,8 +1,9 @@
-"""NaN and infinities among operands that become codes: whatever reads them is NaN as in the emulation, and nothing else is."""
+"""NaN and infinities among operands: whatever reads them is NaN as in the reference or the emulation, and nothing else is."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 import attn_compiler as attn
+from attn_compiler.algebra import expr as e
+from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.storage import Held
+from attn_compiler.algebra.variant import Variant
 from attn_compiler.runtime import coding, triton_coding
 from attn_compiler.targets.rounded import held_tensor
 from attn_compiler.targets.scaled import largest_of, scaled
@@ -21,6 +25,15 @@ INT8: dict[str, Any] = {"qk": "int8", "pv": "int8"}
 FP8: dict[str, Any] = {"qk": "fp8_e4m3", "pv": "fp8_e4m3"}
 TOKENS = (0, 11)  # the first query sees nothing else
 MASK = "causal & window(9)"
+BIAS = e.table("bias", e.h, e.k, sort=Sort.REAL)
+PRINTED: dict[str, Any] = {
+    "softcap": {"mask": "causal", "score": "softcap(score, 50)"},
+    "sigmoid": {"mask": "causal", "normalizer": "sigmoid"},
+    "relu": {"mask": "causal", "normalizer": "relu"},
+    "gate": {"mask": "causal", "state": "gate(scalar)"},
+    "min": Variant(mask=e.k <= e.q, score=e.minimum(e.score, BIAS)),
+    "max": Variant(mask=e.k <= e.q, score=e.maximum(BIAS, e.score)),
+}
 
 
 def qkv() -> list[Tensor]:
@@ -117,3 +130,42 @@ def test_few_queries_that_see_bad_rows_of_codes_are_nan(target: Any) -> None:
         assert isinstance(expected, Tensor)
         assert expected.isnan().any() == (mask != "keys('1:11')")
         assert torch.equal(found.isnan(), expected.isnan())
+
+
+def of_printed(name: str, target: Any, operand: str, value: float) -> list[Tensor]:
+    """The result and its gradient in q, where token 11 of the first head has one bad number in its key or in a table."""
+    q, k, v = qkv()
+    table = -torch.rand(2, 30, generator=torch.Generator().manual_seed(1))
+    (k[0, 0, :, 3] if operand == "k" else table[0])[11] = value
+    tables = {"gate": table[None]} if name == "gate" else {"bias": table} if name in ("min", "max") else {}
+    q.requires_grad_()
+    found = attn.attend(q, k, v, PRINTED[name], tables=tables, target=target)
+    assert isinstance(found, Tensor)
+    return [found.detach(), *torch.autograd.grad(found.sum(), q)]
+
+
+@pytest.mark.parametrize(
+    ("name", "operand"), [*((name, "k") for name in PRINTED), *((name, "table") for name in ("gate", "min", "max"))]
+)
+def test_what_is_printed_keeps_nan_in_cpp(name: str, operand: str) -> None:
+    found, expected = (of_printed(name, target, operand, math.nan) for target in ("cpp", "reference"))
+    assert expected[0][0, 0, 11:].isnan().all()
+    assert not expected[0][0, 0, :11].isnan().any()
+    torch.testing.assert_close(found[0], expected[0].to(found[0].dtype), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert torch.equal(*(gradient[0, 0, 11:].isnan() for _, gradient in (found, expected)))
+    assert not found[1][0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["softcap", "sigmoid"])
+def test_a_bounded_function_of_infinity_is_its_limit_in_cpp(name: str, value: float) -> None:
+    found, expected = (of_printed(name, target, "k", value)[0] for target in ("cpp", "reference"))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_printed_keeps_nan_in_triton() -> None:
+    """The interpreter keeps it in any case, so the text must say so."""
+    for name in ("min", "max"):
+        source = attn.kernel_source(PRINTED[name], q_len=512, k_len=512, heads=2, head_dim=64, target="triton")
+        assert re.search(rf"tl\.{name}imum\(.*, tl\.PropagateNan\.ALL\)", source)

@@ -46,8 +46,8 @@ INLINE vi visible(const Task& task, const Lanes& lanes, int n, const Rows& rows,
 
 INLINE vf score_of(const Task& task, const Lanes& lanes, int n, const Rows& rows, int j, vf dot) {
   const vindex x0 = magnitude(lanes.position[n] - rows.position[j]);
-  const vindex x1 = convert<vindex>(rounded_down(logarithm(convert<vf>(most(x0, 8)) / 8.0f) / task.x0 * 8.0f));
-  const vindex x2 = choose<vindex>(x0 < 8, x0, least(8 + x1, 15)) + choose<vindex>(lanes.position[n] < rows.position[j], 16, 0);
+  const vindex x1 = convert<vindex>(rounded_down(logarithm(convert<vf>(higher(x0, 8)) / 8.0f) / task.x0 * 8.0f));
+  const vindex x2 = choose<vindex>(x0 < 8, x0, lower(8 + x1, 15)) + choose<vindex>(lanes.position[n] < rows.position[j], 16, 0);
   return dot * task.scale + read<vf, float>(task.call.tables[0], task.h, x2);
 }
 
