@@ -131,7 +131,9 @@ def _rewritten(
         extra = carry_out(analysis, policy.tables, settings.tables)
     except (*_FOR_THE_USER, private.DYNAMO_CONTROL_FLOW):
         raise
-    except Exception as failure:  # whatever it is, the model of the user must compile
+    except Exception as failure:  # whatever it is, the model of the user must compile, unless the user says otherwise
+        if any(rule.fallback == "error" for rule in policy.rules):
+            raise
         log.warning("a graph is left as it is: %s: %s", type(failure).__name__, failure, exc_info=failure)
         _remember(Plan(remarks=(f"the graph is left as it is: {type(failure).__name__}: {failure}",)), policy)
         return gm, ()

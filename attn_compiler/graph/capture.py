@@ -88,7 +88,9 @@ def capture_body(body: Body) -> fx.GraphModule:
 
 def drop_dead_code(gm: fx.GraphModule) -> None:
     """Remove what nobody reads, but nothing that writes or draws random numbers."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: private.has_effect(node) and not _drops_nothing(node))
+    for node in reversed(gm.graph.nodes):  # `eliminate_dead_code` goes on into bodies, and asks nobody what they write
+        if not node.users and (not private.has_effect(node) or _drops_nothing(node)):
+            gm.graph.erase_node(node)
 
 
 def _drops_nothing(node: fx.Node) -> bool:

@@ -6,10 +6,11 @@ from collections import defaultdict
 
 import torch
 from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_compiler import torch_private as private
 from attn_compiler.graph.axes import rearranges, source
-from attn_compiler.graph.calls import call
+from attn_compiler.graph.calls import call, is_tensor
 
 
 class Versions:
@@ -19,6 +20,7 @@ class Versions:
         self._position = {node: place for place, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)  # family: (written tensor, writer)
+        self._root |= _aliases(graph)
         for node in graph.nodes:
             base = _shares_memory_with(node)
             if base is not None:
@@ -35,7 +37,7 @@ class Versions:
         for tensor, writer in self._writes.get(self._family(node), ()):
             if writer is at or not self._position[node] < self._position[writer] < self._position[at]:
                 continue
-            if tensor is not node and tensor is not current:
+            if (tensor is not node and tensor is not current) or not is_tensor(writer):
                 return None
             current = writer
         return current
@@ -52,6 +54,22 @@ class Versions:
 
     def precedes(self, a: fx.Node, b: fx.Node) -> bool:
         return self._position[a] < self._position[b]
+
+
+def _aliases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Inputs that share memory with one before them."""
+    first: dict[int, fx.Node] = {}
+    tensors = [node for node in graph.find_nodes(op="placeholder") if is_tensor(node)]
+    owners = {node: first.setdefault(_memory(node.meta["val"]), node) for node in tensors}
+    return {node: owner for node, owner in owners.items() if owner is not node}
+
+
+def _memory(x: torch.Tensor) -> int:
+    """The same number for tensors that share memory, those included that stand for others while tracing."""
+    try:
+        return int(StorageWeakRef(x.untyped_storage()).cdata)  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # a tensor that is made of others
+        return id(x)
 
 
 def _whole(tensor: fx.Node) -> fx.Node:

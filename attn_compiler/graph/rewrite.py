@@ -34,6 +34,7 @@ from attn_compiler.targets.operands import Operands, Positions
 from attn_compiler.targets.rows import Codes, without_cache
 from attn_compiler.targets.traits import KEY, traits
 
+_COPIED_BEFORE = "attn_copied_before"  # of a copy: who writes to what it was copied from
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
 
 
@@ -189,11 +190,12 @@ def _as_read(graph: fx.Graph, table: Table, by: fx.Node) -> fx.Node:
     if writer is None or not writer < by:
         return node
     for user in node.users:
-        if user.target is torch.ops.aten.clone.default and user < writer:
+        if user.meta.get(_COPIED_BEFORE) is writer:
             return user
     with graph.inserting_before(writer):
         copy = graph.call_function(torch.ops.aten.clone.default, (node,))
     copy.meta.update(node.meta)
+    copy.meta[_COPIED_BEFORE] = writer
     return copy
 
 

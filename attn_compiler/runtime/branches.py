@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from attn_compiler.algebra.variant import How, Variant
@@ -18,9 +18,10 @@ Refuse = Callable[..., str | None]  # as targets have it
 
 def serves(operands: Operands, variant: Variant, refuse_kernel: Refuse) -> bool:
     """Whether a kernel attends in some branch."""
-    if operands.past or refuse(variant) is not None:
+    mix = variant.mix
+    if mix is None or mix.how is How.SHARED or variant.groups or operands.past or refuse(variant) is not None:
         return False
-    return any(refuse_kernel(operands, branch, lse=lse) is None for branch, lse in _branches(variant))
+    return any(refuse_kernel(operands, branch, lse=mix.how is How.LSE) is None for _, branch in mix.branches)
 
 
 def kernel(refuse_kernel: Refuse, attend: Callable[..., Result]) -> Kernel:
@@ -28,7 +29,8 @@ def kernel(refuse_kernel: Refuse, attend: Callable[..., Result]) -> Kernel:
 
     def run(operands: Operands, variant: Variant, lse: bool) -> Result | None:
         operands, variant = operands.before_rotation(variant.unrotated), replace(variant, unrotated=(), output=())
-        return None if operands.past or refuse_kernel(operands, variant, lse=lse) else attend(operands, variant, lse=lse)
+        some = len(operands.head_numbers) < operands.heads  # kernels count heads from the first on
+        return None if some or operands.past or refuse_kernel(operands, variant, lse=lse) else attend(operands, variant, lse=lse)
 
     return run
 
@@ -43,10 +45,3 @@ def carried(site: Site, variant: Variant, carry: Callable[[Site, Variant], Carri
         return None
     forms = (f"{name}: {one.form if one in kernels else OPERATORS}" for name, one in found.items())
     return Carried("; ".join(forms), gains=any(one.gains for one in kernels))
-
-
-def _branches(variant: Variant) -> Iterator[tuple[Variant, bool]]:
-    """Those that attend by themselves, and whether their log-sum-exp is asked for."""
-    for one in (variant, *(of_group for _, of_group in variant.groups)):
-        if one.mix is not None and one.mix.how is not How.SHARED:
-            yield from ((branch, one.mix.how is How.LSE) for _, branch in one.mix.branches)

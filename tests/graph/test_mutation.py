@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 import attn_compiler as attn
 from attn_compiler.backend import attn_eagerly
@@ -52,6 +53,24 @@ def biased_by_what_an_alias_wrote(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def cloned_before_an_alias_is_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.linspace(0, 3, LENGTH).repeat(LENGTH, 1)
+    saved = bias.clone()
+    bias[:, 3:].add_(1.0)
+    scores = q @ k.mT * DIM**-0.5 + bias
+    bias.mul_(2.0)
+    return scores.softmax(-1) @ v + saved[:, :DIM]
+
+
+def cloned_and_the_clone_is_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.linspace(0, 3, LENGTH).repeat(LENGTH, 1)
+    scaled = bias.clone()
+    scores = q @ k.mT * DIM**-0.5 + bias
+    scaled.mul_(3.0)
+    bias.mul_(2.0)
+    return scores.softmax(-1) @ v + scaled[:, :DIM]
+
+
 class Attention(nn.Module):
     def __init__(self, core: Spelling) -> None:
         super().__init__()
@@ -67,7 +86,7 @@ class Attention(nn.Module):
     "core",
     [
         written_over, copied_before_it_is_written, copied_and_written_then, biased_by_what_is_written_then,
-        biased_by_what_an_alias_wrote,
+        biased_by_what_an_alias_wrote, cloned_before_an_alias_is_written, cloned_and_the_clone_is_written,
     ],
 )  # fmt: skip
 def test_what_a_write_leaves_is_read(core: Spelling, dynamic: bool) -> None:
@@ -80,6 +99,51 @@ def test_what_a_write_leaves_is_read(core: Spelling, dynamic: bool) -> None:
         exact = model.double()(x.double())
     assert_within_budget(ours, exact, plain)
     assert sum(len(report.sites) for report in attn.reports()[before:]) == 1
+
+
+class OverTwoNames(nn.Module):
+    """A bias that is written by another name of its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.register_buffer("bias", torch.linspace(0, 3, LENGTH).repeat(LENGTH, 1))
+        self.row = self.bias[:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        scores = q @ k.mT * DIM**-0.5 + self.bias
+        self.row.mul_(-3.0)
+        return scores.softmax(-1) @ v
+
+
+def test_inputs_that_share_memory_are_written_together() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = OverTwoNames(), torch.randn(2, LENGTH, DIM)
+    bias = model.bias.clone()
+    with torch.no_grad():
+        plain = model(x)
+        model.bias.copy_(bias)
+        ours = torch.compile(model, backend="attn")(x)
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_what_is_written_in_a_checkpoint_stays_written(attends: bool) -> None:
+    def inside(x: Tensor) -> Tensor:
+        y = x * 2.0
+        y.relu_()
+        return x + y
+
+    def run(x: Tensor) -> Tensor:
+        made = checkpoint(inside, x, use_reentrant=False)
+        assert isinstance(made, Tensor)
+        return (made @ made.mT).softmax(-1) @ made if attends else made.softmax(-1)
+
+    torch.compiler.reset()
+    x = torch.randn(2, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.compile(run, backend="attn")(x), run(x))
 
 
 WINDOW = {"version": 1, "rules": [{"attn": {"mask": "causal & window(5)"}}]}

@@ -32,7 +32,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {  # and how many branches ker
     "a window, and what is linear beyond": (mix("sum", far=LINEAR), 1),
     "the same with a gate": (mix("gate", far=LINEAR, weights={"near": "logits"}), 1),
     "one that kernels do not have": (mix("lerp", far={"mask": "causal", "normalizer": "local_linear"}, weights={"far": 0.3}), 1),
-    "a mix for some heads": ({"heads": {"0": mix("lse"), "rest": NEAR}}, 2),
 }
 
 
@@ -67,6 +66,13 @@ def test_triton_s_kernels_as_well(name: str, kernels: list[Variant], small_tiles
     slots, count = VARIANTS[name]
     assert_case(drawn_case(slots, TABLES, 50, 50), torch.float32, "triton")
     assert len(kernels) == count
+
+
+@pytest.mark.parametrize(("target", "length"), [("cpp", 260), ("triton", 50), ("torch", 50)])
+def test_a_mix_of_some_heads_reads_what_is_theirs(target: str, length: int) -> None:
+    slots = {"heads": {"2:": mix("sum", BIASED, LINEAR), "rest": NEAR}}
+    case = drawn_case(slots, {"bias": torch.randn(4, length, length)}, length, length)
+    assert_case(case, torch.float32, target)
 
 
 def test_a_plan_says_how_each_branch_attends() -> None:
