@@ -11,7 +11,7 @@ from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.contexts import in_context
 from attn_compiler.targets.merging import merged
-from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.operands import Operands, head_groups, pick
 from attn_compiler.targets.outputs import put_out
 from attn_compiler.targets.torch_target import Result, by_group
 
@@ -48,7 +48,7 @@ def around(operands: Operands, variant: Variant, attend: Attend, gather: Attend 
     out, totals = merged(operands, replace(variant, context=contexts.pop()), real, dtype, launched, gather)
 
     def finished(part: Operands, of_group: Variant) -> Result:
-        own = out if len(part.head_numbers) == out.shape[1] else out[:, list(part.head_numbers)]
+        own = out if len(part.head_numbers) == out.shape[1] else pick(out, part.head_numbers)
         return put_out(own, part, of_group, real).to(dtype), None
 
     return by_group(operands, variant, finished)[0], totals

@@ -14,12 +14,15 @@ from attn_compiler.algebra.expr import Sort
 from attn_compiler.algebra.variant import Variant
 from attn_compiler.errors import ShapeError
 from attn_compiler.targets.extra import with_extra
-from attn_compiler.targets.operands import Operands
+from attn_compiler.targets.operands import Operands, head_groups, in_order
 from attn_compiler.targets.products import per_kv_head
 
 
 def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple[Operands, Variant]:
-    """The call of a variant without branches, its keys and values pooled or gathered, in `real`, or others in front of them."""
+    """The call of a variant without branches, its keys and values pooled or gathered, in `real`, or others in front of them.
+
+    Its groups want the same of their keys as it does; agents gather for each as it scales and biases.
+    """
     for one in variant.context:
         if isinstance(one, Merge):
             raise ShapeError("tokens are merged around a whole attention, not in a branch whose sums others share")
@@ -30,14 +33,24 @@ def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple
         if one.how == "pool":
             k, v = (_pooled(x, one) for x in (k, v))
         else:
-            k, v = _agents(q, k, v, one, operands, variant)
+            k, v = _of_groups(replace(operands, q=q, k=k, v=v), variant, one)
             variant = _with_second(variant, one)
         operands = replace(operands, q=q, k=k, v=v, q_positions=0, k_positions=0)
     return operands, replace(variant, context=())
 
 
-def _agents(q: Tensor, k: Tensor, v: Tensor, one: Context, operands: Operands, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Agents in the place of keys, and what they gathered in that of values."""
+def _of_groups(operands: Operands, variant: Variant, one: Context) -> tuple[Tensor, Tensor]:
+    """Agents in the place of keys, and what they gathered in that of values, for all heads."""
+    groups = head_groups(variant, operands.heads)
+    if len(groups) == 1:
+        return _agents(operands, groups[0][1], one)
+    agents, gathered = zip(*(_agents(operands.take(heads), of_group, one) for heads, of_group in groups), strict=True)
+    order = [head for heads, _ in groups for head in heads]
+    return in_order(agents, order), in_order(gathered, order)
+
+
+def _agents(operands: Operands, variant: Variant, one: Context) -> tuple[Tensor, Tensor]:
+    q, k, v = operands.q, operands.k, operands.v
     arrays = operands.arrays(q.dtype)
     if len(one.sizes) == 1:
         agents = _in_rows(F.adaptive_avg_pool1d(_on_grid(q, one), one.sizes[0]), q)
@@ -54,7 +67,8 @@ def _with_second(variant: Variant, one: Context) -> Variant:
     """The variant that adds a bias to the scores of queries and agents, which stand in the place of keys."""
     if not one.second:
         return variant
-    return replace(variant, score=variant.score + one.expressions()[-1].substitute({added: e.k}))
+    groups = tuple((heads, _with_second(of_group, one)) for heads, of_group in variant.groups)
+    return replace(variant, score=variant.score + one.expressions()[-1].substitute({added: e.k}), groups=groups)
 
 
 def _pooled(x: Tensor, one: Context) -> Tensor:

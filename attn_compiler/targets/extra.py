@@ -53,7 +53,9 @@ def _told(variant: Variant, count: int, first: int) -> Variant:
 def _rows(operands: Operands, expression: Expr, count: int, like: Tensor) -> Tensor:
     """The keys or values as those of the call are, [batch, kv heads, count, numbers]."""
     device, ratio = like.device, operands.heads // operands.kv_heads
-    kv = numbered(kv_owners(operands.head_numbers, ratio), device)[:, None, None]
+    one_each = like.shape[1] == len(operands.head_numbers)  # behind agents
+    owners = [head // ratio for head in operands.head_numbers] if one_each else kv_owners(operands.head_numbers, ratio)
+    kv = numbered(owners, device)[:, None, None]
     at: dict[Expr, Value] = {
         **operands.numbers(),
         e.b: torch.arange(like.shape[0], device=device)[:, None, None, None],

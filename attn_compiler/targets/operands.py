@@ -71,19 +71,22 @@ class Operands:
 
     def take(self, heads: Sequence[int]) -> Operands:
         """The same call for some of the query heads, which keep their numbers."""
-        kv = kv_owners(heads, self.heads // self.kv_heads)
         q_at, k_at = self.q_positions, self.k_positions
         return replace(
             self,
-            q=_pick(self.q, heads),
-            k=_pick(self.k, kv),
-            v=_pick(self.v, kv),
+            q=pick(self.q, heads),
+            k=self._of_keys(self.k, heads),
+            v=self._of_keys(self.v, heads),
             q_positions=_pick_rows(q_at, heads) if isinstance(q_at, Tensor) else q_at,
             k_positions=_pick_rows(k_at, heads) if isinstance(k_at, Tensor) else k_at,
             head_numbers=tuple(self.head_numbers[head] for head in heads),
-            unrotated=self.unrotated and (_pick(self.unrotated[0], heads), _pick(self.unrotated[1], kv)),
+            unrotated=self.unrotated and (pick(self.unrotated[0], heads), self._of_keys(self.unrotated[1], heads)),
             codes=None,
         )
+
+    def _of_keys(self, x: Tensor, heads: Sequence[int]) -> Tensor:
+        """What belongs to some query heads of keys or values, of which agents bring one for each query head."""
+        return pick(x, kv_owners(heads, self.heads // int(x.shape[1])))
 
     def before_rotation(self, which: Collection[str]) -> Operands:
         """The same call on q and k as they are before the rotary embedding, those of the two that are named."""
@@ -168,12 +171,19 @@ def head_groups(variant: Variant, heads: int) -> tuple[tuple[tuple[int, ...], Va
     return tuple((members, of_group) for members, of_group in groups if members)
 
 
-def _pick(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Some heads of [batch, heads, tokens, dim]; a view where they follow each other."""
+def pick(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of [batch, heads, …], a view where they follow each other; indexed by a list, a trace would hold a constant."""
     if list(heads) == list(range(heads[0], heads[0] + len(heads))):
         return x.narrow(1, heads[0], len(heads))
     return torch.stack([x[:, head] for head in heads], dim=1)
 
 
 def _pick_rows(positions: Tensor, heads: Sequence[int]) -> Tensor:
-    return positions if positions.shape[1] == 1 else positions[:, list(heads)]
+    return positions if positions.shape[1] == 1 else pick(positions, heads)
+
+
+def in_order(parts: list[Tensor] | tuple[Tensor, ...], order: Sequence[int]) -> Tensor:
+    """What groups of heads have, [batch, heads, …] for heads in this order, with the heads in order."""
+    joined = torch.cat(parts, dim=1)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return joined if back == list(range(len(order))) else torch.stack([joined[:, place] for place in back], dim=1)

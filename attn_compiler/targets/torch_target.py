@@ -29,7 +29,7 @@ from attn_compiler.targets.linear import NEAR, linear
 from attn_compiler.targets.merging import merged
 from attn_compiler.targets.mixing import Result, mixed
 from attn_compiler.targets.mixing import refuse as refuse_mix
-from attn_compiler.targets.operands import Operands, head_groups
+from attn_compiler.targets.operands import Operands, head_groups, in_order
 from attn_compiler.targets.outputs import put_out
 from attn_compiler.targets.past import continued
 from attn_compiler.targets.reach import is_causal
@@ -86,7 +86,7 @@ def by_group(operands: Operands, variant: Variant, attend: Callable[[Operands, V
     ]
     order = [head for members, _ in groups for head in members]
     totals = [x for _, x in parts if x is not None]
-    return _reordered([out for out, _ in parts], order), _reordered(totals, order) if totals else None
+    return in_order([out for out, _ in parts], order), in_order(totals, order) if totals else None
 
 
 def visible_keys(arrangement: Arrangement, variant: Variant) -> Value:
@@ -228,9 +228,3 @@ def _is_causal(operands: Operands, variant: Variant) -> bool:
     if first_query is None or isinstance(first_key, Tensor) or variant.score != score or not is_causal(variant.mask):
         return False
     return statically_known_true(first_query == first_key) and statically_known_true(operands.q_len == operands.k_len)
-
-
-def _reordered(parts: list[Tensor], order: list[int]) -> Tensor:
-    joined = torch.cat(parts, dim=1)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return joined if back == list(range(len(order))) else torch.stack([joined[:, place] for place in back], dim=1)

@@ -82,6 +82,12 @@ def test_the_report_says_what_was_checked(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.record()))["bytes"] == (tmp_path / "one.onnx").stat().st_size
 
 
+def test_what_becomes_of_the_results_of_some_heads_is_part_of_the_file(tmp_path: Path) -> None:
+    slots = {"heads": {"1": {"mask": "causal", "scale": 0.5}, "rest": {"mask": "causal", "output": "norm(rms)"}}}
+    rule = {"match": {}, "attn": slots, "fallback": "error"}
+    assert "checked in onnxruntime" in str(write(tmp_path / "one.onnx", {"version": 1, "rules": [rule]}))
+
+
 def test_a_check_can_be_left_out(tmp_path: Path) -> None:
     report = write(tmp_path / "one.onnx", check=False)
     assert report.checks == ()

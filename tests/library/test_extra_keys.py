@@ -109,6 +109,24 @@ def test_linear_attention_pools_and_groups_of_heads_see_them(slots: Mapping[str,
     assert_case(read(slots), torch.float32, "torch" if "feature" in slots else "cpp")
 
 
+@pytest.mark.parametrize("target", ["torch", "cpp"])
+def test_agents_stand_behind_them(target: str) -> None:
+    """Agents bring a key for each query head, and those in front are of the key head that it shares."""
+    agents = F.adaptive_avg_pool1d(Q.flatten(0, 1).mT, 6).mT.unflatten(0, (2, HEADS))
+    k, v, of_k, of_v = (
+        x.repeat_interleave(2, dim=1)
+        for x in (K, V, *(TABLES[name][1:].expand(2, -1, -1, -1) for name in ("memory_k", "memory_v")))
+    )
+    gathered = (agents @ k.mT * DIM**-0.5).softmax(-1) @ v
+    keys, values = torch.cat([of_k, agents], dim=2), torch.cat([of_v, gathered], dim=2)
+    expected = (Q @ keys.mT * DIM**-0.5).softmax(-1) @ values
+    case = read({"context": ["agents(6)", "extra(memory, 3)"]})
+    found = attend(Q, K, V, case.variant, tables=case.tables, layer=1, layers=2, target="reference")
+    assert isinstance(found, Tensor)
+    assert_within_budget(found, expected, expected * (1 + 1e-14))
+    assert_case(case, torch.float32, target)
+
+
 def test_a_dropped_token_is_seen_by_nobody_and_a_query_that_sees_nothing_gets_zero() -> None:
     k, v = (x.repeat_interleave(2, dim=1) for x in (K, V))
     gone = {"gone": TABLES["gone"] | (torch.arange(TOKENS) == 0)}

@@ -18,7 +18,7 @@ from attn_compiler.planning.parameters import parameters_of
 from attn_compiler.planning.resolve import asked_of
 from attn_compiler.planning.site import Frame, Kind, Phase, Site
 from attn_compiler.runtime.reading import VariantLike, read_variant
-from attn_compiler.testing import assert_all_within_budget, assert_within_budget
+from attn_compiler.testing import assert_all_within_budget, assert_within_budget, variant_of
 from attn_compiler.testing.case import Case, assert_case, on, plain
 
 HEADS, TOKENS, DIM = 4, 70, 6
@@ -266,6 +266,47 @@ def test_agent_attention_whole_with_both_of_its_biases() -> None:
 @pytest.mark.parametrize(("target", "dtype"), [("torch", torch.bfloat16), ("cpp", torch.float32), ("triton", torch.float32)])
 def test_the_biases_of_agents_have_gradients_on_every_target(target: str, dtype: torch.dtype) -> None:
     assert_case(Case(read(BIASED), Q, K, V, agent_biases()), dtype, target)
+
+
+AGENTS_OF_HEADS: Mapping[str, Mapping[str, object]] = {
+    "scales": {"heads": {"1": {"context": "agents(12)", "scale": 0.9}, "rest": {"context": "agents(12)", "scale": 0.2}}},
+    "biases": {"heads": {"1": {"context": "agents(12, first, second)"}, "rest": {"context": "agents(12, first, second)"}}},
+    "agents of agents": {"context": ["agents(20)", "agents(12)"], "heads": {"1": {"scale": 0.9}, "rest": {"scale": 0.2}}},
+}
+
+
+def by_agents_of_heads(name: str, k: Tensor, v: Tensor) -> Tensor:
+    scale = torch.full((HEADS, 1, 1), DIM**-0.5 if name == "biases" else 0.2, dtype=torch.float64)
+    if name != "biases":
+        scale[1] = 0.9
+    biases = {name: x[0] for name, x in agent_biases().items()} if name == "biases" else {"first": 0.0, "second": 0.0}
+    for count in (20, 12) if name == "agents of agents" else (12,):
+        agents = F.adaptive_avg_pool1d(Q.flatten(0, 1).mT, count).mT.unflatten(0, (2, HEADS))
+        k, v = agents, (agents @ k.mT * scale + biases["first"]).softmax(-1) @ v
+    return (Q @ k.mT * scale + biases["second"]).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("name", AGENTS_OF_HEADS)
+@pytest.mark.parametrize("target", ["reference", "torch", "cpp", "triton", "flex"])
+def test_agents_gather_for_each_head_as_it_scales_and_biases(name: str, target: str) -> None:
+    k, v = K[:, :2], V[:, :2]
+    expected = by_agents_of_heads(name, *(x.repeat_interleave(2, dim=1) for x in (k, v)))
+    variant = variant_of(AGENTS_OF_HEADS[name], heads=HEADS, kv_heads=2, length=TOKENS, dim=DIM)
+    q, k, v, tables = Q.float(), k.float(), v.float(), {n: agent_biases()[n].float() for n in variant.tables()}
+    found = attend(q, k, v, variant, tables=tables, target=target)  # type: ignore[arg-type]
+    assert isinstance(found, Tensor)
+    with torch.no_grad():
+        single = plain(Case(variant, q, k, v, tables))
+    assert_within_budget(found, expected, single)
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton"])
+def test_agents_of_groups_of_heads_have_gradients(target: str) -> None:
+    slots = {
+        "heads": {"1": {"context": "agents(12, first, second)", "scale": 0.9}, "rest": {"context": "agents(12, first, second)"}}
+    }
+    variant = variant_of(slots, heads=HEADS, kv_heads=2, length=TOKENS, dim=DIM)
+    assert_case(Case(variant, Q, K[:, :2], V[:, :2], agent_biases()), torch.float32, target)
 
 
 @pytest.mark.parametrize(("name", "count"), [("first", "12 agents"), ("second", "70 tokens")])
