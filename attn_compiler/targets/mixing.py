@@ -41,7 +41,8 @@ def mixed(operands: Operands, mix: Mix, attend: Attend, gather: Gather, real: to
         return _shared([gather(*call) for call in calls], weights), None
     if mix.how is How.SUM:
         return _sum([weight * attend(*call, False)[0] for weight, call in zip(weights, calls, strict=True)]), None
-    return _by_lse([attend(*call, True) for call in calls], weights)
+    out, totals = _by_lse([attend(*call, True) for call in calls], weights)
+    return out, totals if lse else None
 
 
 def _weights(operands: Operands, mix: Mix, real: torch.dtype) -> list[Tensor]:
@@ -56,7 +57,7 @@ def _shared(sums: list[Sums], weights: list[Tensor]) -> Tensor:
     return torch.where(mass == 0, 0.0, _sum(gathered) / torch.where(mass == 0, 1.0, mass))
 
 
-def _by_lse(results: list[Result], weights: list[Tensor]) -> Result:
+def _by_lse(results: list[Result], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     totals = [total[..., None] + weight.log() for (_, total), weight in zip(results, weights, strict=True) if total is not None]
     peak = reduce(torch.maximum, totals).detach()
     peak = torch.where(peak.isfinite(), peak, 0.0)

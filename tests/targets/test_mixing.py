@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -106,6 +106,19 @@ def test_heads_may_mix_while_others_do_not() -> None:
     found = attend(Q, K, V, variant)
     assert isinstance(found, Tensor)
     assert_within_budget(found, expected, expected)
+
+
+@pytest.mark.parametrize("run", [attend, reference])
+def test_heads_that_mix_by_log_sum_exp_have_one_only_where_it_is_asked_for(run: Callable[..., Tensor]) -> None:
+    near, far = {"mask": "causal & window(4)"}, {"mask": "causal & ~window(4)"}
+    variant = {"heads": {"1": {"mix": {"how": "lse", "branches": {"near": near, "far": far}}}, "rest": near}}
+    whole = SCORES.masked_fill(DISTANCE < 0, -math.inf)
+    expected, total = NEAR_OUT.clone(), SOFT.logsumexp(-1)
+    expected[:, 1], total[:, 1] = (whole.softmax(-1) @ ALL_V)[:, 1], whole.logsumexp(-1)[:, 1]
+    assert_within_budget(run(Q, K, V, variant), expected, expected)
+    found, found_total = run(Q, K, V, variant, return_lse=True)
+    assert_within_budget(found, expected, expected)
+    assert_within_budget(found_total.double(), total, total)
 
 
 MIXES = {
