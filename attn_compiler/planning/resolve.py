@@ -34,7 +34,7 @@ from attn_compiler.planning.slots import SLOTS, Slots, read_slots
 from attn_compiler.planning.uses import RuleUse, Uses
 from attn_compiler.planning.words import PerToken, Seen
 
-_MERGED = "tokens are merged for all heads and branches alike, so `merge` stands beside these"
+_MERGED = "tokens are merged for all heads and branches alike, so `merge` has no place where there is `heads` or `mix`"
 
 
 @dataclass(frozen=True)

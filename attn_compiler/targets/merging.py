@@ -30,7 +30,7 @@ def merged(
     one = next((one for one in variant.context if isinstance(one, Merge)), None)
     if one is None:
         return attend(operands, variant)
-    _check(operands, one)
+    _check(operands, variant, one)
     operands = operands.before_rotation(variant.unrotated)
     told = replace(variant, unrotated=(), context=tuple(x for x in variant.context if x is not one))
     likeness = _likeness(_metric(operands, one, torch.promote_types(real, torch.float32)), one)
@@ -118,9 +118,9 @@ def _metric(operands: Operands, one: Merge, real: torch.dtype) -> Tensor:
     return operands.tables[one.metric].to(real).expand(operands.q.shape[0], -1, -1)
 
 
-def _check(operands: Operands, one: Merge) -> None:
+def _check(operands: Operands, variant: Variant, one: Merge) -> None:
     tokens = prod(one.grid)
-    if len(operands.head_numbers) != operands.heads:
+    if variant.groups or len(operands.head_numbers) != operands.heads:
         raise ShapeError("tokens are merged for all heads alike, and here some heads attend otherwise")
     if tokens != operands.q_len or tokens != operands.k_len:
         said = f"there are {operands.q_len} queries and {operands.k_len} keys"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 import attn_compiler as attn
 from attn_compiler import attend
 from attn_compiler.algebra import wire
-from attn_compiler.errors import AttnError
+from attn_compiler.algebra.expr import const
+from attn_compiler.algebra.integers import IntegerSet
+from attn_compiler.algebra.variant import Variant
+from attn_compiler.errors import AttnError, ShapeError
 from attn_compiler.testing import Case, assert_case, assert_within_budget, variant_of
 
 HEADS, KV_HEADS, ROWS, COLUMNS, DIM = 4, 2, 8, 9, 6
@@ -153,16 +157,28 @@ def test_flex_attention_meets_fewer_tokens() -> None:
         ({"geometry": [6, 12], "context": "merge(0.5, agents=0.8)"}, "merge alone costs less"),
         ({"geometry": [8, 9], "context": ["merge(0.4)", "pool(2)"]}, "no other one but `extra`"),
         ({"geometry": [8, 9], "context": ["pool(2)", "agents([2, 2], near)"]}, "biases count all tokens"),
-        ({"geometry": [8, 9], "heads": {"0": {"context": "merge(0.4)"}}}, "for all heads and branches alike"),
+        (
+            {"geometry": [8, 9], "context": "merge(0.4)", "heads": {"0": {"scale": 0.3}}},
+            "no place where there is `heads` or `mix`",
+        ),
+        ({"geometry": [8, 9], "heads": {"0": {"context": "merge(0.4)"}}}, "no place where there is `heads` or `mix`"),
         (
             {"geometry": [8, 9], "mix": {"how": "sum", "branches": {"a": {"context": "merge(0.4)"}, "b": {}}}},
-            "for all heads and branches alike",
+            "no place where there is `heads` or `mix`",
         ),
     ],
 )
 def test_a_merge_that_makes_no_sense_is_refused(slots: Mapping[str, object], said: str) -> None:
     with pytest.raises(AttnError, match=said):
         attend(Q, K, V, slots)
+
+
+@pytest.mark.parametrize("target", ["torch", "cpp"])
+def test_groups_that_no_policy_made_merge_nothing(target: str) -> None:
+    merging = read("agents").variant
+    groups = (IntegerSet((0,)), merging), (IntegerSet((1, 2, 3)), replace(merging, scale=const(0.3)))
+    with pytest.raises(ShapeError, match="merged for all heads alike"):
+        attend(Q.float(), K.float(), V.float(), Variant(groups=groups), target=target)  # type: ignore[arg-type]
 
 
 def test_queries_of_other_tokens_are_not_merged() -> None:
