@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from attn_compiler.backend import attn_eagerly
 from attn_compiler.errors import ExportError
 from attn_compiler.export import Decoder
 from attn_compiler.testing import assert_within_budget
+from attn_compiler.testing.budget import error_of, rounding_otherwise
 from end_to_end.by_hand import with_weights
 from end_to_end.test_state_traits import GATED, SIZES, UNROTATED, ready, trained
 
 TOKENS = 100
+PLAIN_RUNS = 5
 SLOTS: Mapping[str, Mapping[str, object]] = {
     "gla": ready("gla"),
     "infinitevl": ready("infinitevl"),
@@ -31,7 +34,9 @@ SLOTS: Mapping[str, Mapping[str, object]] = {
 def llama(layers: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return with_weights(LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a fixture of the module is made before each test has its random numbers
+        return with_weights(LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)))
 
 
 def text(rows: int = 2, length: int = TOKENS) -> Tensor:
@@ -49,16 +54,35 @@ def in_parallel(model: nn.Module, policy: object, tokens: Tensor, there: Tensor 
         ).logits  # fmt: skip
 
 
+def with_neighbors(model: nn.Module, seed: int) -> nn.Module:
+    """The same model, each weight rounded to a neighbor of what it is."""
+    model = deepcopy(model)
+    with rounding_otherwise(seed), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter * 1
+    return model
+
+
 @dataclass(frozen=True)
 class Exported:
-    """A model with a policy, its file, and the logits of a text, exact and in single precision."""
+    """A model with a policy, its file, and the logits of a text: exact, and in single precision.
+
+    A norm behind an attention magnifies what a first token's product of q and k loses where its terms cancel. Whether one plain
+    run loses it is luck, so there are several, each rounded otherwise: in the weights, since a mode of torch's keeps it from
+    compiling.
+    """
 
     policy: object
     model: nn.Module
     path: Path
     report: attn.ExportReport
     exact: Tensor
-    plain: Tensor
+    plain: tuple[Tensor, ...]
+
+    def holds(self, found: Tensor, ends: Tensor) -> None:
+        """The budget of some tokens is that of the plain run that errs most there."""
+        exact = self.exact[:, ends]
+        assert_within_budget(found, exact, max((x[:, ends] for x in self.plain), key=lambda x: error_of(x, exact)))
 
 
 @pytest.fixture(scope="module", params=list(SLOTS))
@@ -67,7 +91,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = llama()
     policy = trained(model, SLOTS[request.param], at)
     report = attn.export_onnx(model, (text(1, 24),), at / "model.onnx", policy, decode=True)
-    plain = in_parallel(model, policy, text())
+    models = [model, *(with_neighbors(model, seed) for seed in range(1, PLAIN_RUNS))]
+    plain = tuple(in_parallel(each, policy, text()) for each in models)
     exact = in_parallel(model.double(), policy, text())
     return Exported(policy, model.float(), at / "model.onnx", report, exact, plain)
 
@@ -80,8 +105,7 @@ def test_a_text_may_be_read_in_pieces_of_any_size(exported: Exported, sizes: tup
         logits, past = decoder.step(text()[:, before : before + size].numpy(), before, past)
         before += size
         found.append(torch.from_numpy(logits))
-    ends = torch.tensor(sizes).cumsum(0) - 1
-    assert_within_budget(torch.stack(found, dim=1), exported.exact[:, ends], exported.plain[:, ends])
+    exported.holds(torch.stack(found, dim=1), torch.tensor(sizes).cumsum(0) - 1)
 
 
 def test_every_layer_is_a_state_that_no_length_changes(exported: Exported) -> None:
