@@ -11,9 +11,10 @@ from attn_compiler.planning.words import TableName
 
 
 def gate(how: Literal["scalar", "vector"], running: TableName = "gate") -> Expr | Gates:
-    """The product of the gates between key and query; a table [batch, heads, tokens] holds the running sums of their logs.
+    """The product of the gates between key and query; a table [batch, heads, tokens] holds their running logs, which never rise.
 
-    With `vector` each feature has a gate of its own, as in GLA: [batch, heads, tokens, features].
+    With `vector` each feature has a gate of its own, as in GLA: [batch, heads, tokens, features]. A gate is at most 1. Nobody
+    checks that: where logs rise, forms that go from token to token and those that take two tokens at once differ.
     """
     if how == "vector":
         return Gates(table(running, b, h, k, component, sort=Sort.REAL))
