@@ -34,7 +34,7 @@ def in_context(operands: Operands, variant: Variant, real: torch.dtype) -> tuple
             k, v = (_pooled(x, one) for x in (k, v))
         else:
             k, v = _of_groups(replace(operands, q=q, k=k, v=v), variant, one)
-            variant = _with_second(variant, one)
+            variant = _with_second(operands.of_query_heads(variant), one)
         operands = replace(operands, q=q, k=k, v=v, q_positions=0, k_positions=0)
     return operands, replace(variant, context=())
 

@@ -40,7 +40,8 @@ def merged(
     if one.agents is not None:
         agents = likeness.groups(one.agents).means(operands.q.to(real)).to(dtype)
         gathered = (gather or attend)(replace(fewer, q=agents), Variant(scale=variant.scale))[0]
-        fewer, told = replace(fewer, k=agents, v=gathered.to(dtype)), replace(told, scale=variant.scale**one.power)
+        told = operands.of_query_heads(replace(told, scale=variant.scale**one.power))
+        fewer = replace(fewer, k=agents, v=gathered.to(dtype))
     out = attend(fewer, told)[0]
     if one.shortcut:
         out = out.to(real) + one.shortcut * v.to(real).repeat_interleave(out.shape[1] // v.shape[1], dim=1)

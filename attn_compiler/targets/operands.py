@@ -88,6 +88,11 @@ class Operands:
         """What belongs to some query heads of keys or values, of which agents bring one for each query head."""
         return pick(x, kv_owners(heads, self.heads // int(x.shape[1])))
 
+    def of_query_heads(self, variant: Variant) -> Variant:
+        """What a variant says, where keys are one for each query head: the kernels count the heads of keys that they get."""
+        ratio = self.heads // self.kv_heads
+        return variant if ratio == 1 else variant.map(lambda x: x.substitute({e.kv: e.h // ratio}))
+
     def before_rotation(self, which: Collection[str]) -> Operands:
         """The same call on q and k as they are before the rotary embedding, those of the two that are named."""
         if not which:

@@ -301,6 +301,13 @@ def test_agents_gather_for_each_head_as_it_scales_and_biases(name: str, target: 
 
 
 @pytest.mark.parametrize("target", ["cpp", "triton"])
+def test_behind_agents_the_heads_of_keys_are_those_of_the_model(target: str) -> None:
+    slots = {"context": "agents(12)", "scale": "1.0 + t[kv]"}
+    variant = variant_of(slots, heads=HEADS, kv_heads=2, length=TOKENS, dim=DIM)
+    assert_case(Case(variant, Q, K[:, :2], V[:, :2], {"t": drawn(2)}), torch.float32, target)
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton"])
 def test_agents_of_groups_of_heads_have_gradients(target: str) -> None:
     slots = {
         "heads": {"1": {"context": "agents(12, first, second)", "scale": 0.9}, "rest": {"context": "agents(12, first, second)"}}
