@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from attn_compiler import torch_private as private
 from attn_compiler.algebra.storage import Held
-from attn_compiler.errors import TableError
+from attn_compiler.errors import TableError, did_you_mean
 from attn_compiler.graph.bodies import Part, parts
 from attn_compiler.graph.capture import capture
 from attn_compiler.graph.describe import Described, describe, with_layers
@@ -79,16 +79,15 @@ def compiling(decision: Decision) -> Target:
     return TARGETS[str(decision.target)]
 
 
-def _untrained(analysis: Analysis, sources: Mapping[str, Source], given: Mapping[str, Tensor]) -> Mapping[str, Source]:
-    """What parameters start from that nobody trained and a rule allows all the same."""
-    made = starts(analysis.plan.decisions, sources)
-    name = next((name for name in made if name in given), None)
-    if name is not None:
-        raise TableError(
-            f'options: the table "{name}" bears the name of a parameter, and the policy does not read it as a table: write '
-            f"`labels: {{{name}: {{given: {name}}}}}` in the policy, or leave it out"
-        )
-    return made
+def _check_read(sources: Mapping[str, Source], given: Mapping[str, Tensor]) -> None:
+    """Whoever gives a table means it to be read."""
+    read = {source.name for source in sources.values() if source.origin == "given"}
+    for name in given:
+        if name not in read:
+            raise TableError(
+                f'the policy reads no table "{name}" from the option "tables" (`labels: {{{name}: {{given: {name}}}}}` would)'
+                + did_you_mean(name, read)
+            )
 
 
 def carry_out(
@@ -98,7 +97,7 @@ def carry_out(
     target: Callable[[Decision], Target] = compiling,
 ) -> tuple[Tensor, ...] | None:
     """Rewrite the captured graph as its plan says; the tensors that it reads besides its inputs, or None if nothing changed."""
-    supply = Supply(analysis.graph, {**sources, **_untrained(analysis, sources, given)}, given)
+    supply = Supply(analysis.graph, {**sources, **starts(analysis.plan.decisions, sources)}, given)
     wanted: dict[int, list[Replacement]] = defaultdict(list)
     rounded: dict[int, dict[fx.Node, Held]] = defaultdict(dict)
     for one, home, decision in zip(analysis.described, analysis.homes, analysis.plan.decisions, strict=True):
@@ -108,6 +107,7 @@ def carry_out(
             wanted[id(home)].append(Replacement(one, decision.variant, target(decision), reached))
         if decision.projections is not None:
             rounded[id(home)] |= dict.fromkeys((*one.makers, *one.takers), decision.projections)
+    _check_read(sources, given)
     unfused = {one.found.anchor for one in analysis.described if swallows(one.site.computes.score, one.site.risky)}
     touched: set[int] = set()
     for part in reversed(analysis.parts):  # the inner graphs first: the outer ones hold them
