@@ -79,7 +79,7 @@ class Exported:
     exact: Tensor
     plain: tuple[Tensor, ...]
 
-    def holds(self, found: Tensor, ends: Tensor) -> None:
+    def assert_near(self, found: Tensor, ends: Tensor) -> None:
         """The budget of some tokens is that of the plain run that errs most there."""
         exact = self.exact[:, ends]
         assert_within_budget(found, exact, max((x[:, ends] for x in self.plain), key=lambda x: error_of(x, exact)))
@@ -105,7 +105,7 @@ def test_a_text_may_be_read_in_pieces_of_any_size(exported: Exported, sizes: tup
         logits, past = decoder.step(text()[:, before : before + size].numpy(), before, past)
         before += size
         found.append(torch.from_numpy(logits))
-    exported.holds(torch.stack(found, dim=1), torch.tensor(sizes).cumsum(0) - 1)
+    exported.assert_near(torch.stack(found, dim=1), torch.tensor(sizes).cumsum(0) - 1)
 
 
 def test_every_layer_is_a_state_that_no_length_changes(exported: Exported) -> None:
